@@ -1,0 +1,91 @@
+"""Every setting of the project with its default: what a file in `configs/` starts from."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """The defaults. Files in `configs/` change what they need and return the result."""
+    config = ConfigDict()
+    config.seed = 0  # of adapter initialisation, data order, dropout and subsets
+
+    config.data = data = ConfigDict()
+    data.source = "sample"  # sample: made by the package | dir: ScienceQA's layout | hub: datasets
+    data.path = ""  # dir: the directory; hub: a dataset id ("" is derek-thomas/ScienceQA)
+    data.splits = "pid_splits.json"  # dir: which file deals the pids to splits
+    data.images = "ignore"  # ignore: only whether there is one | check: every image must open
+    data.teacher = ()  # files of recorded teacher replies (JSONL), or ("sample",)
+    data.train_split = "train"
+    data.train_limit = 0  # use only so many training questions, drawn with the seed; 0 is all
+    data.cache = "datasets"  # where pre-tokenized datasets are kept, one folder a fingerprint
+
+    config.recipe = recipe = ConfigDict()
+    recipe.arm = "golden"  # which supervision; see sqa_jax/data/recipes.py
+    recipe.format = "QCM-A"  # input parts - target parts, in ScienceQA's notation or QTCHL-… style
+    recipe.answer = "letter"  # how an answer is written: letter | text
+    recipe.caption = True  # image captions are context
+    recipe.chat = True  # wrap the prompt in the student's chat template where it has one
+    recipe.max_length = 512  # tokens of prompt + target; the lecture is shortened first, then the hint
+
+    config.student = student = ConfigDict()
+    student.path = ""  # HF directory or hub id, a .gguf file, or "random:<size>" (see students/load.py)
+    student.revision = ""  # of a hub id
+    student.dtype = "auto"  # computation: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+    student.remat = "full"  # none | dots | full: what the backward pass recomputes, see students/decoder.py
+
+    config.adapter = adapter = ConfigDict()
+    adapter.methods = ("lora",)  # any of lora, prefix, prompt together; or ("full",)
+    adapter.lora = lora = ConfigDict()
+    lora.rank = 16
+    lora.alpha = 32.0
+    lora.dropout = 0.0
+    lora.rslora = False  # scale by alpha/sqrt(rank) in place of alpha/rank
+    lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter.prefix = prefix = ConfigDict()
+    prefix.length = 16
+    prefix.reparametrize = True
+    prefix.hidden = 512  # of the reparametrising MLP
+    adapter.prompt = prompt = ConfigDict()
+    prompt.length = 16
+    prompt.init = "vocabulary"  # vocabulary: rows of the embedding table | normal
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3
+    optimizer.schedule = "cosine"  # cosine | linear | constant
+    optimizer.warmup_ratio = 0.05  # of all steps
+    optimizer.final_ratio = 0.1  # learning rate at the end, of the peak
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.99
+    optimizer.weight_decay = 0.0  # on matrices only, never on norms and biases
+    optimizer.clip_norm = 1.0
+
+    config.train = train = ConfigDict()
+    train.epochs = 1.0  # passes over the training questions; a part of a pass is allowed
+    train.steps = 0  # overrides epochs where positive
+    train.row_length = 512  # tokens of one packed row
+    train.batch_rows = 8  # rows of one micro-batch over all devices
+    train.accumulate = 1  # micro-batches of one step
+    train.log_every = 1
+    train.eval_every = 50  # steps between evaluations on eval.val_split; 0 is only at the end
+    train.save_every = 50  # steps between checkpoints (besides the last and the best)
+    train.stop_after = 0  # stop cleanly after so many steps of this run (to train in parts); 0 is never
+
+    config.mesh = mesh = ConfigDict()
+    mesh.data = -1  # -1: all the devices that are left
+    mesh.fsdp = 1
+    mesh.tensor = 1
+
+    config.eval = evaluation = ConfigDict()
+    evaluation.split = "test"
+    evaluation.val_split = "val"  # what the evaluation during training looks at
+    evaluation.val_limit = 64
+    evaluation.limit = 0  # only so many questions of the split, the first; 0 is all
+    evaluation.mode = "likelihood"  # likelihood | generate
+    evaluation.row_length = 1024  # tokens of one row of packed questions (likelihood)
+    evaluation.batch_rows = 4
+    evaluation.normalize = "none"  # likelihood of an option: none (sum) | length (mean a token)
+    evaluation.max_new_tokens = 256  # generate
+    evaluation.batch_questions = 16  # generate
+    evaluation.temperature = 0.0  # generate; 0 is greedy
+    return config.lock()

@@ -1,0 +1,1 @@
+"""Questions, prompts, recipes and the pre-tokenized distillation datasets made of them."""

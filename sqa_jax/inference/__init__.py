@@ -1,0 +1,1 @@
+"""Answers from a student: likelihood of the options, or generated text."""

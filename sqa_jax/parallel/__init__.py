@@ -1,0 +1,1 @@
+"""Devices: the mesh, and where on it every parameter lies."""

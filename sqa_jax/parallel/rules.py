@@ -1,0 +1,74 @@
+"""Where every parameter lies on the mesh: one ordered list for base, adapter and optimizer state alike."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sqa_jax.errors import UserError
+
+# (regex on the tree path, specification): the first that matches the end of a path decides. Kernels of
+# layers that widen split their columns over `tensor`, kernels of layers that narrow split their rows, so
+# that one all-reduce closes each pair (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` takes the
+# other dimension. Leading dimensions are the stacked layers, never split.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed_tokens/embedding", P("tensor", "fsdp")),
+    (r"lm_head/kernel", P("fsdp", "tensor")),
+    (r"(q|k|v|gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
+    (r"(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
+    (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
+    (r"(o|down)_proj/bias", P(None, "fsdp")),
+    (r"\w+_layernorm/scale", P(None, None)),
+    (r"norm/scale", P(None)),
+    (r"lora/(q|k|v|gate|up)_proj/a", P(None, "fsdp", None)),
+    (r"lora/(q|k|v|gate|up)_proj/b", P(None, None, "tensor")),
+    (r"lora/(o|down)_proj/a", P(None, "tensor", None)),
+    (r"lora/(o|down)_proj/b", P(None, None, "fsdp")),
+    (r"prefix/(key|value)", P(None, None, "tensor")),
+    (r"prefix/(hidden|output)/kernel", P("fsdp", "tensor")),
+    (r"prefix/(hidden|output)/bias", P("tensor")),
+    (r"(prefix|prompt)/embedding", P(None, "fsdp")),
+    (r"(count|step)", P()),
+)
+
+
+def path_name(path) -> str:
+    """A tree path as the rules see it: keys joined by "/"."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
+    """The specification of one leaf.
+
+    Raises:
+      UserError: no rule matches, or a mesh axis does not divide its dimension.
+    """
+    for pattern, spec in rules:
+        if re.search(rf"(^|/){pattern}$", name):
+            break
+    else:
+        raise UserError(f"parameter {name} {shape}: no sharding rule matches; add one to sqa_jax/parallel/rules.py")
+    if len(spec) > len(shape):
+        raise UserError(f"parameter {name} {shape}: its sharding rule {spec} has more dimensions than it")
+    for dimension, (size, axis) in enumerate(zip(shape, spec, strict=False)):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(
+                f"parameter {name} {shape}: mesh axis {axis} = {mesh.shape[axis]} does not divide dimension "
+                f"{dimension} of size {size}; change config.mesh.{axis}"
+            )
+    return spec
+
+
+def shardings(tree: Any, mesh: Mesh, rules=RULES) -> Any:
+    """The `NamedSharding` of every leaf of a tree of arrays or shapes.
+
+    Raises:
+      UserError: as `spec_for`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh, rules)), tree
+    )

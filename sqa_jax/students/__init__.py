@@ -1,0 +1,1 @@
+"""The language models that learn: modules, weights in and out, tokenizers."""

@@ -1,0 +1,89 @@
+"""Which tokens see which, rotary positions, and grouped-query attention."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+PADDING = 0  # segment of tokens that are not there: they see nothing and nobody sees them
+EVERYWHERE = -1  # segment of keys that every real token sees: a prefix
+
+
+def visibility(
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    query_slots: jax.Array,
+    key_slots: jax.Array,
+    branches: jax.Array | None = None,
+) -> jax.Array:
+    """The one rule of who sees whom: same segment, not later, not in a sister branch.
+
+    A row may hold several sequences (packing); each is a segment 1, 2, … A segment may fork: tokens of
+    branch 0 are its trunk, which every branch sees, while branches do not see each other. Scoring all the
+    options of a question after one reading of its prompt uses this.
+
+    Args:
+      query_segments: [B, T] segment of each query, `PADDING` for none.
+      key_segments: [B, S] segment of each key; `EVERYWHERE` is seen by all.
+      query_slots: [B, T] place of each query in the row (with a cache: in the cache).
+      key_slots: [B, S] place of each key; an `EVERYWHERE` key has a place before all queries.
+      branches: [B, T] branch of each token, for S = T only.
+
+    Returns:
+      [B, T, S] booleans.
+    """
+    query, key = query_segments[:, :, None], key_segments[:, None, :]
+    visible = ((key == query) | (key == EVERYWHERE)) & (query != PADDING)
+    visible &= key_slots[:, None, :] <= query_slots[:, :, None]
+    if branches is not None:
+        padded = jnp.pad(branches, ((0, 0), (key_segments.shape[1] - branches.shape[1], 0)))
+        visible &= (padded[:, None, :] == 0) | (padded[:, None, :] == branches[:, :, None])
+    return visible
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Sines and cosines of rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 15).
+
+    Args:
+      positions: [B, T] integers.
+
+    Returns:
+      Two float32 arrays [B, T, head_dim / 2].
+    """
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + d/2}) of each head by the angles: [B, T, heads, d] → the same."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = sin[:, :, None, :], cos[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+    """Grouped-query scaled dot-product attention, softmax in float32 (Ainslie et al. 2023, arXiv:2305.13245).
+
+    The G query heads that share a key head are laid out as rows of one matrix product, so that keys and
+    values are never repeated and the products are plain batched ones, which CPUs need to be fast.
+
+    Args:
+      query: [B, T, H, d].
+      key, value: [B, S, K, d] with H = G·K.
+      visible: [B, T, S]; a query that sees nothing (padding) gets the mean of the values, which nobody reads.
+
+    Returns:
+      [B, T, H, d].
+    """
+    B, T, H, d = query.shape
+    S, K = key.shape[1:3]
+    G = H // K
+    q = query.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
+    k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    scores = jnp.einsum("bkrd,bksd->bkrs", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    scores = scores.reshape(B, K, G, T, S)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
+    out = jnp.einsum("bkrs,bksd->bkrd", weights, v)
+    return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)

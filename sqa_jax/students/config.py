@@ -1,0 +1,158 @@
+"""The options of the decoder, read from the formats in which models are published."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sqa_jax.errors import UserError
+
+# Architectures of Hugging Face's config.json and of GGUF files that this decoder computes exactly.
+SUPPORTED = ("llama",)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a decoder-only transformer.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      hidden_size: D, width of the residual stream.
+      intermediate_size: F, width of the gated MLP.
+      num_layers: L.
+      num_heads: H, query heads.
+      num_kv_heads: K, key and value heads; H is a multiple of it (grouped-query attention).
+      head_dim: d, width of one head.
+      rope_theta: base of the rotary frequencies.
+      norm_epsilon: of the RMS norms.
+      tie_embeddings: the output layer is the transposed embedding table.
+      attention_bias: biases on q, k and v (and o).
+      mlp_bias: biases in the MLP.
+      max_positions: longest sequence that the model was made for.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_positions: int = 2048
+
+    def linear_shapes(self) -> dict[str, tuple[str, int, int]]:
+        """Of each linear layer of a block: its module, input width and output width."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": ("self_attn", d, q),
+            "k_proj": ("self_attn", d, kv),
+            "v_proj": ("self_attn", d, kv),
+            "o_proj": ("self_attn", q, d),
+            "gate_proj": ("mlp", d, f),
+            "up_proj": ("mlp", d, f),
+            "down_proj": ("mlp", f, d),
+        }
+
+
+def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
+    """The decoder's options from Hugging Face's `config.json`.
+
+    Raises:
+      UserError: the architecture, the rope type or the activation is not supported, or a key is missing.
+    """
+    _check_architecture(raw.get("model_type"), where)
+    # transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise UserError(f"{where}: rope type {rope_type!r} is not supported; supported: default")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: activation {raw['hidden_act']!r} is not supported; supported: silu")
+    try:
+        return DecoderConfig(
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=raw["num_attention_heads"],
+            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            norm_epsilon=raw.get("rms_norm_eps", 1e-6),
+            tie_embeddings=raw.get("tie_word_embeddings", False),
+            attention_bias=raw.get("attention_bias", False),
+            mlp_bias=raw.get("mlp_bias", False),
+            max_positions=raw.get("max_position_embeddings", 2048),
+        )
+    except KeyError as error:
+        raise UserError(f"{where}: key {error} is missing; fetch the model's config.json again") from None
+
+
+def to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The `config.json` that transformers reads as the same model."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "max_position_embeddings": config.max_positions,
+        "hidden_act": "silu",
+        "torch_dtype": "float32",
+    }
+
+
+def from_gguf(metadata: dict[str, Any], where: str) -> DecoderConfig:
+    """The decoder's options from a GGUF file's metadata (keys such as `llama.block_count`).
+
+    Raises:
+      UserError: the architecture or a rope scaling is not supported, or a key is missing.
+    """
+    architecture = metadata.get("general.architecture")
+    _check_architecture(architecture, where)
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata.get(f"{architecture}.{key}", default)
+        if value is None:
+            raise UserError(f"{where}: key {architecture}.{key} is missing; the file is damaged, fetch it again")
+        return value
+
+    scaling = get("rope.scaling.type", "none")
+    if scaling != "none":
+        raise UserError(f"{where}: rope type {scaling!r} is not supported; supported: none")
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", hidden // heads)
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(f"{where}: a rotary embedding of a part of the head is not supported")
+    return DecoderConfig(
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        hidden_size=hidden,
+        intermediate_size=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope_theta=float(get("rope.freq_base", 10000.0)),
+        norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
+        max_positions=get("context_length"),
+    )
+
+
+def _check_architecture(architecture: str | None, where: str) -> None:
+    if architecture not in SUPPORTED:
+        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")

@@ -1,0 +1,289 @@
+"""A decoder-only transformer in Flax Linen: stacked layers, KV cache, and a place for every adapter.
+
+The parameters are the frozen base; what an adapter changes arrives as an `Adaptation`, so the two trees
+never mix and a gradient over one never touches the other.
+
+Shapes in comments: B rows, T new tokens, S key slots, D hidden, H query heads, K key/value heads, d head
+width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, rotary_angles, rotate, visibility
+from sqa_jax.students.config import DecoderConfig
+
+# What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of
+# matrix products with weights; "none" keeps everything.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Adaptation(NamedTuple):
+    """What adapters add to a decoder, in the form in which the forward pass uses it.
+
+    Attributes:
+      lora: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, with the scale already in `b`.
+      prefix: {"key": [L, P, K·d], "value": [L, P, K·d]}, keys as after the rotation.
+      prompt: [P, D], embeddings of the first P positions of every sequence.
+    """
+
+    lora: dict[str, Any] | None = None
+    prefix: dict[str, jax.Array] | None = None
+    prompt: jax.Array | None = None
+
+    @property
+    def prefix_length(self) -> int:
+        return 0 if self.prefix is None else self.prefix["key"].shape[1]
+
+    @property
+    def prompt_length(self) -> int:
+        return 0 if self.prompt is None else self.prompt.shape[0]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far.
+
+    Attributes:
+      key, value: [L, B, S, K, d].
+      segments: [B, S], as in `visibility`; slots not yet written are `PADDING`.
+      length: [B], slots in use: where the row's next token goes.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: DecoderConfig, rows: int, slots: int, adaptation: Adaptation, dtype=jnp.float32) -> Cache:
+    """An empty cache for `slots` tokens a row; a prefix, where there is one, lies in front of them."""
+    P = adaptation.prefix_length
+    shape = (config.num_layers, rows, P + slots, config.num_kv_heads, config.head_dim)
+    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    segments = jnp.full((rows, P + slots), PADDING, jnp.int32)
+    if adaptation.prefix is not None:
+        heads = (config.num_layers, 1, P, config.num_kv_heads, config.head_dim)
+        key = key.at[:, :, :P].set(adaptation.prefix["key"].reshape(heads).astype(dtype))
+        value = value.at[:, :, :P].set(adaptation.prefix["value"].reshape(heads).astype(dtype))
+        segments = segments.at[:, :P].set(EVERYWHERE)
+    return Cache(key, value, segments, jnp.full((rows,), P, jnp.int32))
+
+
+class Linear(nn.Module):
+    """y = x W (+ b), and x W + dropout(x) A B where LoRA adapts it (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lora: dict[str, jax.Array] | None = None) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        # Tokens in one dimension: the backward pass of products with two (rows, tokens) takes twice as long on CPUs.
+        *leading, width = x.shape
+        x = x.reshape(-1, width)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        if lora is not None:
+            dropped = nn.Dropout(self.lora_dropout, deterministic=not self.has_rng("dropout"))(x)
+            y += (dropped @ lora["a"].astype(self.dtype)) @ lora["b"].astype(self.dtype)
+        return y.reshape(*leading, self.features)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return (normed * scale).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    dtype: Any
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x, layer, adaptation: Adaptation, cache, sin, cos, visible, slots):
+        c, lora = self.config, adaptation.lora or {}
+        B, T, _ = x.shape
+
+        def linear(name, features):
+            return Linear(features, c.attention_bias, self.dtype, self.lora_dropout, name=name)
+
+        def heads(name, count, y):
+            return linear(name, count * c.head_dim)(y, lora.get(name)).reshape(B, T, count, c.head_dim)
+
+        query = rotate(heads("q_proj", c.num_heads, x), sin, cos)
+        key = rotate(heads("k_proj", c.num_kv_heads, x), sin, cos)
+        value = heads("v_proj", c.num_kv_heads, x)
+        if cache is not None:
+            rows = jnp.arange(B)[:, None]
+            cache = (
+                cache[0].at[layer, rows, slots].set(key.astype(cache[0].dtype), mode="drop"),
+                cache[1].at[layer, rows, slots].set(value.astype(cache[1].dtype), mode="drop"),
+            )
+            key, value = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(self.dtype) for c in cache)
+        elif adaptation.prefix is not None:
+
+            def before(name, tail):
+                prefix = adaptation.prefix[name].astype(tail.dtype).reshape(1, -1, *tail.shape[2:])
+                return jnp.concatenate([jnp.broadcast_to(prefix, (B, *prefix.shape[1:])), tail], axis=1)
+
+            key, value = before("key", key), before("value", value)
+        out = attend(query, key, value, visible).reshape(B, T, c.num_heads * c.head_dim)
+        return linear("o_proj", c.hidden_size)(out, lora.get("o_proj")), cache
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202, SwiGLU)."""
+
+    config: DecoderConfig
+    dtype: Any
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lora: dict[str, Any]) -> jax.Array:
+        c = self.config
+
+        def linear(name, features, y):
+            return Linear(features, c.mlp_bias, self.dtype, self.lora_dropout, name=name)(y, lora.get(name))
+
+        gate, up = linear("gate_proj", c.intermediate_size, x), linear("up_proj", c.intermediate_size, x)
+        return linear("down_proj", c.hidden_size, nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` wants: (carry, this layer's inputs, what all layers share)."""
+
+    config: DecoderConfig
+    dtype: Any
+    lora_dropout: float
+
+    @nn.compact
+    def __call__(self, carry, inputs, shared):
+        (x, cache), (layer, adaptation), (sin, cos, visible, slots) = carry, inputs, shared
+        c = self.config
+        y = RMSNorm(c.norm_epsilon, name="input_layernorm")(x)
+        y, cache = Attention(c, self.dtype, self.lora_dropout, name="self_attn")(
+            y, layer, adaptation, cache, sin, cos, visible, slots
+        )
+        x += y
+        y = RMSNorm(c.norm_epsilon, name="post_attention_layernorm")(x)
+        x += MLP(c, self.dtype, self.lora_dropout, name="mlp")(y, adaptation.lora or {})
+        return (x, cache), None
+
+
+class Decoder(nn.Module):
+    """Llama-family decoder (Touvron et al. 2023, arXiv:2302.13971).
+
+    Attributes:
+      config: shape and options.
+      dtype: of the computation; parameters may be of another.
+      remat: a key of `REMAT_POLICIES`.
+      lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+    lora_dropout: float = 0.0
+
+    def setup(self):
+        c = self.config
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
+        )
+        block = Block
+        if self.remat != "none":
+            # Inside a scan, common-subexpression elimination cannot undo the recomputation.
+            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )(c, self.dtype, self.lora_dropout)
+        self.norm = RMSNorm(c.norm_epsilon)
+        if not c.tie_embeddings:
+            self.lm_head = Linear(c.vocab_size, False, self.dtype, 0.0)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        adaptation: Adaptation = Adaptation(),
+        cache: Cache | None = None,
+        branches: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
+
+        Args:
+          tokens: [B, T] ids.
+          positions: [B, T], 0-based within each sequence; with a prompt adapter the first P positions are
+            its virtual tokens, whatever ids stand there.
+          segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
+          adaptation: what the adapters add.
+          cache: what the rows have read before; the new tokens go behind it. Made by `init_cache` with the
+            same adaptation. A row that has no room left drops its tokens.
+          branches: [B, T] forks of a segment (see `visibility`), without a cache only.
+
+        Returns:
+          Normed hidden states [B, T, D], and the cache with the new tokens in it.
+        """
+        c = self.config
+        B, T = tokens.shape
+        x = self.embed_tokens(tokens)
+        if adaptation.prompt is not None:
+            P = adaptation.prompt_length
+            virtual = adaptation.prompt[jnp.minimum(positions, P - 1)].astype(self.dtype)
+            x = jnp.where((positions < P)[..., None], virtual, x)
+
+        P = adaptation.prefix_length
+        if cache is None:
+            slots = jnp.broadcast_to(jnp.arange(P, P + T), (B, T))
+            key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=EVERYWHERE)
+        else:
+            slots = cache.length[:, None] + jnp.arange(T)
+            key_segments = cache.segments.at[jnp.arange(B)[:, None], slots].set(segments, mode="drop")
+        key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
+        visible = visibility(segments, key_segments, slots, key_slots, branches)
+        # A prefix takes the first P positions, as it does in PEFT.
+        sin, cos = rotary_angles(positions + P, c.head_dim, c.rope_theta)
+
+        carry = (x, None if cache is None else (cache.key, cache.value))
+        inputs = (jnp.arange(c.num_layers), adaptation._replace(prompt=None))
+        (x, kv), _ = self.layers(carry, inputs, (sin, cos, visible, slots))
+        if cache is not None:
+            # Trailing padding is not kept: the row's next token overwrites it.
+            used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, T + 1), 0), axis=1)
+            cache = Cache(*kv, key_segments, cache.length + used)
+        return self.norm(x), cache
+
+    def unembed(self, hidden: jax.Array) -> jax.Array:
+        """Logits in float32: [..., D] → [..., V]."""
+        logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+        return logits.astype(jnp.float32)
+
+    def logits(self, *args, **kwargs) -> tuple[jax.Array, Cache | None]:
+        """Logits of every position, [B, T, V]: for small inputs; training asks only where there is a target."""
+        hidden, cache = self(*args, **kwargs)
+        return self.unembed(hidden), cache

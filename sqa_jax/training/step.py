@@ -1,0 +1,95 @@
+"""One optimizer step as a pure function, and its jit with explicit shardings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sqa_jax.parallel.mesh import batch_sharding, replicated
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.students.decoder import Decoder
+from sqa_jax.training.loss import row_losses
+
+
+class TrainState(NamedTuple):
+    """All that training changes; nothing of the frozen base.
+
+    Attributes:
+      step: steps done, int32 scalar.
+      adapter: the adapter tree, float32.
+      optimizer: optax's state of it.
+    """
+
+    step: jax.Array
+    adapter: Any
+    optimizer: Any
+
+
+def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter))
+
+
+def make_step(settings, decoder: Decoder, optimizer: optax.GradientTransformation, seed: int) -> Callable:
+    """`step(state, base, batch) -> (state, metrics)`.
+
+    The batch's arrays are [A, B, …]: A micro-batches. Gradients of *summed* losses are added up over them and
+    divided once by the number of target tokens of the whole step, which is exactly the gradient of the big
+    batch, however the targets are spread.
+
+    Metrics: loss (nats a target token), tokens (real ones), targets, grad_norm, adapter_norm, and row_losses
+    [A, B], which say where a loss that is not finite comes from.
+    """
+
+    def step(state: TrainState, base: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        # Dropout, too, is a pure function of (seed, step, micro-batch).
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def micro_loss(adapter, micro, index):
+            dropout = jax.random.fold_in(key, index) if decoder.lora_dropout else None
+            losses = row_losses(settings, decoder, adapter, base, micro, dropout)
+            return losses.sum(), losses
+
+        def accumulate(gradient, inputs):
+            micro, index = inputs
+            (_, losses), update = jax.value_and_grad(micro_loss, has_aux=True)(state.adapter, micro, index)
+            return jax.tree.map(jnp.add, gradient, update), losses
+
+        zeros = jax.tree.map(jnp.zeros_like, state.adapter)
+        count = batch["tokens"].shape[0]
+        gradient, losses = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count)))
+        targets = batch["target_mask"].sum()
+        gradient = jax.tree.map(lambda g: g / targets, gradient)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
+        adapter = optax.apply_updates(state.adapter, updates)
+        metrics = {
+            "loss": losses.sum() / targets,
+            "tokens": (batch["segments"] > 0).sum(),
+            "targets": targets,
+            "grad_norm": optax.global_norm(gradient),
+            "adapter_norm": optax.global_norm(adapter),
+            "row_losses": losses,
+        }
+        return TrainState(state.step + 1, adapter, optimizer_state), metrics
+
+    return step
+
+
+def compile_step(step: Callable, state: Any, base: Any, mesh: Mesh):
+    """The jitted step: state donated, everything placed by the rules.
+
+    Args:
+      state, base: trees of arrays or of shapes.
+    """
+    placed = shardings(state, mesh)
+    everywhere = replicated(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(placed, shardings(base, mesh), batch_sharding(mesh, leading=1)),
+        out_shardings=(placed, everywhere),
+        donate_argnums=0,
+    )
