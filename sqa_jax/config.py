@@ -21,18 +21,19 @@ def default() -> ConfigDict:
     data.cache = "datasets"  # where pre-tokenized datasets are kept, one folder a fingerprint
 
     config.recipe = recipe = ConfigDict()
-    recipe.arm = "golden"  # which supervision; see sqa_jax/data/recipes.py
+    recipe.arm = "golden"  # whose supervision; see sqa_jax/data/recipes.py
     recipe.format = "QCM-A"  # input parts - target parts, in ScienceQA's notation or QTCHL-… style
-    recipe.answer = "letter"  # how an answer is written: letter | text
+    recipe.answer = "letter"  # how an answer is written: letter | text | both
     recipe.caption = True  # image captions are context
     recipe.chat = True  # wrap the prompt in the student's chat template where it has one
-    recipe.max_length = 512  # tokens of prompt + target; the lecture is shortened first, then the hint
+    recipe.max_prompt = 384  # tokens of a prompt; where it is longer, the lecture is shortened first, then the hint
+    recipe.max_target = 512  # tokens of a target; a longer one is dropped, never shortened
 
     config.student = student = ConfigDict()
     student.path = ""  # HF directory or hub id, a .gguf file, or "random:<size>" (see students/load.py)
     student.revision = ""  # of a hub id
     student.dtype = "auto"  # computation: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
-    student.remat = "full"  # none | dots | full: what the backward pass recomputes, see students/decoder.py
+    student.remat = "dots"  # none | dots | full: what the backward pass recomputes, see students/decoder.py
 
     config.adapter = adapter = ConfigDict()
     adapter.methods = ("lora",)  # any of lora, prefix, prompt together; or ("full",)
@@ -63,7 +64,7 @@ def default() -> ConfigDict:
     config.train = train = ConfigDict()
     train.epochs = 1.0  # passes over the training questions; a part of a pass is allowed
     train.steps = 0  # overrides epochs where positive
-    train.row_length = 512  # tokens of one packed row
+    train.row_length = 1024  # tokens of one packed row
     train.batch_rows = 8  # rows of one micro-batch over all devices
     train.accumulate = 1  # micro-batches of one step
     train.log_every = 1
@@ -77,6 +78,7 @@ def default() -> ConfigDict:
     mesh.tensor = 1
 
     config.eval = evaluation = ConfigDict()
+    evaluation.checkpoint = "best"  # best (lowest validation loss) | last | none: the bare student
     evaluation.split = "test"
     evaluation.val_split = "val"  # what the evaluation during training looks at
     evaluation.val_limit = 64

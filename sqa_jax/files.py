@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path}: exists already; remove it or choose another place")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o755)
         try:
@@ -78,6 +80,13 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left beside `path`; a day old, so that nobody is still writing it."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_json(path: str | Path, what: str) -> Any:

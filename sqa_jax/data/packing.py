@@ -53,7 +53,7 @@ def choose_limits(lengths: np.ndarray, targets: np.ndarray, row_length: int, vir
     if (long := np.flatnonzero(sizes > row_length)).size:
         raise UserError(
             f"question {pids[long[0]]} takes {sizes[long[0]]} tokens and {long.size} questions do not fit into "
-            f"config.train.row_length = {row_length}; raise it, or lower config.recipe.max_length"
+            f"config.train.row_length = {row_length}; raise it, or lower config.recipe.max_prompt"
         )
     share = targets.sum() / sizes.sum()
     wanted = max(int(targets.max()), int(np.ceil(1.25 * share * row_length)))

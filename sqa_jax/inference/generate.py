@@ -85,7 +85,7 @@ class Generator:
         if longest > self.decoder.config.max_positions:
             raise UserError(
                 f"prompt and generation take {longest} tokens, more than the student's "
-                f"{self.decoder.config.max_positions} positions; lower config.recipe.max_length or config.eval.max_new_tokens"
+                f"{self.decoder.config.max_positions} positions; lower config.recipe.max_prompt or config.eval.max_new_tokens"
             )
         order = sorted(range(len(prompts)), key=lambda k: len(prompts[k]))
         for start in range(0, len(order), self.batch):

@@ -1,0 +1,105 @@
+"""What all verbs share: flags, locked configurations, and one line with exit code 2 for a user's mistake."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import flags
+
+from sqa_jax.errors import UserError
+
+
+def define_config(default: str) -> None:
+    """Defines `--config FILE` (locked; `--config.key=value` overrides) and `--workdir DIR`."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", default, "Settings: a Python file with get_config().", lock_config=True)
+    flags.DEFINE_string("workdir", "", "Where this run's files are kept.")
+
+
+def run(main: Callable[[], Any]) -> NoReturn:
+    """Parses the command line, calls `main`, and exits: 0, or 2 with one line for a `UserError`.
+
+    `--help` prints the verb's own docstring and its flags.
+    """
+    doc = sys.modules["__main__"].__doc__ or ""
+    if any(arg in ("-h", "-help", "--help") for arg in sys.argv[1:]):
+        print(doc.strip() + "\n\nFlags:" + flags.FLAGS.main_module_help())
+        sys.exit(0)
+    try:
+        _parse(sys.argv)
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _parse(argv: list[str]) -> None:
+    """Parses flags.
+
+    Raises:
+      UserError: a flag or a configuration key is not known (the nearest known one is named), a value does
+        not fit its type, or the configuration file cannot be read.
+    """
+    if bad := next((arg for arg in argv[1:] if re.match(r"--?config\.", arg) and not _known_key(arg, argv)), None):
+        key = re.sub(r"^--?config\.|=.*$", "", bad)
+        raise UserError(f"--config.{key}: unknown setting; {_nearest(key, _keys(_load_config(argv)))}")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"--{error.flagname}: unknown flag; {_nearest(error.flagname, list(flags.FLAGS))}") from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    except (AttributeError, KeyError) as error:  # a configuration file that sets an unknown key
+        raise UserError(f"--config: {_first_sentence(error)}") from None
+    except (FileNotFoundError, ImportError, SyntaxError) as error:
+        raise UserError(f"--config: the settings file cannot be loaded ({error})") from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r}: unexpected argument; every setting is a flag, see --help")
+
+
+def _load_config(argv: list[str]) -> Any:
+    """The configuration before overrides, or None where the verb has none or the file is unusable."""
+    if "config" not in flags.FLAGS:
+        return None
+    given = next((arg.partition("=")[2] or following for arg, following in zip(argv, [*argv[1:], ""], strict=True)
+                  if re.fullmatch(r"--?config(=.*)?", arg)), flags.FLAGS["config"].default)  # fmt: skip
+    parser = flags.FLAGS["config"].parser
+    try:
+        return parser.parse(given)
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"--config: {given}: {_first_sentence(error)}") from None
+    except (FileNotFoundError, ImportError, SyntaxError, OSError, ValueError) as error:
+        raise UserError(f"--config: {given} cannot be loaded ({error})") from None
+
+
+def _keys(config: Any, prefix: str = "") -> list[str]:
+    if config is None:
+        return []
+    names = []
+    for key in config:
+        value = config[key]
+        names += _keys(value, f"{prefix}{key}.") if hasattr(value, "to_dict") else [prefix + key]
+    return names
+
+
+def _known_key(arg: str, argv: list[str]) -> bool:
+    return re.sub(r"^--?config\.|=.*$", "", arg) in _keys(_load_config(argv))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.0)
+    return f"did you mean {close[0]}?" if close else "see --help"
+
+
+def _first_sentence(error: Exception) -> str:
+    text = str(error.args[0] if error.args else error)
+    return " ".join(text.split()).replace("Other fields present", "known")[:400]

@@ -1,0 +1,190 @@
+"""Pre-tokenized distillation datasets: Arrow rows beside a manifest, one folder a fingerprint."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import sqa_jax
+from sqa_jax.data.problem import Problem
+from sqa_jax.data.recipes import Unusable, examples
+from sqa_jax.data.sources import ProblemSet, load_problems
+from sqa_jax.data.teacher_records import TeacherRecord, load_records, make_records
+from sqa_jax.data.tokenize import Encoder
+from sqa_jax.errors import UserError
+from sqa_jax.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
+from sqa_jax.students.tokenizer import fingerprint as tokenizer_fingerprint
+
+FORMAT = 1  # raised when the same inputs would make other rows
+_BATCH = 1000  # questions tokenized in one call
+_NAMED = 50  # pids that the manifest names for each reason
+
+
+class DistillationDataset(NamedTuple):
+    """A built dataset: where it is, and its manifest. Rows are read when `columns` is called."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def columns(self) -> tuple[list[np.ndarray], np.ndarray, list[str]]:
+        """Of every row its ids (int32), its prompt's length, and its question's pid.
+
+        Raises:
+          UserError: the Arrow files are damaged.
+        """
+        import datasets
+
+        try:
+            rows = datasets.load_from_disk(str(self.path / "rows")).with_format("numpy")
+            tokens, prompt_lengths, pids = rows["tokens"][:], rows["prompt_length"][:], rows["pid"][:]
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise UserError(f"{self.path}: damaged ({type(error).__name__}); remove this folder and run again") from None
+        if len(tokens) != self.manifest["rows"]:
+            raise UserError(f"{self.path}: holds {len(tokens)} rows, its manifest says {self.manifest['rows']}; remove this folder and run again")
+        return [np.asarray(t, np.int32) for t in tokens], np.asarray(prompt_lengths), [str(p) for p in pids]
+
+
+def load_config_problems(config) -> ProblemSet:
+    """The questions that `config.data` names."""
+    data = config.data
+    return load_problems(data.source, data.path, data.splits, data.images)
+
+
+def encoder_for(config, tokenizer: Any) -> Encoder:
+    """The one encoder of a configuration, for training and for inference."""
+    recipe = config.recipe
+    return Encoder(tokenizer, recipe.max_prompt, recipe.chat, recipe.caption)
+
+
+def config_records(config, problems: ProblemSet) -> list[TeacherRecord]:
+    """The teacher records that `config.data.teacher` names; "sample" stands for the sample's simulated teacher."""
+    paths = [path for path in config.data.teacher if path != "sample"]
+    records = load_records(paths, problems.all())
+    if "sample" in config.data.teacher:
+        from sqa_jax.data import sample
+
+        records += make_records(sample.teacher_replies(sample.generate()), problems.all())
+    return records
+
+
+def build_or_reuse(config, tokenizer: Any, problems: ProblemSet) -> tuple[DistillationDataset, bool]:
+    """The dataset of a configuration's training split, and whether it was there already.
+
+    A dataset is written beside its place and renamed when it is whole, so one that is there is whole.
+
+    Raises:
+      UserError: the configuration, the data or the disk does not allow it.
+    """
+    inputs = _fingerprint_inputs(config, tokenizer, problems)
+    fingerprint = sha256_json(inputs)
+    path = Path(config.data.cache) / fingerprint[:16]
+    if path.exists():
+        manifest = read_json(path / "manifest.json", "the dataset's manifest (remove this folder to build it again)")
+        return DistillationDataset(path, manifest), True
+    rows, manifest = _make_rows(config, tokenizer, problems)
+    manifest = {"fingerprint": fingerprint, "made_of": inputs, **manifest}
+    import datasets
+
+    features = datasets.Features(
+        pid=datasets.Value("string"),
+        arm=datasets.Value("string"),
+        source=datasets.Value("string"),
+        tokens=datasets.List(datasets.Value("int32")),
+        prompt_length=datasets.Value("int32"),
+    )
+    try:
+        with atomic_directory(path) as beside:
+            datasets.disable_progress_bars()
+            datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(beside / "rows"))
+            write_json(beside / "manifest.json", manifest)
+    except OSError:
+        # Another process finished the same dataset first; the fingerprint says that it is the same.
+        if not (path / "manifest.json").exists():
+            raise
+    return DistillationDataset(path, manifest), False
+
+
+def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[str, Any]:
+    """All that decides the rows, and nothing else: the same inputs make the same dataset."""
+    files = [path for path in config.data.teacher if path != "sample"]
+    for path in files:
+        if not Path(path).is_file():
+            raise UserError(f"config.data.teacher: {path} not found; name files of recorded replies, or ('sample',)")
+    return {
+        "format": FORMAT,
+        "version": sqa_jax.__version__,
+        "recipe": config.recipe.to_dict(),
+        "train_split": config.data.train_split,
+        "train_limit": config.data.train_limit,
+        "seed": config.seed if config.data.train_limit else None,
+        "problems": problems.fingerprint,
+        "teacher": [sha256_file(path) for path in files] + ["sample"] * ("sample" in config.data.teacher),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def training_problems(config, problems: ProblemSet) -> Sequence[Problem]:
+    """The training split, or `config.data.train_limit` of its questions drawn with the seed, in split order."""
+    chosen = problems.split(config.data.train_split)
+    limit = config.data.train_limit
+    if 0 < limit < len(chosen):
+        kept = np.random.default_rng(config.seed).choice(len(chosen), limit, replace=False)
+        chosen = [chosen[k] for k in sorted(kept)]
+    return chosen
+
+
+def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, list], dict[str, Any]]:
+    by_pid: dict[str, dict[str, list[TeacherRecord]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in config_records(config, problems):
+        # A reply without content still says, with its status, why there is no example.
+        for kind in [record.kind] if record.kind else ["solution", "reasoning"]:
+            by_pid[record.pid][kind].append(record)
+    encoder, recipe = encoder_for(config, tokenizer), config.recipe
+    chosen = training_problems(config, problems)
+    rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length")}
+    dropped: dict[str, list[str]] = collections.defaultdict(list)
+    shortened: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for start in range(0, len(chosen), _BATCH):
+        made = [e for problem in chosen[start : start + _BATCH] for e in examples(problem, by_pid[problem.pid], recipe)]
+        usable = [e for e in made if not isinstance(e, Unusable)]
+        for one in made:
+            if isinstance(one, Unusable):
+                dropped[one.reason].append(one.pid)
+        encoded = encoder.encode([e.problem for e in usable], [e.format for e in usable], [e.target for e in usable])
+        for example, row in zip(usable, encoded, strict=True):
+            pid = example.problem.pid
+            if not row.fits:
+                dropped["question and choices longer than max_prompt"].append(pid)
+            elif len(row.tokens) - row.prompt_length > recipe.max_target:
+                dropped["target longer than max_target"].append(pid)
+            else:
+                values = (pid, recipe.arm, example.source, row.tokens, row.prompt_length)
+                for name, value in zip(rows, values, strict=True):
+                    rows[name].append(value)
+                for part, count in row.shortened.items():
+                    shortened[part].append((pid, count))
+    if not rows["pid"]:
+        reasons = "; ".join(f"{reason}: {len(pids)}" for reason, pids in dropped.items()) or "the split is empty"
+        raise UserError(f"split {config.data.train_split!r} of {problems.name} makes no training row for arm {recipe.arm} ({reasons})")
+    return rows, {
+        "arm": recipe.arm,
+        "questions": len(chosen),
+        "rows": len(rows["pid"]),
+        "rows_by_source": dict(collections.Counter(rows["source"])),
+        "tokens": _percentiles([len(t) for t in rows["tokens"]]),
+        "target_tokens": _percentiles([len(t) - n for t, n in zip(rows["tokens"], rows["prompt_length"], strict=True)]),
+        "shortened": {
+            part: {"rows": len(cuts), "tokens": sum(n for _, n in cuts), "pids": [pid for pid, _ in cuts[:_NAMED]]}
+            for part, cuts in shortened.items()
+        },
+        "dropped": {reason: {"rows": len(pids), "pids": pids[:_NAMED]} for reason, pids in dropped.items()},
+    }
+
+
+def _percentiles(lengths: list[int]) -> dict[str, float]:
+    marks = np.percentile(lengths, [0, 50, 90, 99, 100])
+    return {"total": int(np.sum(lengths)), **dict(zip(("min", "p50", "p90", "p99", "max"), marks.round(1).tolist(), strict=True))}

@@ -1,0 +1,135 @@
+"""What a teacher said about a question: the raw reply, and what was read out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sqa_jax.data.problem import Problem
+from sqa_jax.errors import UserError
+from sqa_jax.files import atomic_write, read_jsonl
+from sqa_jax.metrics.answers import Numbering, parse_answer
+
+STATUSES = ("ok", "empty", "malformed", "unparsed", "cut_off", "blocked")
+_SOLUTION = re.compile(r'"(?:solution|explanation|reasoning)"\s*:\s*"((?:[^"\\]|\\.)*)', re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherRecord:
+    """One reply.
+
+    Attributes:
+      setting: what the prompt showed: QTCH, QTCHL, QTCHLS or QTCHS.
+      raw: the reply as it came.
+      answer: index of the option that it chooses, or None.
+      reasoning: free text that argues towards the answer (a chain of thought), "" for a JSON reply.
+      solution: the explanation field of a JSON reply, "" for free text.
+      status: "ok"; "empty"; "malformed" (neither text nor readable JSON); "unparsed" (readable, but it
+        chooses no option); "cut_off" and "blocked" as the teacher's service said.
+      price: US dollars, None where unknown.
+    """
+
+    pid: str
+    model: str
+    setting: str
+    raw: str
+    answer: int | None = None
+    reasoning: str = ""
+    solution: str = ""
+    status: str = "ok"
+    prompt_hash: str = ""
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    price: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "solution" for a reply with an explanation field, "reasoning" for free text, "" for neither."""
+        return "solution" if self.solution else "reasoning" if self.reasoning else ""
+
+
+def parse_reply(raw: str, problem: Problem, numbering: Numbering) -> tuple[int | None, str, str, str]:
+    """Reads (answer, reasoning, solution, status) out of a reply, free text or JSON, whole or damaged."""
+    text = raw.strip()
+    if not text:
+        return None, "", "", "empty"
+    answer = parse_answer(text, problem.choices, numbering=numbering)
+    if '"answer"' in text or text.startswith(("{", "```json")):
+        match = _SOLUTION.search(text)
+        solution = _unescape(match[1]) if match else ""
+        status = "malformed" if not match else "unparsed" if answer is None else "ok"
+        return answer, "", solution, status
+    return answer, text, "", "unparsed" if answer is None else "ok"
+
+
+def _unescape(text: str) -> str:
+    try:
+        return json.loads(f'"{text}"', strict=False).strip()
+    except json.JSONDecodeError:
+        return text.replace("\\n", "\n").replace('\\"', '"').strip()
+
+
+def make_records(rows: Iterable[Mapping], problems: Mapping[str, Problem]) -> list[TeacherRecord]:
+    """Records of recorded replies {pid, model, setting, raw}; replies to questions that are not there are left out."""
+    rows = [row for row in rows if row["pid"] in problems]
+    numberings = _numberings(rows, problems)
+    records = []
+    for row in rows:
+        problem = problems[row["pid"]]
+        answer, reasoning, solution, status = parse_reply(row["raw"], problem, numberings[row["model"], row["setting"]])
+        known = {key: row[key] for key in ("prompt_hash", "prompt_tokens", "output_tokens", "price") if row.get(key) is not None}
+        if row.get("status") in ("cut_off", "blocked"):
+            status = row["status"]
+        records.append(
+            TeacherRecord(
+                pid=row["pid"], model=row["model"], setting=row["setting"], raw=row["raw"],
+                answer=answer, reasoning=reasoning, solution=solution, status=status, **known,
+            )
+        )  # fmt: skip
+    return records
+
+
+def _numberings(rows: Sequence[Mapping], problems: Mapping[str, Problem]) -> dict[tuple[str, str], Numbering]:
+    """How each (model, setting) numbers options, from replies that give a number *and* the option's text."""
+    votes: dict[tuple[str, str], dict[Numbering, int]] = {}
+    for row in rows:
+        vote = votes.setdefault((row["model"], row["setting"]), {"letters": 0, "zero": 0, "one": 0})
+        choices = problems[row["pid"]].choices
+        for mark, text in re.findall(r"\(([A-J]|\d)\)[\s:*]*([^\n*()]+)", row["raw"]):
+            index = next((k for k, c in enumerate(choices) if text.strip().lower().startswith(c.lower().rstrip("."))), None)
+            if index is None:
+                continue
+            if mark.isalpha():
+                vote["letters"] += 1
+            else:
+                vote["zero"] += int(mark) == index
+                vote["one"] += int(mark) == index + 1
+    # Replies that are only JSON give no vote; the benchmark's own prompts number from 0.
+    return {key: max(("zero", "letters", "one"), key=lambda n: vote[n]) for key, vote in votes.items()}
+
+
+def load_records(paths: Sequence[str | Path], problems: Mapping[str, Problem]) -> list[TeacherRecord]:
+    """Reads files of replies or of full records (JSONL); a full record is parsed again from its raw reply.
+
+    Raises:
+      UserError: a file is missing, or a line lacks a field; the line is named.
+    """
+    rows = []
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path, "teacher replies"), start=1):
+            row = {**row, "pid": str(row.get("pid", ""))}
+            for key in ("pid", "model", "setting", "raw"):
+                if not isinstance(row.get(key), str) or (key == "pid" and not row[key]):
+                    raise UserError(f"{path}: reply {number} has no text in {key!r}; each line needs pid, model, setting and raw")
+            rows.append(row)
+    return make_records(rows, problems)
+
+
+def write_records(path: str | Path, records: Iterable[TeacherRecord]) -> None:
+    """Writes records as JSONL, atomically."""
+    with atomic_write(path) as file:
+        for record in records:
+            file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")

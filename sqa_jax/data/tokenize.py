@@ -1,0 +1,89 @@
+"""Prompts and targets as ids, in batches, with what is too long shortened: the lecture first, then the hint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from sqa_jax.data.problem import Problem
+from sqa_jax.data.prompts import Format, Template, sections
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A prompt, and its target where there is one, as ids.
+
+    Attributes:
+      tokens: prompt, then target, then the end token (a prompt alone has neither).
+      prompt_length: how many of them are prompt.
+      shortened: tokens taken away, by part ("lecture", "hint").
+      fits: False where even without lecture and hint it is longer than allowed.
+    """
+
+    tokens: list[int]
+    prompt_length: int
+    shortened: dict[str, int]
+    fits: bool
+
+
+class Encoder:
+    """Encodes prompts for training and for inference: the same ids for both, by being the same code.
+
+    Each part of a prompt is tokenized by itself, so shortening one never changes the ids of another, and user
+    text never becomes a special token.
+
+    Args:
+      tokenizer: of the student.
+      max_prompt: most tokens of a prompt, whatever its target: what a prompt looks like must not depend on it.
+      chat: use the tokenizer's chat template where it has one.
+      caption: image captions are context.
+    """
+
+    def __init__(self, tokenizer: Any, max_prompt: int, chat: bool, caption: bool):
+        self.tokenizer, self.max_prompt, self.caption = tokenizer, max_prompt, caption
+        template = Template(tokenizer, chat)
+        self._before, self._after = self._control([template.before, template.after])
+
+    def _control(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of text in which special tokens are meant."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of text in which special tokens are only spelled out."""
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def encode(self, problems: Sequence[Problem], formats: Sequence[Format], targets: Sequence[str] | None = None) -> list[Encoded]:
+        """Encodes a batch.
+
+        Args:
+          problems: the questions, each with the lecture and solution that its prompt is to show.
+          formats: of each.
+          targets: of each, the text to learn; None encodes prompts only.
+        """
+        texts: list[str] = []
+        kinds: list[list[str]] = []
+        for problem, fmt in zip(problems, formats, strict=True):
+            parts = sections(problem, fmt, self.caption)
+            kinds.append([kind for kind, _, _ in parts])
+            texts += [("" if k == 0 else "\n") + label + text for k, (_, label, text) in enumerate(parts)]
+        ids = iter(self.plain(texts))
+        ends = [[] for _ in problems]
+        if targets is not None:
+            ends = [target + [self.tokenizer.eos_token_id] for target in self.plain(targets)]
+        return [self._join([next(ids) for _ in own], own, end) for own, end in zip(kinds, ends, strict=True)]
+
+    def _join(self, parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:
+        excess = len(self._before) + sum(map(len, parts)) + len(self._after) - self.max_prompt
+        shortened: dict[str, int] = {}
+        for wanted in ("lecture", "hint"):
+            for k, kind in enumerate(kinds):
+                if kind == wanted and excess > 0:
+                    cut = min(excess, len(parts[k]))
+                    parts[k] = parts[k][: len(parts[k]) - cut]
+                    shortened[kind] = cut
+                    excess -= cut
+        prompt = self._before + [token for part in parts for token in part] + self._after
+        return Encoded(prompt + end, len(prompt), shortened, excess <= 0)

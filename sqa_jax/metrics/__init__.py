@@ -1,0 +1,1 @@
+"""Reading answers out of replies, accuracy by the leaderboard's columns, intervals and tables. No JAX here."""

@@ -1,0 +1,64 @@
+"""From a configuration to what training and evaluation both need: mesh, student, decoder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sqa_jax.errors import UserError
+from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.students.decoder import REMAT_POLICIES, Decoder
+from sqa_jax.students.load import Student, load_student
+
+
+class Runtime(NamedTuple):
+    """What a configuration's `student` and `mesh` become."""
+
+    mesh: Mesh
+    student: Student
+    decoder: Decoder
+
+
+def start(config) -> Runtime:
+    """Makes the mesh and reads the student into its shards.
+
+    Raises:
+      UserError: the mesh does not fit the devices or the student, or the student cannot be loaded.
+    """
+    use_compilation_cache()
+    mesh = make_mesh(config.mesh)
+    dtype = resolve_dtype(config.student.dtype)
+    if config.student.remat not in REMAT_POLICIES:
+        raise UserError(f"config.student.remat is {config.student.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
+    # A fully trained model is kept in float32 in the adapter's place; a frozen one only needs the computation's type.
+    held = jnp.float32 if "full" in config.adapter.methods else dtype
+    student = load_student(
+        config.student.path,
+        revision=config.student.revision,
+        dtype=held,
+        shardings_for=lambda tree: shardings(tree, mesh),
+        seed=config.seed,
+    )
+    dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
+    return Runtime(mesh, student, Decoder(student.config, dtype, config.student.remat, dropout))
+
+
+def resolve_dtype(name: str) -> Any:
+    """The computation's type; "auto" is bfloat16 where the hardware multiplies it faster, float32 on CPUs."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"config.student.dtype is {name!r}; choose float32, bfloat16 or auto")
+    return jnp.dtype(name)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR does not already say where."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sqa_jax", "xla")
+        jax.config.update("jax_compilation_cache_dir", cache)

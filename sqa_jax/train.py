@@ -1,0 +1,181 @@
+"""Trains an adapter (or the whole student) on a pre-tokenized distillation dataset.
+
+Reads:  the student and the questions that the configuration names; builds the dataset first if there is none
+        with the configuration's fingerprint.
+Writes: WORKDIR/checkpoints/{last,best}, WORKDIR/metrics.jsonl, WORKDIR/tensorboard/, WORKDIR/config.json, and
+        WORKDIR/train.json when it is done. The same command continues an interrupted run where it stopped,
+        bit for bit; SIGTERM saves first.
+
+Example:
+  python -m sqa_jax.train --config configs/quickstart.py --workdir runs/quickstart --config.optimizer.learning_rate=5e-4
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from typing import Any
+
+from absl import flags
+
+from sqa_jax import cli
+from sqa_jax.errors import UserError
+
+
+def train(config, workdir: str) -> dict[str, Any]:
+    """Runs (or continues) a training run; returns what WORKDIR/train.json holds.
+
+    Raises:
+      UserError: the configuration, the data, the workdir or the disk does not allow it, or the loss is no
+        longer finite.
+    """
+    import jax
+    import numpy as np
+
+    from sqa_jax.adapters import adapter as adapters
+    from sqa_jax.data.dataset import build_or_reuse, load_config_problems
+    from sqa_jax.data.loader import make_loader, packed_rows
+    from sqa_jax.files import write_json
+    from sqa_jax.parallel.mesh import batch_sharding, check_rows
+    from sqa_jax.parallel.rules import shardings
+    from sqa_jax.runtime import start
+    from sqa_jax.training.checkpoint import Checkpoints, abstract
+    from sqa_jax.training.optimizer import make_optimizer
+    from sqa_jax.training.report import Reporter
+    from sqa_jax.training.step import compile_step, init_state, make_step
+    from sqa_jax.training.validate import Validator
+    from sqa_jax.training.workdir import claim
+
+    if not workdir:
+        raise UserError("--workdir is needed: where the run's checkpoints and metrics are kept")
+    adapters.check_methods(config.adapter.methods)
+
+    # ---- student and data
+    runtime = start(config)
+    mesh, student, decoder = runtime
+    check_rows(config.train.batch_rows, mesh, "train.batch_rows")
+    problems = load_config_problems(config)
+    dataset, reused = build_or_reuse(config, student.tokenizer, problems)
+    virtual = adapters.virtual_tokens(config.adapter)
+    rows = packed_rows(dataset, config, virtual, student.tokenizer.pad_token_id)
+    rows_per_step = config.train.batch_rows * config.train.accumulate
+    steps = config.train.steps or max(1, round(config.train.epochs * rows.rows_of_epoch(0) / rows_per_step))
+    loader = make_loader(rows, config.train.batch_rows, config.train.accumulate, jax.process_index(), jax.process_count())
+    root = claim(workdir, config, {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]})
+
+    # ---- state, in its shards
+    optimizer = make_optimizer(config.optimizer, steps)
+    base = student.params
+
+    def new_state(base):
+        return init_state(adapters.init_adapter(config.adapter, student.config, base, config.seed), optimizer)
+
+    shape = jax.eval_shape(new_state, base)
+    placed = shardings(shape, mesh)
+    checkpoints = Checkpoints(root / "checkpoints")
+    restored = checkpoints.restore(abstract(shape, placed))
+    if restored is None:
+        state, best_loss = jax.jit(new_state, out_shardings=placed)(base), None
+    else:
+        state, best_loss = restored[0], restored[1]["best_loss"]
+        loader.set_state(restored[1]["loader"])
+    if "full" in config.adapter.methods:
+        base = {}  # the trained tree is the model
+    first = int(state.step)
+
+    # ---- the compiled step, and what looks at it
+    step_fn = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), shape, base, mesh)
+    validation = problems.split(config.eval.val_split)[: config.eval.val_limit or None]
+    validator = Validator(config, runtime, validation, virtual)
+    report = Reporter(root, first, steps)
+    size = sum(leaf.size for leaf in jax.tree.leaves(shape.adapter))
+    report.say(
+        f"{student.name}: {'+'.join(config.adapter.methods)}, {size:,} trained parameters; {len(rows.pids)} rows "
+        f"({'reused' if reused else 'built'} {dataset.path}), {100 * rows.real_tokens():.1f} % real tokens; "
+        f"steps {first} → {steps} on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}"
+    )
+    stop = _StopSignal()
+
+    def settle(pending) -> None:
+        """Waits for a step's metrics, refuses what is not finite, reports the rest."""
+        if pending is None:
+            return
+        number, metrics = pending
+        per_row = np.asarray(metrics.pop("row_losses")).reshape(-1)
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, (values["loss"], values["grad_norm"]))):
+            report.close()
+            checkpoints.finish()
+            bad = np.flatnonzero(~np.isfinite(per_row))
+            bad = bad if bad.size else np.arange(per_row.size)
+            pids = [pid for row in bad for pid in rows.pids_of((number - 1) * rows_per_step + int(row))]
+            raise UserError(
+                f"{root}: step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}; questions "
+                f"{', '.join(pids[:20])}{' …' if len(pids) > 20 else ''}; the last checkpoint is from before: lower "
+                "config.optimizer.learning_rate or look at these questions, and use another --workdir"
+            )
+        report.step(number, values, number % max(1, config.train.log_every) == 0 or number == steps)
+
+    def validate(step: int) -> None:
+        nonlocal best_loss
+        metrics = validator(state.adapter, base)
+        report.write(step, metrics)
+        better = best_loss is None or metrics["val_loss"] < best_loss
+        if better:
+            best_loss = metrics["val_loss"]
+            checkpoints.save_best(step, state.adapter)
+        report.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + (" (best so far)" if better else ""))
+
+    # ---- the loop
+    if first == 0 and restored is None:
+        validate(0)
+    pending = None
+    for number in range(first + 1, steps + 1):
+        batch = next(loader)
+        batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), v) for k, v in batch.items()}
+        state, metrics = step_fn(state, base, batch)
+        settle(pending)  # of the step before, while this one runs
+        pending = (number, metrics)
+        last = number == steps or stop.asked or number - first == config.train.stop_after
+        evaluate = number == steps or (config.train.eval_every and number % config.train.eval_every == 0)
+        if last or evaluate or (config.train.save_every and number % config.train.save_every == 0):
+            settle(pending)
+            pending = None
+            if evaluate:
+                validate(number)
+            checkpoints.save(number, state, loader.get_state(), best_loss)
+        if last:
+            break
+    checkpoints.close()
+    report.close()
+
+    # ---- the end
+    done = int(state.step)
+    result = {"step": done, "steps": steps, "finished": done == steps, "best_val_loss": best_loss, "trained_parameters": size}
+    if done == steps:
+        write_json(root / "train.json", result)
+        print(f"trained {steps} steps; checkpoints, metrics and TensorBoard events are in {root}")
+    else:
+        why = "SIGTERM" if stop.asked else "config.train.stop_after"
+        print(f"stopped at step {done} of {steps} ({why}), saved; the same command continues")
+    return result
+
+
+class _StopSignal:
+    """Remembers that SIGTERM came, so that the loop can save and stop between two steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+
+def main() -> None:
+    train(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    cli.define_config("configs/quickstart.py")
+    cli.run(main)

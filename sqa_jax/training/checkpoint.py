@@ -1,0 +1,84 @@
+"""The checkpoints of a run: the last state, from which it resumes, and the best adapter, which is evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sqa_jax.errors import UserError
+from sqa_jax.files import disk_errors
+from sqa_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """Asynchronous checkpoints under a directory, each whole or not there.
+
+    `last/` holds train states with the loader's position; `best/` holds the adapter with the lowest
+    validation loss so far.
+    """
+
+    def __init__(self, directory: str | Path):
+        self._root = Path(directory).absolute()
+        with disk_errors(self._root):
+            self._last = ocp.CheckpointManager(self._root / "last", options=ocp.CheckpointManagerOptions(max_to_keep=2))
+            self._best = ocp.CheckpointManager(self._root / "best", options=ocp.CheckpointManagerOptions(max_to_keep=1))
+
+    def save(self, step: int, state: TrainState, loader_state: dict[str, Any], best_loss: float | None) -> None:
+        """Starts to save; the arrays are copied before this returns, so training may go on."""
+        if self._last.latest_step() == step:
+            return
+        extra = {"loader": loader_state, "best_loss": best_loss}
+        with disk_errors(self._root):
+            self._last.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)))
+
+    def save_best(self, step: int, adapter: Any) -> None:
+        with disk_errors(self._root):
+            self._best.save(step, args=ocp.args.Composite(adapter=ocp.args.StandardSave(adapter)), force=True)
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The last state, on the devices that `like` (shapes with shardings) says, and what was saved with it."""
+        step = self._last.latest_step()
+        if step is None:
+            return None
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), extra=ocp.args.JsonRestore())
+        restored = self._restore(self._last, step, args)
+        return restored["state"], restored["extra"]
+
+    def restore_adapter(self, which: str, like: TrainState | Any) -> tuple[int, Any] | None:
+        """(step, adapter) of the "best" or the "last" checkpoint.
+
+        Args:
+          like: shapes with shardings, of the adapter for "best", of the train state for "last".
+        """
+        manager = {"best": self._best, "last": self._last}[which]
+        if (step := manager.latest_step()) is None:
+            return None
+        item = "adapter" if which == "best" else "state"
+        restored = self._restore(manager, step, ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
+        return step, restored[item].adapter if which == "last" else restored[item]
+
+    def _restore(self, manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
+        try:
+            return manager.restore(step, args=args)
+        except (ValueError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{manager.directory}/{step}: the checkpoint is damaged or of another adapter ({reason}); remove this folder") from None
+
+    def finish(self) -> None:
+        """Waits until everything is on disk."""
+        with disk_errors(self._root):
+            self._last.wait_until_finished()
+            self._best.wait_until_finished()
+
+    def close(self) -> None:
+        self.finish()
+        self._last.close()
+        self._best.close()
+
+
+def abstract(tree: Any, placed: Any) -> Any:
+    """Shapes and types of a tree, with the shardings of another: what `restore` wants."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placed)

@@ -1,0 +1,68 @@
+"""Validation during training: loss on gold targets, and accuracy where options can be scored directly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sqa_jax.data.dataset import encoder_for
+from sqa_jax.data.loader import PackedRows
+from sqa_jax.data.packing import choose_limits
+from sqa_jax.data.problem import Problem
+from sqa_jax.data.prompts import render_target
+from sqa_jax.data.recipes import arm_format
+from sqa_jax.inference.answer import LikelihoodAnswers
+from sqa_jax.parallel.mesh import batch_sharding
+from sqa_jax.runtime import Runtime
+from sqa_jax.training.loss import row_losses
+
+
+class Validator:
+    """Looks at the same questions in the same way each time.
+
+    Args:
+      problems: the validation questions.
+      virtual: places of a soft prompt.
+    """
+
+    def __init__(self, config, runtime: Runtime, problems: Sequence[Problem], virtual: int):
+        self._problems, self._mesh = problems, runtime.mesh
+        fmt, tokenizer = arm_format(config.recipe), runtime.student.tokenizer
+        gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, config.recipe.answer) for p in problems]
+        encoded = [e for e in encoder_for(config, tokenizer).encode(problems, [fmt] * len(problems), gold) if e.fits]
+        encoded = [e for e in encoded if len(e.tokens) + virtual <= config.train.row_length]
+        tokens = [np.asarray(e.tokens, np.int32) for e in encoded]
+        prompts = np.array([e.prompt_length for e in encoded])
+        lengths = np.array([len(t) for t in tokens])
+        limits = choose_limits(lengths, lengths - prompts, config.train.row_length, virtual, [""] * len(tokens))
+        rows = PackedRows(tokens, prompts, [""] * len(tokens), limits, tokenizer.pad_token_id, seed=0)
+        self._batches = _batches(rows, config.train.batch_rows)
+        self._loss = jax.jit(lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum())
+        self._answers = LikelihoodAnswers(config, runtime) if fmt.answer_first else None
+
+    def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
+        """{"val_loss": nats a target token, "val_accuracy": percent (only where the answer comes first)}."""
+        total = targets = 0.0
+        for batch in self._batches:
+            placed = jax.device_put(batch, batch_sharding(self._mesh))
+            total += float(self._loss(adapter, base, placed))
+            targets += float(batch["target_mask"].sum())
+        metrics = {"val_loss": total / targets}
+        if self._answers is not None:
+            right = sum(answer == self._problems[k].answer for k, answer, _ in self._answers(adapter, base, self._problems))
+            metrics["val_accuracy"] = 100 * right / len(self._problems)
+        return metrics
+
+
+def _batches(rows: PackedRows, batch_rows: int) -> list[dict[str, np.ndarray]]:
+    """One epoch in batches of one shape; the last is filled up with rows that have no target."""
+    count = rows.rows_of_epoch(0)
+    made = [rows[k] for k in range(count)]
+    made += [{name: np.zeros_like(a) for name, a in made[0].items()}] * (-count % batch_rows)
+    return [
+        {name: np.stack([row[name] for row in made[start : start + batch_rows]]) for name in made[0]}
+        for start in range(0, len(made), batch_rows)
+    ]
