@@ -1,0 +1,105 @@
+"""The sample's pictures: what each caption says, as a small drawing."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Mapping
+from typing import Any
+
+SIZE = (320, 240)
+_INK = (30, 30, 30)
+_COLORS = {"green": (40, 150, 60), "purple": (130, 60, 160), "orange": (235, 130, 30), "blue": (40, 90, 200), "pink": (235, 110, 160), "yellow": (225, 190, 30)}
+
+
+def draw_picture(picture: Mapping[str, Any]) -> bytes:
+    """PNG of a picture's description (see `skill.Draft.picture`), the same bytes each time."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", SIZE, "white")
+    pen = ImageDraw.Draw(image)
+    pen.font = ImageFont.load_default(size=14)
+    {"magnets": _magnets, "thermometer": _thermometer, "chain": _chain, "particles": _particles, "map": _map, "bars": _bars, "timeline": _timeline}[
+        picture["kind"]
+    ](pen, picture)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _magnets(pen, picture) -> None:
+    for k, poles in enumerate(picture["poles"]):
+        for j, pole in enumerate(poles):
+            x = 20 + k * 150 + j * 65
+            pen.rectangle([x, 90, x + 65, 150], fill=(215, 70, 70) if pole == "N" else (80, 120, 215), outline=_INK)
+            pen.text((x + 32, 120), pole, fill="white", anchor="mm", font_size=26)
+
+
+def _thermometer(pen, picture) -> None:
+    def height(value: float) -> float:
+        return 190 - (value + 15) * 2.6
+
+    pen.rounded_rectangle([145, 15, 165, 200], 10, outline=_INK, width=2)
+    pen.ellipse([135, 190, 175, 230], fill=(210, 40, 40), outline=_INK, width=2)
+    pen.rectangle([150, height(picture["value"]), 160, 205], fill=(210, 40, 40))
+    for value in range(-15, 50, 5):
+        pen.line([165, height(value), 173 if value % 10 else 180, height(value)], fill=_INK)
+        if value % 10 == 0:
+            pen.text((186, height(value)), f"{value}°C", fill=_INK, anchor="lm")
+
+
+def _chain(pen, picture) -> None:
+    links = picture["links"]
+    for k, link in enumerate(links):
+        y = 30 + k * 58
+        pen.rounded_rectangle([80, y - 17, 240, y + 17], 8, outline=_INK, width=2, fill=(235, 245, 230))
+        pen.text((160, y), link, fill=_INK, anchor="mm")
+        if k + 1 < len(links):
+            pen.line([160, y + 17, 160, y + 38], fill=_INK, width=2)
+            pen.polygon([(154, y + 32), (166, y + 32), (160, y + 40)], fill=_INK)
+
+
+def _particles(pen, picture) -> None:
+    for k, count in enumerate(picture["counts"]):
+        x, rng = 30 + k * 145, random.Random(count * 2 + k)
+        pen.rectangle([x, 40, x + 115, 190], outline=_INK, width=2)
+        pen.rectangle([x + 2, 60, x + 113, 188], fill=(225, 240, 250))
+        # On a grid with some jitter, so that no particle hides another.
+        for spot in rng.sample(range(16), count):
+            cx, cy = x + 20 + spot % 4 * 25 + rng.randint(-4, 4), 78 + spot // 4 * 29 + rng.randint(-5, 5)
+            pen.ellipse([cx - 7, cy - 7, cx + 7, cy + 7], fill=_COLORS[picture["color"]], outline=_INK)
+        pen.text((x + 57, 210), "AB"[k], fill=_INK, anchor="mm", font_size=20)
+
+
+def _map(pen, picture) -> None:
+    pen.rectangle([10, 10, 250, 230], fill=(232, 243, 222), outline=_INK)
+    for name, column, row in picture["towns"]:
+        x, y = 45 + column * 42, 205 - row * 42
+        pen.ellipse([x - 4, y - 4, x + 4, y + 4], fill=(190, 40, 40))
+        pen.text((x, y - 12), name, fill=_INK, anchor="mm")
+    for label, angle in zip("NESW", (-90, 0, 90, 180), strict=True):
+        dx, dy = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        pen.line([285, 60, 285 + 18 * dx, 60 + 18 * dy], fill=_INK, width=2)
+        pen.text((285 + 27 * dx, 60 + 27 * dy), label, fill=_INK, anchor="mm")
+
+
+def _bars(pen, picture) -> None:
+    pen.line([40, 200, 310, 200], fill=_INK, width=2)
+    pen.line([40, 20, 40, 200], fill=_INK, width=2)
+    for value in range(0, 13, 2):
+        pen.text((34, 200 - value * 14), str(value), fill=_INK, anchor="rm")
+        pen.line([40, 200 - value * 14, 310, 200 - value * 14], fill=(225, 225, 225))
+    for k, (name, count) in enumerate(picture["bars"]):
+        x = 65 + k * 85
+        pen.rectangle([x, 200 - count * 14, x + 50, 200], fill=(90, 140, 200), outline=_INK)
+        pen.text((x + 25, 215), name, fill=_INK, anchor="mm")
+
+
+def _timeline(pen, picture) -> None:
+    pen.line([40, 20, 40, 220], fill=_INK, width=3)
+    for k, (year, event) in enumerate(picture["events"]):
+        y = 45 + k * 75
+        pen.ellipse([34, y - 6, 46, y + 6], fill=(60, 110, 180), outline=_INK)
+        pen.text((58, y - 9), str(year), fill=_INK, anchor="lm", font_size=16)
+        pen.text((58, y + 10), event, fill=_INK, anchor="lm")

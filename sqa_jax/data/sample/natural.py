@@ -1,0 +1,204 @@
+"""Natural science: living things, matter, forces, measurement, experiments."""
+
+from __future__ import annotations
+
+from sqa_jax.data.sample import banks
+from sqa_jax.data.sample.skill import Draft, Skill, Source, which_is, which_label, with_article
+
+
+def animal_of_class(source: Source) -> Draft:
+    return which_is(source, banks.ANIMALS, "Which of these animals {is_a}?", "{entry}: this animal is {label}.", 2)
+
+
+def class_of_animal(source: Source) -> Draft:
+    return which_label(source, banks.ANIMALS, "What kind of animal is {a_entry}?", "An animal such as {entry} belongs to the group: {label}.", 2)
+
+
+def object_of_material(source: Source) -> Draft:
+    groups = {f"usually made of {material}": things for material, things in banks.OBJECTS.items()}
+    rng = source.rng
+    label = rng.choice(sorted(groups))
+    right = source.pick(groups[label])
+    wrong = [source.pick(groups[name]) for name in rng.sample([n for n in sorted(groups) if n != label], 2)]
+    return Draft(f"Which of these is {label}?", with_article(right), tuple(map(with_article, wrong)), f"{with_article(right).capitalize()} is {label}.")
+
+
+def state_of_matter(source: Source) -> Draft:
+    return which_label(source, banks.STATES, "{name} thinks of this: {entry}. Is it a solid, a liquid, or a gas?", "{entry}: this is a {label}.")
+
+
+def example_of_state(source: Source) -> Draft:
+    return which_is(source, banks.STATES, "Which of these {is_a}?", "{entry} is {label}.", 2)
+
+
+def element_kind(source: Source) -> Draft:
+    return which_is(source, banks.ELEMENTS, "Which of these elements {is_a}?", "The element {entry} is {label}.", 2)
+
+
+def conductor(source: Source) -> Draft:
+    return which_is(source, banks.CONDUCTORS, "Which of these {is_a} of electricity?", "The {entry} is {label} of electricity.", 2)
+
+
+def kind_of_change(source: Source) -> Draft:
+    return which_label(source, banks.CHANGES, "{name} sees {entry}. What kind of change is this?", "{entry}: this is a {label}.")
+
+
+def kind_of_trait(source: Source) -> Draft:
+    name, label = source.pick(banks.NAMES), source.rng.choice(sorted(banks.TRAITS))
+    trait = source.pick(banks.TRAITS[label])
+    other = "acquired" if label == "inherited" else "inherited"
+    return Draft(
+        f"{name} {trait}. Is this trait inherited or acquired?", label, (other,),
+        f"{name} {trait}. This is an {label} trait, because people {'are born with it' if label == 'inherited' else 'learn or get it during life'}.",
+    )  # fmt: skip
+
+
+def resource(source: Source) -> Draft:
+    groups = {f"{kind} resource": things for kind, things in banks.RESOURCES.items()}
+    return which_is(source, groups, "Which of these {is_a}?", "{entry} is {label}.", 1)
+
+
+def organ(source: Source) -> Draft:
+    asked, *others = source.some(banks.ORGANS, 3)
+    name, job = asked
+    if source.rng.random() < 0.5:
+        return Draft(f"Which part of the body {job}?", name, tuple(n for n, _ in others), f"The {name}: it {job}.")
+    return Draft(f"What is the main job of the {name} in the body?", job, tuple(j for _, j in others), f"The {name}: it {job}.")
+
+
+def magnets(source: Source) -> Draft:
+    rng = source.rng
+    poles = [rng.choice(["NS", "SN"]) for _ in range(2)]
+    facing = poles[0][1], poles[1][0]
+    names = {"N": "north", "S": "south"}
+    right, wrong = ("attract", "repel") if facing[0] != facing[1] else ("repel", "attract")
+    first, second = source.some(banks.NAMES, 2)
+    return Draft(
+        f"{first} puts a magnet next to {second}'s magnet. Will the magnets attract or repel each other?", right, (wrong,),
+        f"The {names[facing[0]]} pole faces the {names[facing[1]]} pole. {'Different' if right == 'attract' else 'Like'} poles {right}.",
+        hint="Magnets that attract pull together. Magnets that repel push apart.",
+        caption=f"Two bar magnets in a line. The {names[facing[0]]} pole of one faces the {names[facing[1]]} pole of the other.",
+        picture={"kind": "magnets", "poles": poles},
+    )  # fmt: skip
+
+
+def thermometer(source: Source) -> Draft:
+    rng = source.rng
+    # Training reads even temperatures, held-out questions odd ones.
+    values = rng.sample(range(-9 if source.held_out else -10, 46, 2), 3)
+    place = rng.choice(["a garden", "a kitchen", "a cellar", "a pond", "a greenhouse", "an attic"])
+    right, *wrong = (f"{value}°C" for value in values)
+    return Draft(
+        f"Select the temperature shown by the thermometer in {place}.", right, tuple(wrong), f"The red column ends at {right}.",
+        caption=f"A thermometer in {place}. The red column ends at {right}.", picture={"kind": "thermometer", "value": values[0]},
+    )  # fmt: skip
+
+
+def food_chain(source: Source) -> Draft:
+    rng, chain = source.rng, source.pick(banks.CHAINS)
+    roles = ["the producer", "the primary consumer", "the secondary consumer", "the top predator"]
+    place = rng.randrange(4)
+    wrong = rng.sample([link for k, link in enumerate(chain) if k != place], 2)
+    if place in (1, 2, 3) and rng.random() < 0.5:
+        question = f"Based on the food chain, what eats the {chain[place - 1]}?"
+        reason = f"The arrow from the {chain[place - 1]} points to the {chain[place]}, which eats it."
+    else:
+        question = f"Which of these is {roles[place]} in the food chain?"
+        reason = f"The {chain[place]} is number {place + 1} in the chain, so it is {roles[place]}."
+    return Draft(question, chain[place], tuple(wrong), reason, caption="A food chain: " + " → ".join(chain) + ".",
+                 picture={"kind": "chain", "links": list(chain)})  # fmt: skip
+
+
+def concentration(source: Source) -> Draft:
+    rng = source.rng
+    a, b = rng.sample(range(3, 16), 2)
+    right = "solution A" if a > b else "solution B"
+    color = rng.choice(["green", "purple", "orange", "blue", "pink", "yellow"])
+    same = rng.random() < 0.2
+    if same:
+        b, right = a, "neither; the concentrations are the same"
+    options = ["solution A", "solution B", "neither; the concentrations are the same"]
+    return Draft(
+        f"Which solution has a higher concentration of {color} particles?", right, tuple(o for o in options if o != right),
+        f"Both have the same volume. A has {a} {color} particles and B has {b}.",
+        caption=f"Two glasses of the same volume. Glass A has {a} {color} particles, glass B has {b}.",
+        picture={"kind": "particles", "counts": [a, b], "color": color},
+    )  # fmt: skip
+
+
+def experiment(source: Source) -> Draft:
+    name = source.pick(banks.NAMES)
+    studies = [
+        ("grew bean plants", "amount of water", "height of the plants"), ("rolled balls down a ramp", "height of the ramp", "distance the balls rolled"),
+        ("dissolved sugar in tea", "temperature of the tea", "time to dissolve"), ("dropped paper planes", "length of the wings", "time in the air"),
+        ("grew bread mold", "amount of light", "area of the mold"), ("launched rubber bands", "length of the stretch", "distance they flew"),
+        ("melted ice cubes", "size of the cubes", "time to melt"), ("grew tomato plants", "kind of soil", "number of tomatoes"),
+        ("tested batteries", "brand of the battery", "hours of light"), ("baked muffins", "oven temperature", "height of the muffins"),
+        ("washed shirts", "kind of soap", "size of the stain"), ("bounced balls", "height of the drop", "height of the bounce"),
+    ]  # fmt: skip
+    did, changed, measured = source.pick(studies)
+    asked = source.rng.random() < 0.5
+    right, wrong = (changed, measured) if asked else (measured, changed)
+    return Draft(
+        f"Which was the {'independent' if asked else 'dependent'} variable in the experiment?", f"the {right}", (f"the {wrong}",),
+        f"{name} changed the {changed} (independent variable) and measured the {measured} (dependent variable).",
+        hint=f"{name} {did}. Each time, {name} changed the {changed} and measured the {measured}.",
+    )  # fmt: skip
+
+
+def fastest(source: Source) -> Draft:
+    rng = source.rng
+    thing, hours = source.pick(["train", "boat", "truck", "duck", "bicycle", "whale", "bus", "kite"]), rng.choice([5, 10])
+    distances = rng.sample(range(20, 990, 5), 3)
+    ask = rng.choice(["fastest", "slowest"])
+    best = max(distances) if ask == "fastest" else min(distances)
+    options = {d: f"the {thing} that moved {d} km in {hours} hours" for d in distances}
+    return Draft(f"Which {thing} was the {ask}?", options.pop(best), tuple(options.values()),
+                 f"All moved for {hours} hours. The {ask} one moved {best} km, the {'longest' if ask == 'fastest' else 'shortest'} distance.")  # fmt: skip
+
+
+def weather_or_climate(source: Source) -> Draft:
+    return which_label(source, banks.CLIMATE, "{name} says: \"{entry}\" Does this describe weather or climate?", "The sentence describes {label}.")
+
+
+_NS = "natural science"
+SKILLS = [
+    Skill("Identify mammals, birds, fish, reptiles, and amphibians", _NS, "biology", "Classification", (2, 5),
+          "Mammals have hair and feed milk to their young. Birds have feathers. Fish live in water and have fins. Reptiles have scaly, dry skin. "
+          "Amphibians live in water and on land and have moist skin. Insects have six legs.", animal_of_class),
+    Skill("Classify an animal", _NS, "biology", "Classification", (3, 6),
+          "Scientists sort animals into groups with similar traits, such as mammals, birds, fish, reptiles, amphibians and insects.", class_of_animal),
+    Skill("Identify the material of an object", _NS, "chemistry", "Materials", (2, 4),
+          "A material is what an object is made of. Wood, metal, glass, cloth, rubber and paper are materials.", object_of_material),
+    Skill("Solid, liquid, or gas?", _NS, "chemistry", "States of matter", (2, 4),
+          "A solid keeps its own shape. A liquid takes the shape of its container. A gas spreads out to fill its container.", state_of_matter),
+    Skill("Find a solid, liquid, or gas", _NS, "chemistry", "States of matter", (2, 5),
+          "Solids keep their size and shape, liquids keep only their size, and gases keep neither.", example_of_state),
+    Skill("Classify elements as metals and nonmetals", _NS, "chemistry", "Elements", (7, 10),
+          "Metals are usually shiny, can be hammered flat and conduct electricity. Nonmetals are often gases or brittle solids.", element_kind),
+    Skill("Compare conductors and insulators", _NS, "physics", "Electricity", (4, 7),
+          "A conductor lets electricity pass through it easily. Metals are good conductors. An insulator does not let electricity pass.", conductor),
+    Skill("Compare physical and chemical changes", _NS, "chemistry", "Physical and chemical change", (5, 8),
+          "In a chemical change the type of matter changes, as in burning, rusting and cooking. In a physical change it stays the same.", kind_of_change),
+    Skill("Inherited and acquired traits", _NS, "biology", "Heredity", (4, 8),
+          "Inherited traits are passed down from parents. Acquired traits are gained during life, by learning or from the environment.", kind_of_trait),
+    Skill("Renewable and nonrenewable resources", _NS, "earth-science", "Natural resources", (5, 8),
+          "A renewable resource is replaced by nature quickly. A nonrenewable resource is used up faster than it forms.", resource),
+    Skill("Body systems: organs and their functions", _NS, "biology", "Anatomy", (4, 9),
+          "Organs are body parts with a job. Each organ works with others to keep the body alive.", organ),
+    Skill("Will the magnets attract or repel?", _NS, "physics", "Magnets", (3, 6),
+          "Every magnet has a north and a south pole. Opposite poles attract. Like poles, two north or two south poles, repel.", magnets),
+    Skill("Read a thermometer", _NS, "physics", "Measurement", (2, 5),
+          "A thermometer measures temperature. Find the top of the red column and read the number beside it.", thermometer),
+    Skill("Interpret food chains", _NS, "biology", "Ecosystems", (4, 9),
+          "A food chain shows who eats whom. It begins with a producer. A primary consumer eats the producer, a secondary consumer eats the primary one. "
+          "Arrows point to the eater.", food_chain),
+    Skill("Compare concentrations of solutions", _NS, "chemistry", "Solutions", (7, 10),
+          "Concentration is the number of particles in a volume. In the same volume, more particles mean a higher concentration.", concentration),
+    Skill("Identify independent and dependent variables", _NS, "science-and-engineering-practices", "Designing experiments", (6, 12),
+          "The independent variable is what is changed in an experiment. The dependent variable is what is measured.", experiment),
+    Skill("Compare speeds", _NS, "physics", "Motion", (6, 9),
+          "Speed is distance divided by time. When times are equal, what moves the longest distance is fastest.", fastest),
+    Skill("Weather and climate", _NS, "earth-science", "Weather and climate", (3, 7),
+          "Weather is what the air is like at one place and time. Climate is the pattern of weather over many years.", weather_or_climate),
+]  # fmt: skip
