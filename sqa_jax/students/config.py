@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from sqa_jax.errors import UserError
@@ -64,7 +65,8 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
     """The decoder's options from Hugging Face's `config.json`.
 
     Raises:
-      UserError: the architecture, the rope type or the activation is not supported, or a key is missing.
+      UserError: the architecture, rope type, activation or quantization is not supported, a key is missing, or
+        the sizes contradict each other.
     """
     _check_architecture(raw.get("model_type"), where)
     # transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta.
@@ -72,10 +74,15 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise UserError(f"{where}: rope type {rope_type!r} is not supported; supported: default")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{where}: a rotary embedding of a part of the head is not supported; choose another student")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{where}: activation {raw['hidden_act']!r} is not supported; supported: silu")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
+        raise UserError(f"{where}: weights quantized with {method!r} are not supported; use the original weights or a .gguf file")
     try:
-        return DecoderConfig(
+        config = DecoderConfig(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
@@ -85,13 +92,16 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
             head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
             norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=raw.get("tie_word_embeddings", False),
-            attention_bias=raw.get("attention_bias", False),
-            mlp_bias=raw.get("mlp_bias", False),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            mlp_bias=bool(raw.get("mlp_bias", False)),
             max_positions=raw.get("max_position_embeddings", 2048),
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing; fetch the model's config.json again") from None
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{where}: a size in it is not a positive number; fetch the model's config.json again") from None
+    return _checked(config, where)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -117,11 +127,16 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def from_gguf(metadata: dict[str, Any], where: str) -> DecoderConfig:
+def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) -> DecoderConfig:
     """The decoder's options from a GGUF file's metadata (keys such as `llama.block_count`).
 
+    Args:
+      metadata: keys and values.
+      tensors: Hugging Face's names of the file's tensors: ties and biases are not among the keys.
+      where: the file, for messages.
+
     Raises:
-      UserError: the architecture or a rope scaling is not supported, or a key is missing.
+      UserError: the architecture or an option is not supported, a key is missing, or the sizes contradict each other.
     """
     architecture = metadata.get("general.architecture")
     _check_architecture(architecture, where)
@@ -133,26 +148,50 @@ def from_gguf(metadata: dict[str, Any], where: str) -> DecoderConfig:
         return value
 
     scaling = get("rope.scaling.type", "none")
-    if scaling != "none":
-        raise UserError(f"{where}: rope type {scaling!r} is not supported; supported: none")
-    heads, hidden = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", hidden // heads)
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise UserError(f"{where}: a rotary embedding of a part of the head is not supported")
-    return DecoderConfig(
-        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
-        hidden_size=hidden,
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rope_theta=float(get("rope.freq_base", 10000.0)),
-        norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
-        max_positions=get("context_length"),
-    )
+    if scaling != "none" or "rope_freqs.weight" in tensors:
+        # Only llama3's scaling comes as a tensor.
+        found = "llama3" if scaling == "none" else scaling
+        raise UserError(f"{where}: rope type {found!r} is not supported; supported: none")
+    if get("expert_count", 0):
+        raise UserError(f"{where}: a mixture of experts is not supported; choose a dense student")
+    try:
+        heads, hidden = get("attention.head_count"), get("embedding_length")
+        config = DecoderConfig(
+            vocab_size=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+            hidden_size=hidden,
+            intermediate_size=get("feed_forward_length"),
+            num_layers=get("block_count"),
+            num_heads=heads,
+            num_kv_heads=get("attention.head_count_kv", heads),
+            head_dim=get("attention.key_length", hidden // heads),
+            rope_theta=float(get("rope.freq_base", 10000.0)),
+            norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
+            tie_embeddings="lm_head.weight" not in tensors,
+            attention_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
+            mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensors,
+            max_positions=get("context_length"),
+        )
+    except (TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{where}: a size in its metadata is not a positive number; the file is damaged, fetch it again") from None
+    if get("rope.dimension_count", config.head_dim) != config.head_dim:
+        raise UserError(f"{where}: a rotary embedding of a part of the head is not supported; choose another student")
+    return _checked(config, where)
 
 
 def _check_architecture(architecture: str | None, where: str) -> None:
     if architecture not in SUPPORTED:
         raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")
+
+
+def _checked(config: DecoderConfig, where: str) -> DecoderConfig:
+    kinds = {"int": int, "float": (int, float)}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in kinds and (isinstance(value, bool) or not isinstance(value, kinds[field.type]) or value <= 0):
+            raise UserError(f"{where}: {field.name} is {value!r}, which is not a positive number; fetch the model again")
+    queries, keys = config.num_heads, config.num_kv_heads
+    if queries % keys:
+        raise UserError(f"{where}: {queries} query heads cannot share {keys} key/value heads evenly; fetch the model again")
+    if config.head_dim % 2:
+        raise UserError(f"{where}: head width {config.head_dim} is odd and cannot be rotated in pairs; fetch the model again")
+    return config

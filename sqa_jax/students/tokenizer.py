@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.errors import UserError
+from sqa_jax.students.paths import locate
+from sqa_jax.students.sources import GGUFSource
 
 # transformers advises at import that no PyTorch was found; here that is intended.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -17,7 +19,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_CONTROL = 3  # token type of special tokens in GGUF files
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF's types of tokens that are matched whole: special ones, ordinary ones
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(path: str, revision: str = "") -> Any:
@@ -25,31 +28,37 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
 
     Args:
       path: as `config.student.path`: a .gguf file, "random:…", a directory or a hub id.
+      revision: branch, tag or commit of a hub id.
 
     Raises:
-      UserError: there is none, or it has no end token.
+      UserError: there is none, it is damaged or not supported, or it has no end token.
     """
     if path.startswith("random:"):
         rest = path.removeprefix("random:")
         return load_tokenizer(rest) if (Path(rest) / "tokenizer.json").exists() else byte_tokenizer()
-    if path.endswith(".gguf"):
-        from sqa_jax.students.sources import GGUFSource
-
-        return gguf_tokenizer(GGUFSource(path).metadata, path)
+    where = locate(path, revision, weights=False)
+    if not where.is_dir():
+        return gguf_tokenizer(GGUFSource(where).metadata, path)
+    # Without a vocabulary transformers would make up a tokenizer of three tokens.
+    if not any((where / file).exists() for file in _VOCABULARIES):
+        raise UserError(f"{path}: holds no tokenizer ({', '.join(_VOCABULARIES)}); fetch the model's tokenizer files")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded ({str(error).splitlines()[0]}); fetch the model's tokenizer files") from None
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # whatever its parsers raise, down to bare Exception
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path}: its tokenizer cannot be loaded ({reason}); fetch the model's tokenizer files again") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: its tokenizer has no tokenizer.json form; save it with transformers as a fast tokenizer")
     return _checked(tokenizer, path)
 
 
 def _checked(tokenizer: Any, where: str) -> Any:
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: its tokenizer has no end token; set eos_token in tokenizer_config.json, or no answer would ever end")
+        raise UserError(f"{where}: its tokenizer has no end token, so no answer would ever end; set eos_token in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
-        # Padding is masked everywhere, so any id will do.
+        # Padding is told by segment, never by id, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -57,30 +66,46 @@ def _checked(tokenizer: Any, where: str) -> Any:
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     """Builds the byte-level BPE tokenizer that a GGUF file describes.
 
+    llama.cpp's pre-tokenizer "smollm" parts every digit from what stands around it, then splits as GPT-2 does: in
+    `tokenizers`, Digits and ByteLevel, as in the tokenizer.json that SmolLM2 was published with.
+
     Raises:
-      UserError: the file has another kind of tokenizer.
+      UserError: the file has another kind of tokenizer, or a damaged one.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
+    def get(key: str) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}")
 
     kind = (get("model"), get("pre"))
     if kind != ("gpt2", "smollm"):
-        raise UserError(f"{where}: tokenizer {kind[0]}/{kind[1]} is not supported in GGUF files (gpt2/smollm is); use the model's Hugging Face directory")
-    words, types = get("tokens"), get("token_type")
-    merges = [tuple(merge.split(" ")) for merge in get("merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges))
+        raise UserError(
+            f"{where}: tokenizer {kind[0]}/{kind[1]} is not supported in GGUF files (gpt2/smollm is); "
+            "use the model's Hugging Face directory"
+        )
+    words, types, merges = (_entries(get(key), key, where) for key in ("tokens", "token_type", "merges"))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    try:
+        model = models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
+    except Exception as error:  # tokenizers raises bare Exception for a merge of unknown tokens
+        raise UserError(f"{where}: its merges do not fit its vocabulary ({error}); the file is damaged, fetch it again") from None
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [word for word, kind in zip(words, types, strict=True) if kind == _CONTROL]
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    typed = list(zip(words, types, strict=False))
+    control = [AddedToken(word, special=True, normalized=False) for word, own in typed if own == _CONTROL]
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word, own in typed if own == _USER_DEFINED])
 
     def word(key: str) -> str | None:
         index = get(key)
+        if index is not None and not 0 <= index < len(words):
+            raise UserError(
+                f"{where}: tokenizer.ggml.{key} is {index}, beyond its {len(words)} tokens; the file is damaged, fetch it again"
+            )
         return None if index is None else words[index]
 
     fast = PreTrainedTokenizerFast(
@@ -89,10 +114,17 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
         eos_token=word("eos_token_id"),
         unk_token=word("unknown_token_id"),
         pad_token=word("padding_token_id"),
+        add_bos_token=bool(get("add_bos_token")),
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = metadata.get("tokenizer.chat_template")
     return _checked(fast, where)
+
+
+def _entries(values: Any, key: str, where: str) -> list[Any]:
+    if not isinstance(values, list) or not values:
+        raise UserError(f"{where}: key tokenizer.ggml.{key} is missing; the file is damaged, fetch it again")
+    return values
 
 
 def byte_tokenizer() -> Any:
@@ -115,5 +147,6 @@ def byte_tokenizer() -> Any:
 
 def fingerprint(tokenizer: Any) -> str:
     """Hex digest of all that decides which ids a text becomes."""
-    text = tokenizer.backend_tokenizer.to_str() + repr((tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id))
+    rest = (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    text = tokenizer.backend_tokenizer.to_str() + repr(rest)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -32,54 +32,87 @@ def check(source: WeightSource, config: DecoderConfig) -> None:
       UserError: a tensor is missing, is not expected, or has another shape; it is named.
     """
     expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
+    again = "fetch weights and configuration again"
     for name, shape in expected.items():
-        if name not in source.shapes:
-            raise UserError(f"{source.where}: tensor {name} {shape} is missing; the file does not fit its configuration, fetch both again")
-        if source.shapes[name] != shape:
-            raise UserError(
-                f"{source.where}: tensor {name} has shape {source.shapes[name]}, but the configuration says {shape}; fetch both again"
-            )
+        found = source.shapes.get(name)
+        if found is None:
+            raise UserError(f"{source.locate(name)} {shape} is missing, but the configuration asks for it; {again}")
+        if found != shape:
+            raise UserError(f"{source.locate(name)} has shape {found}, but the configuration says {shape}; {again}")
     # Some publishers store what the configuration already says: a tied output layer, or rotary frequencies.
-    extra = [n for n in source.shapes if n not in expected and n != "lm_head.weight" and not n.endswith("rotary_emb.inv_freq")]
+    known = {*expected, "lm_head.weight"}
+    extra = [name for name in source.shapes if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
-        raise UserError(f"{source.where}: tensor {extra[0]} is not part of the configured model; wrong config.json or an unsupported variant")
-    if config.tie_embeddings and "lm_head.weight" in source.shapes:
-        if not np.array_equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
-            raise UserError(f"{source.where}: lm_head.weight differs from the embeddings that the configuration ties it to; set tie_word_embeddings to false")
+        more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
+        raise UserError(
+            f"{source.locate(extra[0])}{more} is not part of the configured model; "
+            "the configuration is another model's, or a variant that is not supported"
+        )
+    if config.tie_embeddings and "lm_head.weight" in source.shapes and not _tied(source):
+        raise UserError(
+            f"{source.locate('lm_head.weight')} differs from the embeddings that the configuration ties it to; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _tied(source: WeightSource, step: int = 4096) -> bool:
+    """Whether the stored output layer is the embedding table, compared a few rows at a time."""
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if source.shapes[head] != source.shapes[table]:
+        return False
+    pieces = (slice(start, start + step) for start in range(0, source.shapes[table][0], step))
+    return all(np.array_equal(source.read(head, rows), source.read(table, rows)) for rows in pieces)
 
 
 def read_params(source: WeightSource, config: DecoderConfig, dtype=jnp.float32, shardings_for: ShardingsFor | None = None) -> Tree:
-    """Reads every parameter; host memory holds one (stacked) parameter at a time above the model itself.
+    """Reads every parameter, and of each only what this process holds.
+
+    Host memory holds that part of one (stacked) parameter at a time, besides the model where that lies there too.
 
     Args:
       dtype: of the parameters in memory.
       shardings_for: where each parameter lies; None is the default device.
 
     Raises:
-      UserError: as `check`, or the file breaks off while it is read.
+      UserError: as `check`.
     """
     check(source, config)
     placed = None if shardings_for is None else shardings_for(shapes(config, dtype))
 
     def read(leaf: Leaf) -> jax.Array:
-        def one(name):
-            values = source.read(name)
-            return values.T if leaf.transposed else values
-
-        host = np.empty(leaf.shape, dtype)
-        if leaf.stacked:
-            for layer, name in enumerate(leaf.names):
-                host[layer] = one(name)
-        else:
-            host[...] = one(leaf.names[0])
         if placed is None:
-            return jnp.asarray(host)
+            return jnp.asarray(_read_box(source, leaf, tuple(slice(0, n) for n in leaf.shape), dtype))
         sharding = placed
         for key in leaf.path:
             sharding = sharding[key]
-        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: host[index])
+        box = _held_here(sharding, leaf.shape)
+        host = _read_box(source, leaf, box, dtype)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = [part.indices(n) for part, n in zip(index, leaf.shape, strict=True)]
+            return host[tuple(slice(b[0] - own.start, b[1] - own.start) for b, own in zip(bounds, box, strict=True))]
+
+        return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
     return build(config, read)
+
+
+def _held_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The smallest block that holds all shards of this process: each row is then decoded once, however many share it."""
+    shards = sharding.addressable_devices_indices_map(shape).values()
+    bounds = [[part.indices(n)[:2] for part, n in zip(index, shape, strict=True)] for index in shards]
+    return tuple(slice(min(b[0] for b in own), max(b[1] for b in own)) for own in zip(*bounds, strict=True))
+
+
+def _read_box(source: WeightSource, leaf: Leaf, box: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    """A block of one parameter, in our orientation."""
+    host = np.empty([own.stop - own.start for own in box], dtype)
+    names, inner = (leaf.names[box[0]], box[1:]) if leaf.stacked else (leaf.names, box)
+    rows, *columns = inner[::-1] if leaf.transposed else inner
+    for target, name in zip(host if leaf.stacked else host[None], names, strict=True):
+        values = source.read(name, rows)[(slice(None), *columns)]
+        target[...] = values.T if leaf.transposed else values
+    return host
 
 
 def random_params(config: DecoderConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None) -> Tree:
@@ -106,6 +139,7 @@ def save_safetensors(params: Tree, config: DecoderConfig, directory: str | Path)
     Raises:
       UserError: the directory exists already, or the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     tensors = {}
@@ -119,4 +153,7 @@ def save_safetensors(params: Tree, config: DecoderConfig, directory: str | Path)
             tensors[name] = np.ascontiguousarray(one.T if leaf.transposed else one)
     with atomic_directory(directory) as beside:
         write_json(beside / "config.json", to_hf(config))
-        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{directory}: the weights cannot be written ({error}); free some space or choose another place") from None

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them all, on the CPU. Usage: bash launch/test.sh [ARGUMENTS OF PYTEST]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+
+# PyTorch and PEFT are only the references that results are compared with.
+prepare_environment test --requirement requirements.txt "hypothesis>=6" "pytest>=8" "torch==2.13.0" "peft>=0.17" libtpu
+PYTHON=$PWD/$VENV/bin/python bash launch/fetch_student.sh weights
+export JAX_PLATFORMS=cpu
+exec "$VENV/bin/python" -m pytest "$@"

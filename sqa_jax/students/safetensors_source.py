@@ -1,0 +1,110 @@
+"""Weights in safetensors files: one, or the shards that an index lists."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqa_jax.errors import UserError
+from sqa_jax.files import read_json
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class SafetensorsSource:
+    """The weights of a Hugging Face directory; see `WeightSource`.
+
+    Raises:
+      UserError: no weights, a missing shard, a file that is cut off, or a type of number that cannot be read.
+    """
+
+    def __init__(self, directory: str | Path):
+        directory = Path(directory)
+        self.where, self._directory = str(directory), directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._handles: dict[str, Any] = {}
+        self._file_of = {} if (directory / SINGLE).exists() else _listed(directory)
+        for file in weight_files(directory):
+            self._open(file)
+        for name, file in self._file_of.items():
+            if name not in self.shapes:
+                raise UserError(f"{directory / file}: tensor {name} is missing, but {INDEX} lists it; fetch the shard again")
+
+    def _open(self, file: str) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._directory / file
+        if not path.exists():
+            raise UserError(f"{path}: shard not found, but {INDEX} lists it; fetch it again")
+        try:
+            self._handles[file] = handle = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: {_damage(path) or error}; fetch the file again") from None
+        for name in handle.keys():  # noqa: SIM118 - a handle is not a dict
+            if name in self.shapes:
+                other = self._file_of[name]
+                raise UserError(f"{path}: tensor {name} is also in {other}; remove the shard that is not the model's")
+            tensor = handle.get_slice(name)
+            if (kind := tensor.get_dtype()) not in _DTYPES:
+                raise UserError(f"{path}: tensor {name} is stored as {kind}; supported: {', '.join(_DTYPES)}; use the original weights")
+            self._file_of[name] = file
+            self.shapes[name] = tuple(tensor.get_shape())
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self._handles[self._file_of[name]].get_slice(name)[rows]
+
+    def locate(self, name: str) -> str:
+        return f"{self._directory / self._file_of[name] if name in self._file_of else self._directory}: tensor {name}"
+
+
+def read_hf_config(directory: str | Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face directory. Raises `UserError` where it is missing or damaged."""
+    raw = read_json(Path(directory) / "config.json", "the model's architecture")
+    if not isinstance(raw, dict):
+        raise UserError(f"{directory}/config.json: not a JSON object; fetch it again")
+    return raw
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The files that hold a directory's weights. As in transformers, one file goes before an index."""
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():
+        return [SINGLE]
+    return sorted(set(_listed(directory).values()))
+
+
+def _listed(directory: Path) -> dict[str, str]:
+    """The index: file of each tensor."""
+    if not (directory / INDEX).exists():
+        raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; fetch the weights in safetensors format")
+    index = read_json(directory / INDEX, "the list of weight shards")
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(f"{directory / INDEX}: has no weight_map of tensors to files; fetch it again")
+    return listed
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file that safetensors refuses, in terms of its tensors; None where that cannot be told."""
+    if path.is_dir():
+        return "is a directory"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            return f"cut off inside its header ({size:,} bytes), or not a safetensors file"
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return "its header is damaged"
+    beyond = min((name for name, end in ends.items() if end > size), key=ends.__getitem__, default=None)
+    if beyond is not None:
+        return f"cut off: tensor {beyond} ends at byte {ends[beyond]:,}, the file at {size:,}"
+    return None
