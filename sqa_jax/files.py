@@ -102,7 +102,9 @@ def read_json(path: str | Path, what: str) -> Any:
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; it should be a file that holds {what}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); the file is damaged or cut off, fetch {what} again") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); the file is damaged or cut off, fetch {what} again"
+        ) from None
 
 
 def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:

@@ -27,10 +27,18 @@ def describe(dataset, reused: bool, tokenizer: Any) -> str:
         "  target tokens:  " + ", ".join(f"{k} {v}" for k, v in m["target_tokens"].items()),
     ]
     lines += [f"  shortened {part}: {cut['rows']} rows, {cut['tokens']} tokens" for part, cut in m["shortened"].items()]
-    lines += [f"  dropped, {reason}: {cut['rows']} (questions {', '.join(cut['pids'][:3])} …)" for reason, cut in m["dropped"].items()]
+    lines += [
+        f"  dropped, {reason}: {cut['rows']} (questions {', '.join(cut['pids'][:3])} …)"
+        for reason, cut in m["dropped"].items()
+    ]
     tokens, prompt_lengths, _ = dataset.columns()
     first, end = tokens[0], prompt_lengths[0]
-    lines += ["  first row:", _indent(tokenizer.decode(first[:end])), "  its target:", _indent(tokenizer.decode(first[end:]))]
+    lines += [
+        "  first row:",
+        _indent(tokenizer.decode(first[:end])),
+        "  its target:",
+        _indent(tokenizer.decode(first[end:])),
+    ]
     return "\n".join(lines)
 
 

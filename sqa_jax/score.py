@@ -36,7 +36,9 @@ def main() -> None:
         name, _, file = given.rpartition("=")
         name = name or Path(file).stem
         if name in files:
-            raise UserError(f"--predictions: two systems are called {name}; name them, as in --predictions zero-shot={file}")
+            raise UserError(
+                f"--predictions: two systems are called {name}; name them, as in --predictions zero-shot={file}"
+            )
         files[name] = file
     if FLAGS.format == "json":
         if len(files) > 1:

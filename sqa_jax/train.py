@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 from typing import Any
@@ -60,7 +61,9 @@ def train(config, workdir: str) -> dict[str, Any]:
     rows = packed_rows(dataset, config, virtual, student.tokenizer.pad_token_id)
     rows_per_step = config.train.batch_rows * config.train.accumulate
     steps = config.train.steps or max(1, round(config.train.epochs * rows.rows_of_epoch(0) / rows_per_step))
-    loader = make_loader(rows, config.train.batch_rows, config.train.accumulate, jax.process_index(), jax.process_count())
+    loader = make_loader(
+        rows, config.train.batch_rows, config.train.accumulate, jax.process_index(), jax.process_count()
+    )
     root = claim(workdir, config, {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]})
 
     # ---- state, in its shards
@@ -80,7 +83,8 @@ def train(config, workdir: str) -> dict[str, Any]:
         state, best_loss = restored[0], restored[1]["best_loss"]
         loader.set_state(restored[1]["loader"])
     if "full" in config.adapter.methods:
-        base = {}  # the trained tree is the model
+        base = {}  # the trained tree is the model, and nothing else needs the weights that it started from
+        runtime = runtime._replace(student=dataclasses.replace(student, params=base))
     first = int(state.step)
 
     # ---- the compiled step, and what looks at it
@@ -124,7 +128,11 @@ def train(config, workdir: str) -> dict[str, Any]:
         if better:
             best_loss = metrics["val_loss"]
             checkpoints.save_best(step, state.adapter)
-        report.say(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()) + (" (best so far)" if better else ""))
+        report.say(
+            f"step {step}: "
+            + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            + (" (best so far)" if better else "")
+        )
 
     # ---- the loop
     if first == 0 and restored is None:
@@ -132,7 +140,9 @@ def train(config, workdir: str) -> dict[str, Any]:
     pending = None
     for number in range(first + 1, steps + 1):
         batch = next(loader)
-        batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), v) for k, v in batch.items()}
+        batch = {
+            k: jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), v) for k, v in batch.items()
+        }
         state, metrics = step_fn(state, base, batch)
         settle(pending)  # of the step before, while this one runs
         pending = (number, metrics)
@@ -151,7 +161,13 @@ def train(config, workdir: str) -> dict[str, Any]:
 
     # ---- the end
     done = int(state.step)
-    result = {"step": done, "steps": steps, "finished": done == steps, "best_val_loss": best_loss, "trained_parameters": size}
+    result = {
+        "step": done,
+        "steps": steps,
+        "finished": done == steps,
+        "best_val_loss": best_loss,
+        "trained_parameters": size,
+    }
     if done == steps:
         write_json(root / "train.json", result)
         print(f"trained {steps} steps; checkpoints, metrics and TensorBoard events are in {root}")

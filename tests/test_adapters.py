@@ -97,7 +97,8 @@ def test_lora_equals_peft(base, reference, rslora):
     config = config_for("lora", rank=4, alpha=6.0, rslora=rslora)
     tree = shaken(adapters.init_adapter(config, CONFIG, base, 0))
     model = peft.get_peft_model(
-        reference(), peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=list(LAYERS), lora_dropout=0.0)
+        reference(),
+        peft.LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=list(LAYERS), lora_dropout=0.0),
     )
     ours = {}
     for name, layer in tree["lora"].items():
@@ -121,7 +122,9 @@ def test_prefix_equals_peft(base, reference, reparametrize):
     active = adapters.activate(config, tree, CONFIG).prefix
     model = peft.get_peft_model(
         reference(),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, num_layers=2, num_attention_heads=2, token_dim=16),
+        peft.PrefixTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=5, num_layers=2, num_attention_heads=2, token_dim=16
+        ),
     )
     stacked = np.stack([active["key"], active["value"]], axis=2)  # [L, P, 2, K·d]
     flat = np.transpose(stacked, (1, 0, 2, 3)).reshape(5, -1)
@@ -155,7 +158,12 @@ def test_methods_combine(base):
         tokens = jnp.pad(jnp.asarray(TOKENS), ((0, 0), (3, 0)))
         positions = jnp.tile(jnp.arange(12), (2, 1))
         out, _ = Decoder(CONFIG).apply(
-            {"params": base}, tokens, positions, jnp.ones_like(positions), adapters.activate(config, tree, CONFIG), method="logits"
+            {"params": base},
+            tokens,
+            positions,
+            jnp.ones_like(positions),
+            adapters.activate(config, tree, CONFIG),
+            method="logits",
         )
         return jnp.square(out).mean()
 

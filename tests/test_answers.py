@@ -63,12 +63,17 @@ def test_replies(text, choices, numbering, expected):
 
 
 options = st.lists(
-    st.text(string.ascii_lowercase + " ", min_size=3, max_size=14).map(str.strip).filter(lambda s: len(s) > 2), min_size=2, max_size=5, unique=True
+    st.text(string.ascii_lowercase + " ", min_size=3, max_size=14).map(str.strip).filter(lambda s: len(s) > 2),
+    min_size=2,
+    max_size=5,
+    unique=True,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(choices=options, data=st.data(), style=st.sampled_from(ANSWER_STYLES), targets=st.sampled_from(["A", "AE", "EA"]))
+@given(
+    choices=options, data=st.data(), style=st.sampled_from(ANSWER_STYLES), targets=st.sampled_from(["A", "AE", "EA"])
+)
 def test_what_a_student_learns_to_write_is_read_back(choices, data, style, targets):
     """Every target of every format says, to the parser, the option that it was made for."""
     index = data.draw(st.integers(0, len(choices) - 1))
@@ -78,7 +83,11 @@ def test_what_a_student_learns_to_write_is_read_back(choices, data, style, targe
 
 
 @settings(max_examples=100, deadline=None)
-@given(choices=options, data=st.data(), form=st.sampled_from(["({i})", "The answer is **({i}) {t}**.", "{t}", '{{"answer": {i}}}', "({i}) {t}\n\nsince"]))
+@given(
+    choices=options,
+    data=st.data(),
+    form=st.sampled_from(["({i})", "The answer is **({i}) {t}**.", "{t}", '{{"answer": {i}}}', "({i}) {t}\n\nsince"]),
+)
 def test_numbered_replies_are_read_back(choices, data, form):
     index = data.draw(st.integers(0, len(choices) - 1))
     assert parse_answer(form.format(i=index, t=choices[index]), choices, numbering="zero") == index

@@ -21,7 +21,9 @@ from sqa_jax.students.weights import read_params, save_safetensors
 VARIANTS = {
     "tied, grouped": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
     "untied, multi-head": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
-    "biases, one kv head": dict(num_attention_heads=4, num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=24),
+    "biases, one kv head": dict(
+        num_attention_heads=4, num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=24
+    ),
 }
 
 
@@ -45,7 +47,9 @@ def pair(request, tmp_path_factory):
 
 
 def run(decoder, params, tokens, positions, segments, **kwargs):
-    return decoder.apply({"params": params}, *map(jnp.asarray, (tokens, positions, segments)), method="logits", **kwargs)
+    return decoder.apply(
+        {"params": params}, *map(jnp.asarray, (tokens, positions, segments)), method="logits", **kwargs
+    )
 
 
 def reference(model, tokens, positions=None, mask=None):
@@ -105,7 +109,9 @@ def test_right_padded_rows_continue_where_each_ends(pair):
     np.testing.assert_array_equal(cache.length, lengths)
     new = rng.integers(0, 97, (2, 2))
     for k in range(2):
-        logits, cache = run(decoder, params, new[:, k : k + 1], (lengths + k)[:, None], np.ones((2, 1), int), cache=cache)
+        logits, cache = run(
+            decoder, params, new[:, k : k + 1], (lengths + k)[:, None], np.ones((2, 1), int), cache=cache
+        )
         for row in range(2):
             whole = np.concatenate([tokens[row, : lengths[row]], new[row, : k + 1]])[None]
             np.testing.assert_allclose(logits[row, 0], reference(model, whole)[0, -1], atol=1e-4)
@@ -169,7 +175,9 @@ def test_smollm2_equals_reference(smollm2):
     from pathlib import Path
 
     path = Path(smollm2).resolve()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     student = load_student(smollm2)
     texts = [
@@ -183,9 +191,13 @@ def test_smollm2_equals_reference(smollm2):
     for turns in ([("user", "Hi")], [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes"), ("user", "Why?")]):
         messages = [{"role": role, "content": text} for role, text in turns]
         kwargs = dict(tokenize=False, add_generation_prompt=True)
-        assert student.tokenizer.apply_chat_template(messages, **kwargs) == tokenizer.apply_chat_template(messages, **kwargs)
+        assert student.tokenizer.apply_chat_template(messages, **kwargs) == tokenizer.apply_chat_template(
+            messages, **kwargs
+        )
     tokens = np.array([tokenizer(texts[0])["input_ids"]])
     positions = np.arange(tokens.shape[1])[None]
-    ours, _ = jax.jit(lambda params, *a: run(Decoder(student.config), params, *a))(student.params, tokens, positions, np.ones_like(tokens))
+    ours, _ = jax.jit(lambda params, *a: run(Decoder(student.config), params, *a))(
+        student.params, tokens, positions, np.ones_like(tokens)
+    )
     # Logits reach 30; 1e-4 beside them is float32's own rounding, which is the same size in PyTorch.
     np.testing.assert_allclose(ours, reference(model, tokens), atol=1e-4, rtol=1e-5)

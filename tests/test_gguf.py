@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -43,7 +45,11 @@ def state_dict(biases: bool = False) -> dict[str, np.ndarray]:
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     """What llama.cpp's convert_hf_to_gguf.py does to q and k of a Llama."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
 
 
 def gguf_name(name: str) -> str:
@@ -52,12 +58,15 @@ def gguf_name(name: str) -> str:
     return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS).get_name(stem) + "." + part
 
 
-def write(path, tensors: dict[str, np.ndarray], kind: str = "F32", keys: dict | None = None, drop: tuple[str, ...] = ()):
+def write(
+    path, tensors: dict[str, np.ndarray], kind: str = "F32", keys: dict | None = None, drop: tuple[str, ...] = ()
+):
     """Writes a model with the byte tokenizer; `keys` replaces metadata and `drop` leaves some out."""
     writer = gguf.GGUFWriter(path, "llama")
     vocabulary = byte_tokenizer()
     words = vocabulary.convert_ids_to_tokens(range(260))
     metadata = {
+        "llama.vocab_size": 260,
         "llama.block_count": LAYERS,
         "llama.context_length": 128,
         "llama.embedding_length": WIDTH,
@@ -110,7 +119,11 @@ def loaded(params: dict, name: str) -> np.ndarray:
     node = params
     for key in keys[1:-1]:
         node = node[key]
-    (leaf,) = [node[key] for key in ("embedding", "scale", "kernel") if key in node] if keys[-1] == "weight" else [node["bias"]]
+    (leaf,) = (
+        [node[key] for key in ("embedding", "scale", "kernel") if key in node]
+        if keys[-1] == "weight"
+        else [node["bias"]]
+    )
     values = np.asarray(leaf if layer is None else leaf[layer])
     return values.T if "kernel" in node and keys[-1] == "weight" else values
 
@@ -127,14 +140,27 @@ def test_reads_what_was_written(tmp_path, kind):
     quantization = gguf.GGMLQuantizationType[kind]
     for name, values in tensors.items():
         # Quantization works along rows, so it commutes with their permutation.
-        expected = gguf.dequantize(gguf.quants.quantize(values, quantization), quantization) if values.ndim == 2 else values
+        expected = (
+            gguf.dequantize(gguf.quants.quantize(values, quantization), quantization) if values.ndim == 2 else values
+        )
         np.testing.assert_array_equal(loaded(student.params, name), expected, err_msg=name)
     assert student.config.tie_embeddings and student.config.attention_bias and not student.config.mlp_bias
-    assert (student.config.head_dim, student.config.rope_theta, student.config.num_kv_heads) == (HEAD, 50000.0, KV_HEADS)
+    assert (student.config.head_dim, student.config.rope_theta, student.config.num_kv_heads) == (
+        HEAD,
+        50000.0,
+        KV_HEADS,
+    )
+
+
+def test_end_of_turn_also_ends_a_reply(tmp_path):
+    path = write(tmp_path / "m.gguf", state_dict(), keys={"tokenizer.ggml.eot_token_id": 3})
+    assert load_student(path).eos_ids == (byte_tokenizer().eos_token_id, 3)
 
 
 def test_untied_output_layer(tmp_path):
-    tensors = state_dict() | {"lm_head.weight": np.random.default_rng(1).standard_normal((260, WIDTH)).astype(np.float32)}
+    tensors = state_dict() | {
+        "lm_head.weight": np.random.default_rng(1).standard_normal((260, WIDTH)).astype(np.float32)
+    }
     student = load_student(write(tmp_path / "m.gguf", tensors))
     assert not student.config.tie_embeddings
     np.testing.assert_array_equal(np.asarray(student.params["lm_head"]["kernel"]).T, tensors["lm_head.weight"])
@@ -154,7 +180,11 @@ def test_weights_equal_transformers(tmp_path):
 
 def test_rows_are_rows_of_the_whole(whole):
     source = GGUFSource(whole)
-    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight", "model.norm.weight"):
+    for name in (
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.0.self_attn.k_proj.weight",
+        "model.norm.weight",
+    ):
         everything = source.read(name)
         for rows in (slice(0, 5), slice(7, 20), slice(30, 64)):
             np.testing.assert_array_equal(source.read(name, rows), everything[rows])
@@ -167,7 +197,8 @@ def test_header_equals_the_gguf_package(whole, smollm2):
         theirs = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
         assert metadata == theirs
         assert [(t.name, t.kind, t.offset, t.size, t.shape) for t in tensors] == [
-            (t.name, t.tensor_type, t.data_offset, t.n_bytes, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors
+            (t.name, t.tensor_type, t.data_offset, t.n_bytes, tuple(int(n) for n in reversed(t.shape)))
+            for t in reader.tensors
         ]
 
 
@@ -181,7 +212,7 @@ def refused(path: str, *words: str) -> str:
 
 
 def test_cut_off_anywhere(whole, tmp_path):
-    content = open(whole, "rb").read()
+    content = Path(whole).read_bytes()
     path = tmp_path / "cut.gguf"
     for length in np.linspace(0, len(content) - 1, 60, dtype=int):
         path.write_bytes(content[:length])
@@ -193,7 +224,7 @@ def test_cut_off_anywhere(whole, tmp_path):
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_header_never_crashes(whole, tmp_path, data):
-    content = bytearray(open(whole, "rb").read())
+    content = bytearray(Path(whole).read_bytes())
     header = min(tensor.offset for tensor in read_header(bytes(content), whole)[1])
     content[data.draw(st.integers(0, header - 1))] = data.draw(st.integers(0, 255))
     path = tmp_path / "damaged.gguf"
@@ -212,24 +243,36 @@ def test_tensors_that_do_not_fit(tmp_path):
     path = tmp_path / "m.gguf"
     key = "model.layers.1.mlp.up_proj.weight"
     refused(write(path, without(key)), "blk.1.ffn_up.weight", "missing", "fetch")
-    refused(write(path, state_dict() | {key: np.zeros((INNER, 32), np.float32)}), "blk.1.ffn_up.weight", "(96, 32)", "(96, 64)")
+    refused(
+        write(path, state_dict() | {key: np.zeros((INNER, 32), np.float32)}),
+        "blk.1.ffn_up.weight",
+        "(96, 32)",
+        "(96, 64)",
+    )
     refused(write(path, state_dict() | {"visual": np.zeros((4, 32), np.float32)}), "tensor visual", "not part of")
     refused(write(path, state_dict(), keys={"llama.block_count": LAYERS + 1}), "blk.2.attn_norm.weight", "missing")
-    refused(write(path, state_dict(), keys={"llama.embedding_length": 128, "llama.attention.key_length": HEAD}), "token_embd.weight", "(260, 64)", "(260, 128)")
+    refused(
+        write(path, state_dict(), keys={"llama.embedding_length": 128, "llama.attention.key_length": HEAD}),
+        "token_embd.weight",
+        "(260, 64)",
+        "(260, 128)",
+    )
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
         ({"llama.rope.scaling.type": "yarn"}, ["rope type 'yarn'", "supported: none"]),
-        ({"llama.attention.head_count": 3}, ["2 key/value heads"]),
+        ({"llama.attention.head_count": 3, "llama.attention.key_length": HEAD}, ["2 key/value heads"]),
         ({"llama.attention.head_count": 0}, ["not a positive number"]),
         ({"llama.expert_count": 8}, ["mixture of experts"]),
         ({"llama.rope.dimension_count": 8}, ["part of the head"]),
+        ({"llama.block_count": 1 << 30}, ["1073741824 layers"]),
         ({"split.count": 3}, ["one of 3 parts", "llama-gguf-split"]),
         ({"general.alignment": 0}, ["general.alignment"]),
         ({"tokenizer.ggml.pre": "llama-bpe"}, ["gpt2/llama-bpe", "Hugging Face directory"]),
         ({"tokenizer.ggml.eos_token_id": 999}, ["eos_token_id is 999"]),
+        ({"tokenizer.ggml.eot_token_id": 999}, ["eot_token_id 999", "260 tokens"]),
         ({"tokenizer.ggml.merges": ["nowhere near"]}, ["merges"]),
     ],
 )
@@ -240,7 +283,17 @@ def test_options_that_are_refused(tmp_path, keys, words):
 def test_missing_keys(tmp_path):
     for key in ("llama.feed_forward_length", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
         refused(write(tmp_path / "m.gguf", state_dict(), drop=(key,)), key, "missing")
-    refused(write(tmp_path / "m.gguf", state_dict(), drop=("tokenizer.ggml.eos_token_id",)), "no end token", "eos_token")
+    refused(
+        write(tmp_path / "m.gguf", state_dict(), drop=("tokenizer.ggml.eos_token_id",)), "no end token", "eos_token"
+    )
+    optional = ("llama.vocab_size", "llama.attention.head_count_kv", "llama.rope.dimension_count")
+    heads = {"llama.attention.head_count": KV_HEADS, "llama.attention.key_length": HEAD}
+    tensors = {
+        k: v[: KV_HEADS * HEAD] if "q_proj" in k else v[:, : KV_HEADS * HEAD] if "o_proj" in k else v
+        for k, v in state_dict().items()
+    }
+    path = write(tmp_path / "m.gguf", tensors, keys=heads, drop=optional)
+    assert load_student(path).config.num_kv_heads == KV_HEADS
 
 
 def test_not_a_model(tmp_path):
@@ -258,7 +311,7 @@ def test_not_a_model(tmp_path):
 
 
 def test_undecodable_quantization(whole, tmp_path):
-    content = bytearray(open(whole, "rb").read())
+    content = bytearray(Path(whole).read_bytes())
     name = b"blk.0.ffn_up.weight"
     kind = content.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions and both of them
     assert content[kind : kind + 4] == b"\0\0\0\0"  # F32

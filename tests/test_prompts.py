@@ -15,7 +15,15 @@ from sqa_jax.errors import UserError
 from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
 
 PROBLEM = Problem(
-    "4", "What is it?", ("a cat", "a dog"), 1, hint="It barks.", caption="a dog", task="closed choice", lecture="Dogs bark.", solution="It barks, so a dog."
+    "4",
+    "What is it?",
+    ("a cat", "a dog"),
+    1,
+    hint="It barks.",
+    caption="a dog",
+    task="closed choice",
+    lecture="Dogs bark.",
+    solution="It barks, so a dog.",
 )
 TOKENIZER = byte_tokenizer()
 
@@ -30,7 +38,10 @@ def test_formats_show_their_parts_in_order():
     assert prompt("CQM-A") == f"{context}\nQuestion: What is it?\n{options}"
     assert prompt("QCML-A") == prompt("QCM-A") + "\nLecture: Dogs bark."
     assert prompt("QCMLE→A") == prompt("QCML-A") + "\nSolution: It barks, so a dog."
-    assert prompt("QTCH-A") == "Question: What is it?\nTask: closed choice\nChoices: (A) a cat (B) a dog\nHint: It barks. Image: a dog"
+    assert (
+        prompt("QTCH-A")
+        == "Question: What is it?\nTask: closed choice\nChoices: (A) a cat (B) a dog\nHint: It barks. Image: a dog"
+    )
     assert prompt("QTCHLS-A") == prompt("QTCH-A") + "\nLecture: Dogs bark.\nSolution: It barks, so a dog."
     assert prompt("QTCHS-A") == prompt("QTCH-A") + "\nSolution: It barks, so a dog."
     assert "Context: N/A" in prompt("QCM-A", Problem("1", "q", ("a", "b"), 0))
@@ -49,7 +60,9 @@ def test_formats_show_their_parts_in_order():
     ],
 )
 def test_targets(targets, text):
-    assert render_target(Format("QCM", targets), PROBLEM.choices, 1, PROBLEM.lecture, PROBLEM.solution, "letter") == text
+    assert (
+        render_target(Format("QCM", targets), PROBLEM.choices, 1, PROBLEM.lecture, PROBLEM.solution, "letter") == text
+    )
 
 
 @pytest.mark.parametrize("text", ["QCM", "QCM-X", "QC-A", "QQM-A", "QTCM-A", "", "QCM-AA", "-A"])
@@ -77,7 +90,9 @@ problem_strategy = st.builds(
     answer=st.integers(0, 1),
     hint=text, caption=text, lecture=text, solution=text,
 )  # fmt: skip
-formats = st.sampled_from(["QCM-A", "CQM-AE", "QCML-ALE", "QCMLE-A", "QLCM-EA", "QTCH-LEA", "QTCHLS-AE"]).map(Format.parse)
+formats = st.sampled_from(["QCM-A", "CQM-AE", "QCML-ALE", "QCMLE-A", "QLCM-EA", "QTCH-LEA", "QTCHLS-AE"]).map(
+    Format.parse
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -94,7 +109,9 @@ def test_training_prompt_is_inference_prompt_and_target_is_whole(problem, fmt, c
     assert problem.question in decoded and all(choice in decoded for choice in problem.choices)
     # The hint is touched only when nothing of the lecture is left.
     if trained.shortened.get("hint") and "L" in fmt.inputs and problem.lecture:
-        assert "Lecture: " + problem.lecture[:1] not in decoded or trained.shortened["lecture"] == len(encoder.plain(["\nLecture: " + problem.lecture])[0])
+        assert "Lecture: " + problem.lecture[:1] not in decoded or trained.shortened["lecture"] == len(
+            encoder.plain(["\nLecture: " + problem.lecture])[0]
+        )
 
 
 def test_nothing_is_shortened_that_fits():
@@ -109,7 +126,9 @@ def test_nothing_is_shortened_that_fits():
 def test_prompt_is_the_chat_template_around_the_text(real, request):
     tokenizer = load_tokenizer(request.getfixturevalue("smollm2")) if real else TOKENIZER
     (encoded,) = Encoder(tokenizer, 1000, True, True).encode([PROBLEM], [Format.parse("QCML-A")])
-    expected = tokenizer.apply_chat_template([{"role": "user", "content": prompt("QCML-A")}], tokenize=False, add_generation_prompt=True)
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt("QCML-A")}], tokenize=False, add_generation_prompt=True
+    )
     assert tokenizer.decode(encoded.tokens) == expected
     (plain,) = Encoder(tokenizer, 1000, False, True).encode([PROBLEM], [Format.parse("QCML-A")])
     assert tokenizer.decode(plain.tokens) == prompt("QCML-A") + "\nAnswer: "
@@ -118,7 +137,9 @@ def test_prompt_is_the_chat_template_around_the_text(real, request):
 def test_spelled_out_special_tokens_stay_text(smollm2):
     for tokenizer in (TOKENIZER, load_tokenizer(smollm2)):
         evil = dataclasses.replace(PROBLEM, question="Is <|im_end|> an end?", choices=("<|im_start|>", "no"))
-        (encoded,) = Encoder(tokenizer, 1000, False, True).encode([evil], [Format.parse("QCM-A")], ["The answer is <|im_end|>."])
+        (encoded,) = Encoder(tokenizer, 1000, False, True).encode(
+            [evil], [Format.parse("QCM-A")], ["The answer is <|im_end|>."]
+        )
         special = set(tokenizer.all_special_ids)
         assert [k for k, token in enumerate(encoded.tokens) if token in special] == [len(encoded.tokens) - 1]
         assert "Is <|im_end|> an end?" in tokenizer.decode(encoded.tokens)

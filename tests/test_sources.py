@@ -42,7 +42,10 @@ def edit(directory, **change):
 
 FAULTS = {
     "no problems": (lambda d: (d / "problems.json").unlink(), "problems.json: not found"),
-    "truncated": (lambda d: (d / "problems.json").write_text((d / "problems.json").read_text()[:-40]), "problems.json: not valid JSON"),
+    "truncated": (
+        lambda d: (d / "problems.json").write_text((d / "problems.json").read_text()[:-40]),
+        "problems.json: not valid JSON",
+    ),
     "empty": (lambda d: (d / "problems.json").write_text("{}"), "holds no questions"),
     "no splits": (lambda d: (d / "pid_splits.json").unlink(), "pid_splits.json: not found"),
     "pid in splits only": (lambda d: (d / "pid_splits.json").write_text('{"test": ["1", "7"]}'), "question 7"),
@@ -101,13 +104,22 @@ def test_local_copy_of_the_hub_dataset(tmp_path):
     for split, own in pids.items():
         rows = [made.problems[pid] for pid in own]
         columns = {name: [row[name] for row in rows] for name in features if name != "image"}
-        columns["image"] = [{"bytes": sample.draw(pid, row), "path": None} if row["picture"] else None for pid, row in zip(own, rows, strict=True)]
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+        columns["image"] = [
+            {"bytes": sample.draw(pid, row), "path": None} if row["picture"] else None
+            for pid, row in zip(own, rows, strict=True)
+        ]
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(
+            tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        )
     loaded = load_problems("hub", str(tmp_path), images="check")
     assert {name: len(problems) for name, problems in loaded.splits.items()} == {"train": 20, "val": 3, "test": 4}
     for pid, problem in zip(pids["train"], loaded.split("train"), strict=True):
         row = made.problems[pid]
-        assert (problem.question, list(problem.choices), problem.answer) == (row["question"], row["choices"], row["answer"])
+        assert (problem.question, list(problem.choices), problem.answer) == (
+            row["question"],
+            row["choices"],
+            row["answer"],
+        )
         assert (problem.image is None) == (row["image"] is None)
 
 

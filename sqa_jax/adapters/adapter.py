@@ -24,9 +24,13 @@ def check_methods(methods) -> None:
     """Raises `UserError` unless `config.adapter.methods` is one or more known methods that go together."""
     unknown = sorted(set(methods) - set(METHODS))
     if unknown or not methods or len(set(methods)) != len(methods):
-        raise UserError(f"config.adapter.methods is {tuple(methods)}; name one or more of {', '.join(METHODS)}, each once")
+        raise UserError(
+            f"config.adapter.methods is {tuple(methods)}; name one or more of {', '.join(METHODS)}, each once"
+        )
     if "full" in methods and len(methods) > 1:
-        raise UserError("config.adapter.methods: full fine-tuning trains every weight and takes no other method beside it")
+        raise UserError(
+            "config.adapter.methods: full fine-tuning trains every weight and takes no other method beside it"
+        )
 
 
 def virtual_tokens(settings) -> int:
@@ -51,7 +55,7 @@ def init_adapter(settings, student: DecoderConfig, base: Tree, seed: int) -> Tre
     if "prompt" in settings.methods:
         tree["prompt"] = prompt.init(settings.prompt, base["embed_tokens"]["embedding"], keys["prompt"])
     if "full" in settings.methods:
-        tree["full"] = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
+        tree["full"] = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), base)  # a copy: training donates it
     return tree
 
 

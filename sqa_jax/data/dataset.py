@@ -42,9 +42,13 @@ class DistillationDataset(NamedTuple):
             rows = datasets.load_from_disk(str(self.path / "rows")).with_format("numpy")
             tokens, prompt_lengths, pids = rows["tokens"][:], rows["prompt_length"][:], rows["pid"][:]
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise UserError(f"{self.path}: damaged ({type(error).__name__}); remove this folder and run again") from None
+            raise UserError(
+                f"{self.path}: damaged ({type(error).__name__}); remove this folder and run again"
+            ) from None
         if len(tokens) != self.manifest["rows"]:
-            raise UserError(f"{self.path}: holds {len(tokens)} rows, its manifest says {self.manifest['rows']}; remove this folder and run again")
+            raise UserError(
+                f"{self.path}: holds {len(tokens)} rows, its manifest says {self.manifest['rows']}; remove this folder and run again"
+            )
         return [np.asarray(t, np.int32) for t in tokens], np.asarray(prompt_lengths), [str(p) for p in pids]
 
 
@@ -169,7 +173,9 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
                     shortened[part].append((pid, count))
     if not rows["pid"]:
         reasons = "; ".join(f"{reason}: {len(pids)}" for reason, pids in dropped.items()) or "the split is empty"
-        raise UserError(f"split {config.data.train_split!r} of {problems.name} makes no training row for arm {recipe.arm} ({reasons})")
+        raise UserError(
+            f"split {config.data.train_split!r} of {problems.name} makes no training row for arm {recipe.arm} ({reasons})"
+        )
     return rows, {
         "arm": recipe.arm,
         "questions": len(chosen),
@@ -187,4 +193,7 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
 
 def _percentiles(lengths: list[int]) -> dict[str, float]:
     marks = np.percentile(lengths, [0, 50, 90, 99, 100])
-    return {"total": int(np.sum(lengths)), **dict(zip(("min", "p50", "p90", "p99", "max"), marks.round(1).tolist(), strict=True))}
+    return {
+        "total": int(np.sum(lengths)),
+        **dict(zip(("min", "p50", "p90", "p99", "max"), marks.round(1).tolist(), strict=True)),
+    }

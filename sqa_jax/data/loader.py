@@ -26,7 +26,13 @@ class PackedRows:
     """
 
     def __init__(
-        self, tokens: Sequence[np.ndarray], prompt_lengths: np.ndarray, pids: Sequence[str], limits: Limits, pad_id: int, seed: int
+        self,
+        tokens: Sequence[np.ndarray],
+        prompt_lengths: np.ndarray,
+        pids: Sequence[str],
+        limits: Limits,
+        pad_id: int,
+        seed: int,
     ):
         self.tokens, self.prompt_lengths, self.pids = tokens, prompt_lengths, pids
         self.limits, self.pad_id, self.seed = limits, pad_id, seed
@@ -61,7 +67,9 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         members = self.members(int(row))
-        return pack_row([self.tokens[k] for k in members], [self.prompt_lengths[k] for k in members], self.limits, self.pad_id)
+        return pack_row(
+            [self.tokens[k] for k in members], [self.prompt_lengths[k] for k in members], self.limits, self.pad_id
+        )
 
 
 def packed_rows(dataset, config, virtual: int, pad_id: int) -> PackedRows:

@@ -36,7 +36,9 @@ class Limits(NamedTuple):
     virtual: int = 0
 
 
-def choose_limits(lengths: np.ndarray, targets: np.ndarray, row_length: int, virtual: int, pids: Sequence[str]) -> Limits:
+def choose_limits(
+    lengths: np.ndarray, targets: np.ndarray, row_length: int, virtual: int, pids: Sequence[str]
+) -> Limits:
     """The smallest M that leaves packing free, in multiples of 8.
 
     Rows hold targets in about the data's own proportion, so M is that proportion of a row with a quarter to

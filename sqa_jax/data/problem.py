@@ -35,7 +35,9 @@ class ImageFile:
             with Image.open(io.BytesIO(self.read())) as image:
                 return image.convert("RGB")
         except FileNotFoundError:
-            raise UserError(f"{self.name}: image not found; fetch the images or use --config.data.images=ignore") from None
+            raise UserError(
+                f"{self.name}: image not found; fetch the images or use --config.data.images=ignore"
+            ) from None
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise UserError(f"{self.name}: not a readable image ({error}); fetch this file again") from None
 

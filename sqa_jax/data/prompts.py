@@ -23,7 +23,7 @@ from typing import Any
 from sqa_jax.data.problem import LETTERS, Problem
 from sqa_jax.errors import UserError
 
-_INPUTS = re.compile(r"(?=.*Q)(?=.*M)[QCMLE]{2,5}")
+_INPUTS = re.compile(r"(?=.*Q)[QCMLE]{1,5}")
 _SETTINGS = ("QTCH", "QTCHL", "QTCHLS", "QTCHS")
 _TARGETS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
 ANSWER_STYLES = ("letter", "text", "both")
@@ -121,7 +121,9 @@ def option_targets(problem: Problem, fmt: Format, style: str) -> list[str]:
             f"config.recipe.format {fmt.inputs}-{fmt.targets} reasons before it answers; use --config.eval.mode=generate, "
             "or a format whose target begins with A"
         )
-    return [render_target(Format(fmt.inputs, "A"), problem.choices, i, "", "", style) for i in range(len(problem.choices))]
+    return [
+        render_target(Format(fmt.inputs, "A"), problem.choices, i, "", "", style) for i in range(len(problem.choices))
+    ]
 
 
 class Template:
@@ -144,5 +146,7 @@ class Template:
             turn = [{"role": "user", "content": mark}]
             text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
             if text.count(mark) != 1:
-                raise UserError("the student's chat template does not show the user's text exactly once; set --config.recipe.chat=False")
+                raise UserError(
+                    "the student's chat template does not show the user's text exactly once; set --config.recipe.chat=False"
+                )
             self.before, self.after = text.split(mark)

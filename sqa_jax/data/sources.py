@@ -122,7 +122,9 @@ def _deal(
     @functools.cache
     def make(pid: str, split: str) -> Problem:
         if pid not in rows:
-            raise UserError(f"{splits_name}: split {split} lists question {pid}, which {name} does not have; fetch both files from one release")
+            raise UserError(
+                f"{splits_name}: split {split} lists question {pid}, which {name} does not have; fetch both files from one release"
+            )
         row = rows[pid]
         picture = image(pid, row) if isinstance(row, dict) and row.get("image") else None
         return _problem(name, pid, row, split, captions.get(pid, ""), picture)
@@ -157,7 +159,14 @@ def _problem(name: str, pid: str, row: Any, split: str, caption: str, image: Ima
         raise wrong(f"{bad} is not a text")
     try:
         return Problem(
-            pid=pid, question=question, choices=tuple(choices), answer=answer, caption=caption, image=image, split=split, **texts
+            pid=pid,
+            question=question,
+            choices=tuple(choices),
+            answer=answer,
+            caption=caption,
+            image=image,
+            split=split,
+            **texts,
         )
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

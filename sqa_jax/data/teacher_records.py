@@ -80,7 +80,11 @@ def make_records(rows: Iterable[Mapping], problems: Mapping[str, Problem]) -> li
     for row in rows:
         problem = problems[row["pid"]]
         answer, reasoning, solution, status = parse_reply(row["raw"], problem, numberings[row["model"], row["setting"]])
-        known = {key: row[key] for key in ("prompt_hash", "prompt_tokens", "output_tokens", "price") if row.get(key) is not None}
+        known = {
+            key: row[key]
+            for key in ("prompt_hash", "prompt_tokens", "output_tokens", "price")
+            if row.get(key) is not None
+        }
         if row.get("status") in ("cut_off", "blocked"):
             status = row["status"]
         records.append(
@@ -99,7 +103,9 @@ def _numberings(rows: Sequence[Mapping], problems: Mapping[str, Problem]) -> dic
         vote = votes.setdefault((row["model"], row["setting"]), {"letters": 0, "zero": 0, "one": 0})
         choices = problems[row["pid"]].choices
         for mark, text in re.findall(r"\(([A-J]|\d)\)[\s:*]*([^\n*()]+)", row["raw"]):
-            index = next((k for k, c in enumerate(choices) if text.strip().lower().startswith(c.lower().rstrip("."))), None)
+            index = next(
+                (k for k, c in enumerate(choices) if text.strip().lower().startswith(c.lower().rstrip("."))), None
+            )
             if index is None:
                 continue
             if mark.isalpha():
@@ -123,7 +129,9 @@ def load_records(paths: Sequence[str | Path], problems: Mapping[str, Problem]) -
             row = {**row, "pid": str(row.get("pid", ""))}
             for key in ("pid", "model", "setting", "raw"):
                 if not isinstance(row.get(key), str) or (key == "pid" and not row[key]):
-                    raise UserError(f"{path}: reply {number} has no text in {key!r}; each line needs pid, model, setting and raw")
+                    raise UserError(
+                        f"{path}: reply {number} has no text in {key!r}; each line needs pid, model, setting and raw"
+                    )
             rows.append(row)
     return make_records(rows, problems)
 

@@ -55,7 +55,9 @@ class Encoder:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
-    def encode(self, problems: Sequence[Problem], formats: Sequence[Format], targets: Sequence[str] | None = None) -> list[Encoded]:
+    def encode(
+        self, problems: Sequence[Problem], formats: Sequence[Format], targets: Sequence[str] | None = None
+    ) -> list[Encoded]:
         """Encodes a batch.
 
         Args:

@@ -80,5 +80,7 @@ def _prompts(encoder, fmt, problems: Sequence[Problem]) -> list[list[int]]:
     encoded = encoder.encode(problems, [fmt] * len(problems))
     for problem, one in zip(problems, encoded, strict=True):
         if not one.fits:
-            raise UserError(f"question {problem.pid}: question and choices take {len(one.tokens)} tokens, more than config.recipe.max_prompt; raise it")
+            raise UserError(
+                f"question {problem.pid}: question and choices take {len(one.tokens)} tokens, more than config.recipe.max_prompt; raise it"
+            )
     return [one.tokens for one in encoded]

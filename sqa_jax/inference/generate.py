@@ -30,7 +30,14 @@ class Generator:
     """
 
     def __init__(
-        self, settings, decoder: Decoder, eos_ids: Sequence[int], max_new_tokens: int, batch: int, temperature: float = 0.0, seed: int = 0
+        self,
+        settings,
+        decoder: Decoder,
+        eos_ids: Sequence[int],
+        max_new_tokens: int,
+        batch: int,
+        temperature: float = 0.0,
+        seed: int = 0,
     ):
         self.settings, self.decoder = settings, decoder
         self.eos_ids, self.max_new_tokens, self.batch = tuple(eos_ids), max_new_tokens, batch
@@ -49,7 +56,9 @@ class Generator:
             logits = decoder.apply(weights, hidden, method="unembed")
             if self.temperature == 0:
                 return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), row), step))(rows)
+            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), row), step))(
+                rows
+            )
             return jax.vmap(jax.random.categorical)(keys, logits / self.temperature).astype(jnp.int32)
 
         positions = jnp.broadcast_to(jnp.arange(T), (B, T))

@@ -116,7 +116,9 @@ class LikelihoodScorer:
         longest = max((len(tree.tokens) for tree in trees), default=0)
         limit = self.decoder.config.max_positions
         if any(int(tree.positions.max()) >= limit for tree in trees):
-            raise UserError(f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt")
+            raise UserError(
+                f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt"
+            )
         length = max(self.row_length, -(-longest // 128) * 128)
         # Room for scored tokens in the questions' own proportion, so that it seldom closes a row early.
         share = sum(len(t.targets) for t in trees) / max(1, sum(len(t.tokens) for t in trees))

@@ -32,7 +32,9 @@ _STATEMENT = re.compile(
     re.IGNORECASE,
 )
 _ASSERTION = re.compile(r"(?:^\s*|\b(?:is|are|be|was|that|choose|choice|option)\b[\s:*_]*)(?=[(\[][A-J\d][)\]])")
-_MARK = re.compile(r"(?:option|choice)?\s*(?:[(\[{]\s*([A-Ja-j]|\d{1,2})\s*[)\]}]|([A-J]|\d{1,2})(?![\w%°]|[.,:/]\d|'s|\s+[a-z0-9]))[\s.:,)\-]*")
+_MARK = re.compile(
+    r"(?:option|choice)?\s*(?:[(\[{]\s*([A-Ja-j]|\d{1,2})\s*[)\]}]|([A-J]|\d{1,2})(?![\w%°]|[.,:/]\d|'s|\s+[a-z0-9]))[\s.:,)\-]*"
+)
 _DECORATION = " \t\n*_`\"'“”‘’#>"
 
 
@@ -45,7 +47,14 @@ def parse_answer(text: str, choices: Sequence[str], *, numbering: Numbering = "l
       numbering: how the prompt numbered them: (A), (B) …; (0), (1) …; or (1), (2) ….
     """
     parser = _Parser(choices, numbering)
-    for rule in (parser.json_field, parser.statement, parser.whole_line, parser.assertion, parser.emphasis, parser.only_mention):
+    for rule in (
+        parser.json_field,
+        parser.statement,
+        parser.whole_line,
+        parser.assertion,
+        parser.emphasis,
+        parser.only_mention,
+    ):
         if (answer := rule(text)) is not None:
             return answer
     return None

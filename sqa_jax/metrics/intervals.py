@@ -22,7 +22,9 @@ def accuracy_interval(right: Sequence[bool]) -> Interval:
     return Interval(sum(right) / len(right), float(result.low), float(result.high))
 
 
-def paired_difference(first: Sequence[bool], second: Sequence[bool], resamples: int = 10_000, seed: int = 0) -> Interval:
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], resamples: int = 10_000, seed: int = 0
+) -> Interval:
     """Accuracy of `second` minus that of `first` on the same questions, with a percentile bootstrap interval.
 
     Questions are resampled, each with both systems' answers (Efron & Tibshirani 1993, section 13.3).

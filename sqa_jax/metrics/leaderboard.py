@@ -48,7 +48,9 @@ def read_predictions(path: str | Path) -> dict[str, int | None]:
     predictions: dict[str, int | None] = {}
     for number, row in enumerate(rows, start=1):
         if "pid" not in row or "answer" not in row:
-            raise UserError(f'{path}: prediction {number} lacks "pid" or "answer"; each row is {{"pid": …, "answer": index or null}}')
+            raise UserError(
+                f'{path}: prediction {number} lacks "pid" or "answer"; each row is {{"pid": …, "answer": index or null}}'
+            )
         pid, answer = str(row["pid"]), row["answer"]
         if answer is not None and (isinstance(answer, bool) or not isinstance(answer, int)):
             raise UserError(f"{path}: question {pid}: answer {answer!r} is neither an index nor null; parse it first")
@@ -58,7 +60,9 @@ def read_predictions(path: str | Path) -> dict[str, int | None]:
     return predictions
 
 
-def correctness(problems: Sequence[Problem], predictions: Mapping[str, int | None], where: str = "predictions") -> list[bool]:
+def correctness(
+    problems: Sequence[Problem], predictions: Mapping[str, int | None], where: str = "predictions"
+) -> list[bool]:
     """For each question whether it was answered rightly; missing and unparsed are wrong.
 
     Raises:
@@ -69,11 +73,15 @@ def correctness(problems: Sequence[Problem], predictions: Mapping[str, int | Non
         if pid not in choices:
             raise UserError(f"{where}: question {pid} is not in this split; check --split and --problems")
         if answer is not None and not 0 <= answer < choices[pid]:
-            raise UserError(f"{where}: question {pid}: answer {answer} is outside its {choices[pid]} choices; indices start at 0")
+            raise UserError(
+                f"{where}: question {pid}: answer {answer} is outside its {choices[pid]} choices; indices start at 0"
+            )
     return [predictions.get(problem.pid) == problem.answer for problem in problems]
 
 
-def score(problems: Sequence[Problem], predictions: Mapping[str, int | None], where: str = "predictions") -> dict[str, Any]:
+def score(
+    problems: Sequence[Problem], predictions: Mapping[str, int | None], where: str = "predictions"
+) -> dict[str, Any]:
     """The metrics of a split: {column: percent or None, …, "n": {column: questions}, "unparsed", "missing"}.
 
     A column without questions is None. A question without a grade is in no grade column.

@@ -17,7 +17,14 @@ def comparison(problems: Sequence[Problem], systems: Mapping[str, Mapping[str, i
         metrics, right = score(problems, predictions, name), correctness(problems, predictions, name)
         cells = ["–" if metrics[column] is None else f"{metrics[column]:.2f}" for column in COLUMNS]
         interval = accuracy_interval(right)
-        rows.append([name, *cells, f"{100 * interval.low:.1f}–{100 * interval.high:.1f}", str(metrics["unparsed"] + metrics["missing"])])
+        rows.append(
+            [
+                name,
+                *cells,
+                f"{100 * interval.low:.1f}–{100 * interval.high:.1f}",
+                str(metrics["unparsed"] + metrics["missing"]),
+            ]
+        )
     counts = score(problems, {}, "")["n"]
     rows.append(["n", *(str(counts[column]) for column in COLUMNS), "", ""])
     text = _markdown(header, rows) if markdown else _plain(header, rows)
@@ -36,7 +43,9 @@ def _plain(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
 
     def line(cells: list[str]) -> str:
-        return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+        return "  ".join(
+            [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        ).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 

@@ -46,4 +46,6 @@ def check_rows(rows: int, mesh: Mesh, key: str) -> None:
     """Raises `UserError` unless `rows`, which config key `key` set, can be dealt over the data axes."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
-        raise UserError(f"config.{key} is {rows}, which the mesh's data × fsdp = {shards} does not divide; use a multiple of {shards}")
+        raise UserError(
+            f"config.{key} is {rows}, which the mesh's data × fsdp = {shards} does not divide; use a multiple of {shards}"
+        )

@@ -80,7 +80,9 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
         raise UserError(f"{where}: activation {raw['hidden_act']!r} is not supported; supported: silu")
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
-        raise UserError(f"{where}: weights quantized with {method!r} are not supported; use the original weights or a .gguf file")
+        raise UserError(
+            f"{where}: weights quantized with {method!r} are not supported; use the original weights or a .gguf file"
+        )
     try:
         config = DecoderConfig(
             vocab_size=raw["vocab_size"],
@@ -100,7 +102,9 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing; fetch the model's config.json again") from None
     except (TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{where}: a size in it is not a positive number; fetch the model's config.json again") from None
+        raise UserError(
+            f"{where}: a size in it is not a positive number; fetch the model's config.json again"
+        ) from None
     return _checked(config, where)
 
 
@@ -157,7 +161,7 @@ def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) ->
     try:
         heads, hidden = get("attention.head_count"), get("embedding_length")
         config = DecoderConfig(
-            vocab_size=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ()))),
+            vocab_size=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
             hidden_size=hidden,
             intermediate_size=get("feed_forward_length"),
             num_layers=get("block_count"),
@@ -172,7 +176,9 @@ def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) ->
             max_positions=get("context_length"),
         )
     except (TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{where}: a size in its metadata is not a positive number; the file is damaged, fetch it again") from None
+        raise UserError(
+            f"{where}: a size in its metadata is not a positive number; the file is damaged, fetch it again"
+        ) from None
     if get("rope.dimension_count", config.head_dim) != config.head_dim:
         raise UserError(f"{where}: a rotary embedding of a part of the head is not supported; choose another student")
     return _checked(config, where)
@@ -188,10 +194,16 @@ def _checked(config: DecoderConfig, where: str) -> DecoderConfig:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type in kinds and (isinstance(value, bool) or not isinstance(value, kinds[field.type]) or value <= 0):
-            raise UserError(f"{where}: {field.name} is {value!r}, which is not a positive number; fetch the model again")
+            raise UserError(
+                f"{where}: {field.name} is {value!r}, which is not a positive number; fetch the model again"
+            )
     queries, keys = config.num_heads, config.num_kv_heads
     if queries % keys:
-        raise UserError(f"{where}: {queries} query heads cannot share {keys} key/value heads evenly; fetch the model again")
+        raise UserError(
+            f"{where}: {queries} query heads cannot share {keys} key/value heads evenly; fetch the model again"
+        )
     if config.head_dim % 2:
-        raise UserError(f"{where}: head width {config.head_dim} is odd and cannot be rotated in pairs; fetch the model again")
+        raise UserError(
+            f"{where}: head width {config.head_dim} is odd and cannot be rotated in pairs; fetch the model again"
+        )
     return config

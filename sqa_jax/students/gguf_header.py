@@ -16,7 +16,19 @@ from sqa_jax.errors import UserError
 
 _VERSIONS = (2, 3)
 # GGUF's types of values.
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "<?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _STRING, _ARRAY = 8, 9
 
 
@@ -71,8 +83,10 @@ def read_header(data: bytes | memoryview, where: str) -> tuple[dict[str, Any], l
             entries.append((name, tuple(shape), cursor.scalar("<u4"), cursor.scalar("<u8")))
     except _OutOfBytes:
         raise UserError(f"{where}: cut off inside its header ({len(data):,} bytes); fetch it again") from None
-    except (KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: its header is damaged ({error}); fetch it again") from None
+    except KeyError as error:
+        raise UserError(f"{where}: its header is damaged (unknown type of value {error}); fetch it again") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: its header is damaged (a text is not UTF-8); fetch it again") from None
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise UserError(f"{where}: general.alignment is {alignment!r}, not a number of bytes; fetch it again")
@@ -91,7 +105,9 @@ def _tensor(entry: tuple[str, tuple[int, ...], int, int], start: int, length: in
         kind = GGMLQuantizationType(number)
         block, block_bytes = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
-        raise UserError(f"{where}: tensor {name} has the unknown type {number}; upgrade the gguf package or use another file") from None
+        raise UserError(
+            f"{where}: tensor {name} has the unknown type {number}; upgrade the gguf package or use another file"
+        ) from None
     if not shape or shape[-1] % block:
         raise UserError(f"{where}: tensor {name} {shape} is not made of whole blocks of {block}; fetch it again")
     size = math.prod(shape) // block * block_bytes

@@ -28,7 +28,11 @@ _NAMES = {
     "output.weight": "lm_head.weight",
     "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
     "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
-} | {f"blk.{{}}.{theirs}.{part}": f"model.layers.{{}}.{ours}.{part}" for theirs, ours in _LAYERS.items() for part in ("weight", "bias")}
+} | {
+    f"blk.{{}}.{theirs}.{part}": f"model.layers.{{}}.{ours}.{part}"
+    for theirs, ours in _LAYERS.items()
+    for part in ("weight", "bias")
+}
 _GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
-from sqa_jax.files import read_json, sha256_json
+from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
 from sqa_jax.students.config import DecoderConfig, from_gguf, from_hf
 from sqa_jax.students.paths import locate
@@ -71,22 +70,27 @@ def load_student(
     if where.is_dir():
         config = from_hf(read_hf_config(where), f"{where}/config.json")
         source: WeightSource = SafetensorsSource(where)
-        vocabulary, ends = tokenizers.load_tokenizer(str(where)), _generation_ends(where, config)
+        vocabulary = tokenizers.load_tokenizer(str(where))
+        generation = where / "generation_config.json"  # chat models list there every token that ends a turn
+        ends = (
+            _ends(read_json(generation, "the tokens that end a reply"), "eos_token_id", config, generation)
+            if generation.exists()
+            else []
+        )
         files = [where / name for name in weight_files(where)]
     else:
         source = gguf = GGUFSource(where)
         config = from_gguf(gguf.metadata, gguf.shapes, path)
         vocabulary = tokenizers.gguf_tokenizer(gguf.metadata, path)
-        ends = gguf.metadata.get("tokenizer.ggml.eot_token_id")
+        ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where)
         files = [where]
     _check_vocabulary(vocabulary, config, path)
     params = read_params(source, config, dtype, shardings_for)
-    return _student(path, config, params, vocabulary, ends, [_digest(file) for file in files])
+    return _student(path, config, params, vocabulary, ends, [sha256_file(file) for file in files])
 
 
-def _student(path: str, config: DecoderConfig, params: Any, vocabulary: Any, ends: Any, identity: Any) -> Student:
-    more = ends if isinstance(ends, list) else [ends]
-    eos_ids = tuple(dict.fromkeys([vocabulary.eos_token_id, *(end for end in more if end is not None)]))
+def _student(path: str, config: DecoderConfig, params: Any, vocabulary: Any, ends: list[int], identity: Any) -> Student:
+    eos_ids = tuple(dict.fromkeys([vocabulary.eos_token_id, *ends]))
     parts = [dataclasses.asdict(config), identity, tokenizers.fingerprint(vocabulary)]
     return Student(Path(path).name or path, config, params, vocabulary, eos_ids, sha256_json(parts))
 
@@ -108,27 +112,12 @@ def _check_vocabulary(vocabulary: Any, config: DecoderConfig, path: str) -> None
         )
 
 
-def _generation_ends(directory: Path, config: DecoderConfig) -> list[int]:
-    """Chat models list in generation_config.json every token that ends a turn."""
-    file = directory / "generation_config.json"
-    if not file.exists():
-        return []
-    raw = read_json(file, "the tokens that end a reply")
-    ends = raw.get("eos_token_id") if isinstance(raw, dict) else None
+def _ends(raw: Any, key: str, config: DecoderConfig, where: Path) -> list[int]:
+    """The tokens under `key`, which holds one, several or none."""
+    ends = raw.get(key) if isinstance(raw, dict) else None
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if bad := [end for end in ends if not isinstance(end, int) or not 0 <= end < config.vocab_size]:
-        raise UserError(f"{file}: eos_token_id {bad[0]!r} is not one of the model's {config.vocab_size} tokens; fetch the file again")
+        raise UserError(
+            f"{where}: {key} {bad[0]!r} is not one of the model's {config.vocab_size} tokens; fetch the file again"
+        )
     return ends
-
-
-def _digest(file: Path, step: int = 1 << 18, piece: int = 4096) -> str:
-    """Tells files of weights apart without reading all: length, and 4 KiB in every 256 KiB.
-
-    Training moves practically every element of a matrix, so what a fine-tuned sibling of the same size changed shows.
-    """
-    digest = hashlib.sha256(str(file.stat().st_size).encode())
-    with open(file, "rb") as data:
-        for start in range(0, file.stat().st_size, step):
-            data.seek(start)
-            digest.update(data.read(piece))
-    return digest.hexdigest()

@@ -37,12 +37,16 @@ def locate(path: str, revision: str = "", weights: bool = True) -> Path:
         return local
     if path.lower().endswith(".gguf"):
         if not local.exists():
-            raise UserError(f"{path}: not found; `bash launch/fetch_student.sh` fetches the quickstart's student into weights/")
+            raise UserError(
+                f"{path}: not found; `bash launch/fetch_student.sh` fetches the quickstart's student into weights/"
+            )
         return local
     if local.exists():
         raise UserError(f"{path}: is not a .gguf file; give the directory that holds config.json and the weights")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(f"{path}: no such model directory, and not a hub id of the form owner/name; check config.student.path")
+        raise UserError(
+            f"{path}: no such model directory, and not a hub id of the form owner/name; check config.student.path"
+        )
     return _fetch(path, revision, weights)
 
 

@@ -33,7 +33,9 @@ class SafetensorsSource:
             self._open(file)
         for name, file in self._file_of.items():
             if name not in self.shapes:
-                raise UserError(f"{directory / file}: tensor {name} is missing, but {INDEX} lists it; fetch the shard again")
+                raise UserError(
+                    f"{directory / file}: tensor {name} is missing, but {INDEX} lists it; fetch the shard again"
+                )
 
     def _open(self, file: str) -> None:
         from safetensors import SafetensorError, safe_open
@@ -45,13 +47,15 @@ class SafetensorsSource:
             self._handles[file] = handle = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: {_damage(path) or error}; fetch the file again") from None
-        for name in handle.keys():  # noqa: SIM118 - a handle is not a dict
+        for name in handle.keys():
             if name in self.shapes:
                 other = self._file_of[name]
                 raise UserError(f"{path}: tensor {name} is also in {other}; remove the shard that is not the model's")
             tensor = handle.get_slice(name)
             if (kind := tensor.get_dtype()) not in _DTYPES:
-                raise UserError(f"{path}: tensor {name} is stored as {kind}; supported: {', '.join(_DTYPES)}; use the original weights")
+                raise UserError(
+                    f"{path}: tensor {name} is stored as {kind}; supported: {', '.join(_DTYPES)}; use the original weights"
+                )
             self._file_of[name] = file
             self.shapes[name] = tuple(tensor.get_shape())
 

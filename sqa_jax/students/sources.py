@@ -24,7 +24,10 @@ class WeightSource(Protocol):
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of a tensor (float16, bfloat16, float32 or float64); only these are read from disk and decoded."""
+        """Rows of a tensor, in the type it is stored or decoded in; only these are read from disk.
+
+        `rows` has bounds within the tensor, or none, and no step.
+        """
         ...
 
     def locate(self, name: str) -> str:

@@ -48,15 +48,21 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # whatever its parsers raise, down to bare Exception
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: its tokenizer cannot be loaded ({reason}); fetch the model's tokenizer files again") from None
+        raise UserError(
+            f"{path}: its tokenizer cannot be loaded ({reason}); fetch the model's tokenizer files again"
+        ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"{path}: its tokenizer has no tokenizer.json form; save it with transformers as a fast tokenizer")
+        raise UserError(
+            f"{path}: its tokenizer has no tokenizer.json form; save it with transformers as a fast tokenizer"
+        )
     return _checked(tokenizer, path)
 
 
 def _checked(tokenizer: Any, where: str) -> Any:
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: its tokenizer has no end token, so no answer would ever end; set eos_token in tokenizer_config.json")
+        raise UserError(
+            f"{where}: its tokenizer has no end token, so no answer would ever end; set eos_token in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         # Padding is told by segment, never by id, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,7 +95,9 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     try:
         model = models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
     except Exception as error:  # tokenizers raises bare Exception for a merge of unknown tokens
-        raise UserError(f"{where}: its merges do not fit its vocabulary ({error}); the file is damaged, fetch it again") from None
+        raise UserError(
+            f"{where}: its merges do not fit its vocabulary ({error}); the file is damaged, fetch it again"
+        ) from None
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -98,7 +106,9 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     typed = list(zip(words, types, strict=False))
     control = [AddedToken(word, special=True, normalized=False) for word, own in typed if own == _CONTROL]
     tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word, own in typed if own == _USER_DEFINED])
+    tokenizer.add_tokens(
+        [AddedToken(word, special=False, normalized=False) for word, own in typed if own == _USER_DEFINED]
+    )
 
     def word(key: str) -> str | None:
         index = get(key)

@@ -31,8 +31,12 @@ def check(source: WeightSource, config: DecoderConfig) -> None:
     Raises:
       UserError: a tensor is missing, is not expected, or has another shape; it is named.
     """
-    expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
     again = "fetch weights and configuration again"
+    if config.num_layers > len(source.shapes):  # before a damaged number of layers is spelled out name by name
+        raise UserError(
+            f"{source.where}: {len(source.shapes)} tensors cannot be the configured {config.num_layers} layers; {again}"
+        )
+    expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
     for name, shape in expected.items():
         found = source.shapes.get(name)
         if found is None:
@@ -60,11 +64,14 @@ def _tied(source: WeightSource, step: int = 4096) -> bool:
     head, table = "lm_head.weight", "model.embed_tokens.weight"
     if source.shapes[head] != source.shapes[table]:
         return False
-    pieces = (slice(start, start + step) for start in range(0, source.shapes[table][0], step))
+    count = source.shapes[table][0]
+    pieces = (slice(start, min(start + step, count)) for start in range(0, count, step))
     return all(np.array_equal(source.read(head, rows), source.read(table, rows)) for rows in pieces)
 
 
-def read_params(source: WeightSource, config: DecoderConfig, dtype=jnp.float32, shardings_for: ShardingsFor | None = None) -> Tree:
+def read_params(
+    source: WeightSource, config: DecoderConfig, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
+) -> Tree:
     """Reads every parameter, and of each only what this process holds.
 
     Host memory holds that part of one (stacked) parameter at a time, besides the model where that lies there too.
@@ -115,7 +122,9 @@ def _read_box(source: WeightSource, leaf: Leaf, box: tuple[slice, ...], dtype: A
     return host
 
 
-def random_params(config: DecoderConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None) -> Tree:
+def random_params(
+    config: DecoderConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
+) -> Tree:
     """Random parameters: matrices from N(0, 0.02²), norms one, biases zero; created where they lie."""
 
     def make(key):
@@ -156,4 +165,6 @@ def save_safetensors(params: Tree, config: DecoderConfig, directory: str | Path)
         try:
             save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:
-            raise UserError(f"{directory}: the weights cannot be written ({error}); free some space or choose another place") from None
+            raise UserError(
+                f"{directory}: the weights cannot be written ({error}); free some space or choose another place"
+            ) from None

@@ -32,7 +32,9 @@ class Checkpoints:
             return
         extra = {"loader": loader_state, "best_loss": best_loss}
         with disk_errors(self._root):
-            self._last.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)))
+            self._last.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra))
+            )
 
     def save_best(self, step: int, adapter: Any) -> None:
         with disk_errors(self._root):
@@ -65,7 +67,9 @@ class Checkpoints:
             return manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{manager.directory}/{step}: the checkpoint is damaged or of another adapter ({reason}); remove this folder") from None
+            raise UserError(
+                f"{manager.directory}/{step}: the checkpoint is damaged or of another adapter ({reason}); remove this folder"
+            ) from None
 
     def finish(self) -> None:
         """Waits until everything is on disk."""
@@ -81,4 +85,6 @@ class Checkpoints:
 
 def abstract(tree: Any, placed: Any) -> Any:
     """Shapes and types of a tree, with the shardings of another: what `restore` wants."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placed)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placed
+    )

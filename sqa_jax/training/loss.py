@@ -13,7 +13,9 @@ from sqa_jax.students.decoder import Decoder
 CHUNK = 1024  # target positions whose logits exist at one time; [CHUNK, V] is the largest array of the loss
 
 
-def target_log_probs(decoder: Decoder, weights: Any, hidden: jax.Array, positions: jax.Array, targets: jax.Array) -> jax.Array:
+def target_log_probs(
+    decoder: Decoder, weights: Any, hidden: jax.Array, positions: jax.Array, targets: jax.Array
+) -> jax.Array:
     """Log-probabilities of given tokens at given positions; logits exist only there, a chunk at a time.
 
     Args:
@@ -44,7 +46,9 @@ def target_log_probs(decoder: Decoder, weights: Any, hidden: jax.Array, position
     return jnp.moveaxis(log_probs, 0, 1).reshape(B, chunks * width)[:, :M]
 
 
-def row_losses(settings, decoder: Decoder, adapter: Any, base: Any, batch: dict[str, jax.Array], dropout: jax.Array | None) -> jax.Array:
+def row_losses(
+    settings, decoder: Decoder, adapter: Any, base: Any, batch: dict[str, jax.Array], dropout: jax.Array | None
+) -> jax.Array:
     """Summed negative log-likelihood of each packed row's targets: [B] float32.
 
     Args:

@@ -33,7 +33,12 @@ class Reporter:
         # Where nobody watches, a line now and then is better than a bar.
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
-            initial=first, total=last, unit="step", dynamic_ncols=True, mininterval=0.5 if self._live else 15.0, file=sys.stderr
+            initial=first,
+            total=last,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.5 if self._live else 15.0,
+            file=sys.stderr,
         )
         self._clock, self._tokens, self._rate = time.perf_counter(), 0, 0.0
 

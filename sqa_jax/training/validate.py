@@ -40,7 +40,9 @@ class Validator:
         limits = choose_limits(lengths, lengths - prompts, config.train.row_length, virtual, [""] * len(tokens))
         rows = PackedRows(tokens, prompts, [""] * len(tokens), limits, tokenizer.pad_token_id, seed=0)
         self._batches = _batches(rows, config.train.batch_rows)
-        self._loss = jax.jit(lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum())
+        self._loss = jax.jit(
+            lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum()
+        )
         self._answers = LikelihoodAnswers(config, runtime) if fmt.answer_first else None
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
@@ -52,7 +54,9 @@ class Validator:
             targets += float(batch["target_mask"].sum())
         metrics = {"val_loss": total / targets}
         if self._answers is not None:
-            right = sum(answer == self._problems[k].answer for k, answer, _ in self._answers(adapter, base, self._problems))
+            right = sum(
+                answer == self._problems[k].answer for k, answer, _ in self._answers(adapter, base, self._problems)
+            )
             metrics["val_accuracy"] = 100 * right / len(self._problems)
         return metrics
 

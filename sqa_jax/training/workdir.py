@@ -37,7 +37,9 @@ def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
     )  # fmt: skip
     if differing:
         shown = ", ".join(f"{key} was {their.get(key)!r} and is {ours.get(key)!r}" for key in differing[:3])
-        raise UserError(f"{workdir}: belongs to another configuration ({shown}); choose another --workdir or the same settings")
+        raise UserError(
+            f"{workdir}: belongs to another configuration ({shown}); choose another --workdir or the same settings"
+        )
     return workdir
 
 

@@ -1,6 +1,6 @@
 """The embedded sample: science questions made by a seeded generator, so that nothing has to be downloaded.
 
-The questions have ScienceQA's form, not its content: 42 skills over its three subjects, with hints, lectures,
+The questions have ScienceQA's form, not its content: 36 skills over its three subjects, with hints, lectures,
 solutions, captions and drawn images. Held-out questions ask about entities (animals, countries, words, …) that
 no training question mentions, and the same options stand under different questions, so counting words does not
 answer them; reading them, with what a pretrained language model knows, does.
@@ -21,7 +21,7 @@ from sqa_jax.data.sample.draw import draw_picture
 from sqa_jax.data.sample.skill import Draft, Skill, Source
 from sqa_jax.files import atomic_directory, write_json
 
-SIZES = {"train": 1700, "val": 200, "test": 500}
+SIZES = {"train": 1400, "val": 200, "test": 500}
 SKILLS: list[Skill] = [*natural.SKILLS, *social.SKILLS, *language.SKILLS]
 
 

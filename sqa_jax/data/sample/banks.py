@@ -19,21 +19,91 @@ ANIMALS = {
 OBJECTS = {
     "wood": ["log", "pencil", "baseball bat", "broom handle", "bookshelf", "toothpick", "canoe paddle", "picnic table"],
     "metal": ["coin", "nail", "frying pan", "paper clip", "key", "trumpet", "anchor", "wrench"],
-    "glass": ["window pane", "light bulb", "mirror", "marble", "wine bottle", "test tube", "magnifying lens", "aquarium wall"],
+    "glass": [
+        "window pane",
+        "light bulb",
+        "mirror",
+        "marble",
+        "wine bottle",
+        "test tube",
+        "magnifying lens",
+        "aquarium wall",
+    ],
     "cloth": ["T-shirt", "towel", "curtain", "scarf", "bedsheet", "handkerchief", "flag", "sock"],
     "rubber": ["car tire", "eraser", "balloon", "bouncy ball", "rain boot", "bicycle tire", "bath duck", "swim cap"],
     "paper": ["newspaper", "envelope", "napkin", "postcard", "notebook page", "poster", "paper bag", "magazine"],
 }
 
 STATES = {
-    "solid": ["brick", "ice cube", "spoon", "stone", "coin", "candle", "book", "apple", "plate", "bone", "hammer", "key"],
-    "liquid": ["milk", "orange juice", "gasoline", "vinegar", "rain", "honey", "tea", "olive oil", "ink", "shampoo", "soup broth", "paint"],
-    "gas": ["oxygen", "helium", "steam", "air in a balloon", "carbon dioxide", "nitrogen", "natural gas", "water vapor"],
+    "solid": [
+        "brick",
+        "ice cube",
+        "spoon",
+        "stone",
+        "coin",
+        "candle",
+        "book",
+        "apple",
+        "plate",
+        "bone",
+        "hammer",
+        "key",
+    ],
+    "liquid": [
+        "milk",
+        "orange juice",
+        "gasoline",
+        "vinegar",
+        "rain",
+        "honey",
+        "tea",
+        "olive oil",
+        "ink",
+        "shampoo",
+        "soup broth",
+        "paint",
+    ],
+    "gas": [
+        "oxygen",
+        "helium",
+        "steam",
+        "air in a balloon",
+        "carbon dioxide",
+        "nitrogen",
+        "natural gas",
+        "water vapor",
+    ],
 }
 
 ELEMENTS = {
-    "metal": ["iron", "copper", "gold", "silver", "aluminum", "zinc", "tin", "lead", "nickel", "titanium", "sodium", "calcium"],
-    "nonmetal": ["oxygen", "carbon", "helium", "sulfur", "nitrogen", "chlorine", "hydrogen", "neon", "iodine", "fluorine", "argon", "bromine"],
+    "metal": [
+        "iron",
+        "copper",
+        "gold",
+        "silver",
+        "aluminum",
+        "zinc",
+        "tin",
+        "lead",
+        "nickel",
+        "titanium",
+        "sodium",
+        "calcium",
+    ],
+    "nonmetal": [
+        "oxygen",
+        "carbon",
+        "helium",
+        "sulfur",
+        "nitrogen",
+        "chlorine",
+        "hydrogen",
+        "neon",
+        "iodine",
+        "fluorine",
+        "argon",
+        "bromine",
+    ],
 }
 
 CONDUCTORS = {
@@ -61,10 +131,34 @@ TRAITS = {
 }  # fmt: skip
 
 RESOURCES = {
-    "renewable": ["sunlight", "wind", "flowing water", "wood from planted trees", "ocean tides", "geothermal heat", "plant oil", "ocean waves",
-                  "bamboo", "cow manure", "sugar cane fuel", "falling water at a dam"],
-    "nonrenewable": ["coal", "crude oil", "natural gas", "uranium", "diesel fuel", "iron ore", "gasoline", "copper ore",
-                     "kerosene", "peat", "bauxite", "heating oil"],
+    "renewable": [
+        "sunlight",
+        "wind",
+        "flowing water",
+        "wood from planted trees",
+        "ocean tides",
+        "geothermal heat",
+        "plant oil",
+        "ocean waves",
+        "bamboo",
+        "cow manure",
+        "sugar cane fuel",
+        "falling water at a dam",
+    ],
+    "nonrenewable": [
+        "coal",
+        "crude oil",
+        "natural gas",
+        "uranium",
+        "diesel fuel",
+        "iron ore",
+        "gasoline",
+        "copper ore",
+        "kerosene",
+        "peat",
+        "bauxite",
+        "heating oil",
+    ],
 }
 
 ORGANS = [
@@ -98,9 +192,36 @@ CAPITALS = [
 ]  # fmt: skip
 
 PLACES = {
-    "river": ["the Nile", "the Amazon", "the Mississippi", "the Danube", "the Ganges", "the Rhine", "the Congo", "the Thames"],
-    "mountain": ["Mount Everest", "K2", "Mount Fuji", "Kilimanjaro", "Mont Blanc", "Mount Rainier", "the Matterhorn", "Denali"],
-    "desert": ["the Sahara", "the Gobi", "the Mojave", "the Kalahari", "the Atacama", "the Sonoran Desert", "the Namib", "the Negev"],
+    "river": [
+        "the Nile",
+        "the Amazon",
+        "the Mississippi",
+        "the Danube",
+        "the Ganges",
+        "the Rhine",
+        "the Congo",
+        "the Thames",
+    ],
+    "mountain": [
+        "Mount Everest",
+        "K2",
+        "Mount Fuji",
+        "Kilimanjaro",
+        "Mont Blanc",
+        "Mount Rainier",
+        "the Matterhorn",
+        "Denali",
+    ],
+    "desert": [
+        "the Sahara",
+        "the Gobi",
+        "the Mojave",
+        "the Kalahari",
+        "the Atacama",
+        "the Sonoran Desert",
+        "the Namib",
+        "the Negev",
+    ],
     "ocean": ["the Pacific", "the Atlantic", "the Indian Ocean", "the Arctic Ocean"],
     "island": ["Madagascar", "Greenland", "Iceland", "Jamaica", "Sri Lanka", "Borneo", "Cyprus", "Tasmania"],
 }
@@ -113,9 +234,24 @@ TRADES = {
 }  # fmt: skip
 
 BRANCHES = {
-    "legislative": ["writes bills that can become laws", "is made up of the Senate and the House", "decides how tax money is spent", "debates new laws"],
-    "executive": ["is led by the president", "carries out the laws", "commands the military", "enforces the laws each day"],
-    "judicial": ["decides what laws mean", "is led by the Supreme Court", "is made up of judges", "settles cases in court"],
+    "legislative": [
+        "writes bills that can become laws",
+        "is made up of the Senate and the House",
+        "decides how tax money is spent",
+        "debates new laws",
+    ],
+    "executive": [
+        "is led by the president",
+        "carries out the laws",
+        "commands the military",
+        "enforces the laws each day",
+    ],
+    "judicial": [
+        "decides what laws mean",
+        "is led by the Supreme Court",
+        "is made up of judges",
+        "settles cases in court",
+    ],
 }
 
 TOWNS = "Alton Benton Carver Dover Easton Fulton Granby Hilton Irving Jasper Kenton Lorton Milton Norton Oxley Preston Quincy Ripley Selby Truro".split()
@@ -140,15 +276,6 @@ ANTONYMS = [
     ("cheap", "expensive"), ("deep", "shallow"), ("safe", "dangerous"), ("thick", "thin"), ("win", "lose"), ("arrive", "leave"),
     ("float", "sink"), ("push", "pull"), ("buy", "sell"), ("remember", "forget"),
 ]  # fmt: skip
-RHYMES = [
-    ("cat", "hat"), ("cake", "lake"), ("moon", "spoon"), ("star", "car"), ("tree", "bee"), ("house", "mouse"), ("ring", "king"), ("bell", "shell"),
-    ("boat", "goat"), ("sun", "run"), ("rain", "train"), ("book", "hook"), ("fish", "dish"), ("night", "light"), ("door", "floor"), ("nose", "rose"),
-    ("snow", "crow"), ("bed", "sled"), ("sock", "clock"), ("hill", "mill"), ("bone", "phone"), ("jump", "pump"), ("nail", "snail"), ("sand", "hand"),
-]  # fmt: skip
-DICTIONARY = ("anchor basket candle dragon engine feather garden hammer island jacket kitchen ladder magnet needle orange pencil quarter rabbit "
-              "saddle tunnel umbrella valley window yellow acorn bridge cactus desert elbow forest guitar harbor insect jungle lemon marble "
-              "napkin oyster planet ribbon silver turtle velvet whistle".split())  # fmt: skip
-
 # (base form, third person, past, object)
 VERBS = [
     ("paint", "paints", "painted", "the fence"), ("wash", "washes", "washed", "the dishes"), ("fix", "fixes", "fixed", "the old radio"),
@@ -190,16 +317,6 @@ COMPLETE = {
     "a run-on sentence": ["It was late we went home.", "I like tea he likes milk.", "The dog barked the baby cried.", "She sings well she dances too.",
                           "The sun set it got dark.", "He fell down he hurt his arm.", "We were hungry we made lunch.", "The bus left I missed it."],
 }  # fmt: skip
-REGISTER = [
-    ("I would like to request your assistance.", "Can you give me a hand?"), ("The children were extremely tired.", "The kids were wiped out."),
-    ("We regret that the event is canceled.", "Sorry, the party's off."), ("Please contact me at your convenience.", "Hit me up whenever."),
-    ("The price was unreasonably high.", "It cost an arm and a leg."), ("She departed in a hurry.", "She took off super fast."),
-    ("The meeting was not interesting.", "The meeting was a total snooze."), ("He is an excellent musician.", "He's awesome at music."),
-    ("I am unable to attend the dinner.", "Can't make it to dinner."), ("The food was not pleasant.", "The food was pretty gross."),
-    ("They intend to depart soon.", "They're gonna head out soon."), ("Please wait for a moment.", "Hang on a sec."),
-    ("My friend was very surprised.", "My buddy totally freaked out."), ("The vehicle requires repair.", "The car's busted."),
-    ("We appreciate your patience.", "Thanks for hanging in there."), ("I do not understand the question.", "I don't get it."),
-]
 CLIMATE = {
     "weather": ["A thunderstorm hit the town last night.", "It is foggy this morning.", "Yesterday was windy at the beach.", "Three inches of snow fell on Monday.",
                 "It rained during the game today.", "The sky is clear this afternoon.", "Hail damaged cars on Friday.", "Tonight will be cold and cloudy."],

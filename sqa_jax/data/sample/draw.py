@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import math
-import random
 from collections.abc import Mapping
 from typing import Any
 
 SIZE = (320, 240)
 _INK = (30, 30, 30)
-_COLORS = {"green": (40, 150, 60), "purple": (130, 60, 160), "orange": (235, 130, 30), "blue": (40, 90, 200), "pink": (235, 110, 160), "yellow": (225, 190, 30)}
 
 
 def draw_picture(picture: Mapping[str, Any]) -> bytes:
@@ -20,9 +18,14 @@ def draw_picture(picture: Mapping[str, Any]) -> bytes:
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
     pen.font = ImageFont.load_default(size=14)
-    {"magnets": _magnets, "thermometer": _thermometer, "chain": _chain, "particles": _particles, "map": _map, "bars": _bars, "timeline": _timeline}[
-        picture["kind"]
-    ](pen, picture)
+    {
+        "magnets": _magnets,
+        "thermometer": _thermometer,
+        "chain": _chain,
+        "map": _map,
+        "bars": _bars,
+        "timeline": _timeline,
+    }[picture["kind"]](pen, picture)
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -58,18 +61,6 @@ def _chain(pen, picture) -> None:
         if k + 1 < len(links):
             pen.line([160, y + 17, 160, y + 38], fill=_INK, width=2)
             pen.polygon([(154, y + 32), (166, y + 32), (160, y + 40)], fill=_INK)
-
-
-def _particles(pen, picture) -> None:
-    for k, count in enumerate(picture["counts"]):
-        x, rng = 30 + k * 145, random.Random(count * 2 + k)
-        pen.rectangle([x, 40, x + 115, 190], outline=_INK, width=2)
-        pen.rectangle([x + 2, 60, x + 113, 188], fill=(225, 240, 250))
-        # On a grid with some jitter, so that no particle hides another.
-        for spot in rng.sample(range(16), count):
-            cx, cy = x + 20 + spot % 4 * 25 + rng.randint(-4, 4), 78 + spot // 4 * 29 + rng.randint(-5, 5)
-            pen.ellipse([cx - 7, cy - 7, cx + 7, cy + 7], fill=_COLORS[picture["color"]], outline=_INK)
-        pen.text((x + 57, 210), "AB"[k], fill=_INK, anchor="mm", font_size=20)
 
 
 def _map(pen, picture) -> None:

@@ -7,19 +7,37 @@ from sqa_jax.data.sample.skill import Draft, Skill, Source, which_is, which_labe
 
 
 def sentence_kind(source: Source) -> Draft:
-    return which_label(source, banks.KINDS, "{name} wrote: \"{entry}\" What kind of sentence is this?", "The sentence is {label}.")
+    return which_label(
+        source, banks.KINDS, '{name} wrote: "{entry}" What kind of sentence is this?', "The sentence is {label}."
+    )
 
 
 def tense(source: Source) -> Draft:
     name, (base, third, past, thing) = source.pick(banks.NAMES), source.pick(banks.VERBS)
-    forms = {"past tense": f"{name} {past} {thing}.", "present tense": f"{name} {third} {thing}.", "future tense": f"{name} will {base} {thing}."}
+    forms = {
+        "past tense": f"{name} {past} {thing}.",
+        "present tense": f"{name} {third} {thing}.",
+        "future tense": f"{name} will {base} {thing}.",
+    }
     label = source.rng.choice(sorted(forms))
     if source.rng.random() < 0.5:
-        return Draft(f"Which tense does the sentence use? {forms[label]}", label, tuple(n for n in sorted(forms) if n != label), f"The verb is in the {label}.")
-    return Draft(f"Which sentence is in the {label}?", forms[label], tuple(forms[n] for n in sorted(forms) if n != label), f"The {label}: {forms[label]}")
+        return Draft(
+            f"Which tense does the sentence use? {forms[label]}",
+            label,
+            tuple(n for n in sorted(forms) if n != label),
+            f"The verb is in the {label}.",
+        )
+    return Draft(
+        f"Which sentence is in the {label}?",
+        forms[label],
+        tuple(forms[n] for n in sorted(forms) if n != label),
+        f"The {label}: {forms[label]}",
+    )
 
 
-def _pairs(source: Source, pairs: list[tuple[str, str]], question: str, solution: str, decoys: list[tuple[str, str]]) -> Draft:
+def _pairs(
+    source: Source, pairs: list[tuple[str, str]], question: str, solution: str, decoys: list[tuple[str, str]]
+) -> Draft:
     """A word of a pair is asked for, given the other; decoys are other pairs' words."""
     (one, two), *others = source.some(pairs, 3)
     if source.rng.random() < 0.5:
@@ -31,29 +49,33 @@ def _pairs(source: Source, pairs: list[tuple[str, str]], question: str, solution
 
 
 def synonym(source: Source) -> Draft:
-    return _pairs(source, banks.SYNONYMS, "Which word means nearly the same as {word}?", "{one} and {two} are synonyms.", banks.ANTONYMS)
+    return _pairs(
+        source,
+        banks.SYNONYMS,
+        "Which word means nearly the same as {word}?",
+        "{one} and {two} are synonyms.",
+        banks.ANTONYMS,
+    )
 
 
 def antonym(source: Source) -> Draft:
-    return _pairs(source, banks.ANTONYMS, "Which word means the opposite of {word}?", "{one} and {two} are antonyms.", banks.SYNONYMS)
-
-
-def rhyme(source: Source) -> Draft:
-    return _pairs(source, banks.RHYMES, "Which word rhymes with {word}?", "{one} and {two} end with the same sound.", banks.RHYMES)
-
-
-def dictionary(source: Source) -> Draft:
-    words = source.some(banks.DICTIONARY, 3)
-    while len({word[0] for word in words}) < 3:
-        words = source.some(banks.DICTIONARY, 3)
-    ask = source.rng.choice(["first", "last"])
-    right = min(words) if ask == "first" else max(words)
-    return Draft(f"Which of these words comes {ask} in a dictionary?", right, tuple(w for w in words if w != right),
-                 f"In alphabetical order: {', '.join(sorted(words))}.")  # fmt: skip
+    return _pairs(
+        source,
+        banks.ANTONYMS,
+        "Which word means the opposite of {word}?",
+        "{one} and {two} are antonyms.",
+        banks.SYNONYMS,
+    )
 
 
 def figure_of_speech(source: Source) -> Draft:
-    return which_label(source, banks.FIGURES, "{name} wrote: \"{entry}\" Which figure of speech is this?", "The sentence is an example of {label}.", 2)
+    return which_label(
+        source,
+        banks.FIGURES,
+        '{name} wrote: "{entry}" Which figure of speech is this?',
+        "The sentence is an example of {label}.",
+        2,
+    )
 
 
 def part_of_speech(source: Source) -> Draft:
@@ -67,14 +89,6 @@ def completeness(source: Source) -> Draft:
     return Draft(f"Which is {label}?", right, tuple(wrong[: rng.choice([1, 2])]), f"This is {label}: {right}")
 
 
-def formality(source: Source) -> Draft:
-    (formal, informal), (other_formal, other_informal) = source.some(banks.REGISTER, 2)
-    crossed = source.rng.random() < 0.5
-    if source.rng.random() < 0.5:
-        return Draft("Which sentence is more formal?", formal, (other_informal if crossed else informal,), f"Formal writing avoids slang: {formal}")
-    return Draft("Which sentence is more informal?", informal, (other_formal if crossed else formal,), f"Informal writing sounds like talk: {informal}")
-
-
 def pronoun(source: Source) -> Draft:
     one, two, three = source.some(banks.NAMES, 3)
     thing, other = source.some(banks.ACTIVITIES, 2)
@@ -86,17 +100,6 @@ def pronoun(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def title(source: Source) -> Draft:
-    adjective, noun, place = (source.pick(words) for words in (
-        ["Lost", "Silver", "Quiet", "Hidden", "Golden", "Last", "Brave", "Frozen"], ["Garden", "Tiger", "Letter", "Island", "Clock", "Forest", "Ship", "Kite"],
-        ["Sea", "Hill", "Moon", "River", "City", "Storm", "Valley", "Night"]))  # fmt: skip
-    joint = source.rng.choice(["of the", "in the", "by the", "and the"])
-    right = f"The {adjective} {noun} {joint} {place}"
-    wrong = [f"The {adjective} {noun.lower()} {joint} {place}", f"the {adjective} {noun} {joint} {place.lower()}", f"The {adjective.lower()} {noun} {joint} {place}"]
-    return Draft("Which title is correctly capitalized?", right, tuple(source.rng.sample(wrong, 2)),
-                 "The first word and all important words begin with a capital letter; short words such as of, in and the do not.")  # fmt: skip
-
-
 _LS = "language science"
 SKILLS = [
     Skill("Identify sentence types", _LS, "grammar", "Sentences", (4, 8),
@@ -105,8 +108,6 @@ SKILLS = [
           "Past tense tells what has happened, present tense what happens, future tense, with will, what is going to happen.", tense),
     Skill("Choose the synonym", _LS, "vocabulary", "Synonyms", (2, 5), "Synonyms are words with nearly the same meaning.", synonym),
     Skill("Choose the antonym", _LS, "vocabulary", "Antonyms", (2, 5), "Antonyms are words with opposite meanings.", antonym),
-    Skill("Choose the rhyming word", _LS, "phonological-awareness", "Rhyming", (1, 3), "Words that rhyme end with the same sound.", rhyme),
-    Skill("Order words alphabetically", _LS, "reference-skills", "Reference skills", (2, 6), "Words in a dictionary are in order from A to Z.", dictionary),
     Skill("Identify figures of speech", _LS, "figurative-language", "Literary devices", (6, 12),
           "A simile compares with like or as. A metaphor says that one thing is another. Personification gives human actions to things. "
           "Hyperbole is a great exaggeration.", figure_of_speech),
@@ -114,9 +115,5 @@ SKILLS = [
           "A noun names a person, place or thing. A verb is an action. An adjective describes a noun. An adverb tells how or when.", part_of_speech),
     Skill("Is it a complete sentence, a fragment, or a run-on?", _LS, "writing-strategies", "Sentences, fragments, and run-ons", (3, 8),
           "A complete sentence has a subject and a verb. A fragment lacks one. A run-on joins two sentences without a proper mark.", completeness),
-    Skill("Compare formal and informal writing", _LS, "writing-strategies", "Word usage", (6, 12),
-          "Formal writing avoids slang and contractions. Informal writing sounds like everyday speech.", formality),
     Skill("Find who a passage speaks of", _LS, "reading-comprehension", "Read-alone texts", (1, 4), "Look in the passage for the words of the question.", pronoun),
-    Skill("Capitalize titles", _LS, "capitalization", "Capitalizing titles", (3, 8),
-          "In titles, capitalize the first word, the last word and every important word.", title),
 ]  # fmt: skip

@@ -11,7 +11,13 @@ def animal_of_class(source: Source) -> Draft:
 
 
 def class_of_animal(source: Source) -> Draft:
-    return which_label(source, banks.ANIMALS, "What kind of animal is {a_entry}?", "An animal such as {entry} belongs to the group: {label}.", 2)
+    return which_label(
+        source,
+        banks.ANIMALS,
+        "What kind of animal is {a_entry}?",
+        "An animal such as {entry} belongs to the group: {label}.",
+        2,
+    )
 
 
 def object_of_material(source: Source) -> Draft:
@@ -20,11 +26,21 @@ def object_of_material(source: Source) -> Draft:
     label = rng.choice(sorted(groups))
     right = source.pick(groups[label])
     wrong = [source.pick(groups[name]) for name in rng.sample([n for n in sorted(groups) if n != label], 2)]
-    return Draft(f"Which of these is {label}?", with_article(right), tuple(map(with_article, wrong)), f"{with_article(right).capitalize()} is {label}.")
+    return Draft(
+        f"Which of these is {label}?",
+        with_article(right),
+        tuple(map(with_article, wrong)),
+        f"{with_article(right).capitalize()} is {label}.",
+    )
 
 
 def state_of_matter(source: Source) -> Draft:
-    return which_label(source, banks.STATES, "{name} thinks of this: {entry}. Is it a solid, a liquid, or a gas?", "{entry}: this is a {label}.")
+    return which_label(
+        source,
+        banks.STATES,
+        "{name} thinks of this: {entry}. Is it a solid, a liquid, or a gas?",
+        "{entry}: this is a {label}.",
+    )
 
 
 def example_of_state(source: Source) -> Draft:
@@ -36,11 +52,15 @@ def element_kind(source: Source) -> Draft:
 
 
 def conductor(source: Source) -> Draft:
-    return which_is(source, banks.CONDUCTORS, "Which of these {is_a} of electricity?", "The {entry} is {label} of electricity.", 2)
+    return which_is(
+        source, banks.CONDUCTORS, "Which of these {is_a} of electricity?", "The {entry} is {label} of electricity.", 2
+    )
 
 
 def kind_of_change(source: Source) -> Draft:
-    return which_label(source, banks.CHANGES, "{name} sees {entry}. What kind of change is this?", "{entry}: this is a {label}.")
+    return which_label(
+        source, banks.CHANGES, "{name} sees {entry}. What kind of change is this?", "{entry}: this is a {label}."
+    )
 
 
 def kind_of_trait(source: Source) -> Draft:
@@ -63,7 +83,9 @@ def organ(source: Source) -> Draft:
     name, job = asked
     if source.rng.random() < 0.5:
         return Draft(f"Which part of the body {job}?", name, tuple(n for n, _ in others), f"The {name}: it {job}.")
-    return Draft(f"What is the main job of the {name} in the body?", job, tuple(j for _, j in others), f"The {name}: it {job}.")
+    return Draft(
+        f"What is the main job of the {name} in the body?", job, tuple(j for _, j in others), f"The {name}: it {job}."
+    )
 
 
 def magnets(source: Source) -> Draft:
@@ -109,23 +131,6 @@ def food_chain(source: Source) -> Draft:
                  picture={"kind": "chain", "links": list(chain)})  # fmt: skip
 
 
-def concentration(source: Source) -> Draft:
-    rng = source.rng
-    a, b = rng.sample(range(3, 16), 2)
-    right = "solution A" if a > b else "solution B"
-    color = rng.choice(["green", "purple", "orange", "blue", "pink", "yellow"])
-    same = rng.random() < 0.2
-    if same:
-        b, right = a, "neither; the concentrations are the same"
-    options = ["solution A", "solution B", "neither; the concentrations are the same"]
-    return Draft(
-        f"Which solution has a higher concentration of {color} particles?", right, tuple(o for o in options if o != right),
-        f"Both have the same volume. A has {a} {color} particles and B has {b}.",
-        caption=f"Two glasses of the same volume. Glass A has {a} {color} particles, glass B has {b}.",
-        picture={"kind": "particles", "counts": [a, b], "color": color},
-    )  # fmt: skip
-
-
 def experiment(source: Source) -> Draft:
     name = source.pick(banks.NAMES)
     studies = [
@@ -146,19 +151,13 @@ def experiment(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def fastest(source: Source) -> Draft:
-    rng = source.rng
-    thing, hours = source.pick(["train", "boat", "truck", "duck", "bicycle", "whale", "bus", "kite"]), rng.choice([5, 10])
-    distances = rng.sample(range(20, 990, 5), 3)
-    ask = rng.choice(["fastest", "slowest"])
-    best = max(distances) if ask == "fastest" else min(distances)
-    options = {d: f"the {thing} that moved {d} km in {hours} hours" for d in distances}
-    return Draft(f"Which {thing} was the {ask}?", options.pop(best), tuple(options.values()),
-                 f"All moved for {hours} hours. The {ask} one moved {best} km, the {'longest' if ask == 'fastest' else 'shortest'} distance.")  # fmt: skip
-
-
 def weather_or_climate(source: Source) -> Draft:
-    return which_label(source, banks.CLIMATE, "{name} says: \"{entry}\" Does this describe weather or climate?", "The sentence describes {label}.")
+    return which_label(
+        source,
+        banks.CLIMATE,
+        '{name} says: "{entry}" Does this describe weather or climate?',
+        "The sentence describes {label}.",
+    )
 
 
 _NS = "natural science"
@@ -193,12 +192,8 @@ SKILLS = [
     Skill("Interpret food chains", _NS, "biology", "Ecosystems", (4, 9),
           "A food chain shows who eats whom. It begins with a producer. A primary consumer eats the producer, a secondary consumer eats the primary one. "
           "Arrows point to the eater.", food_chain),
-    Skill("Compare concentrations of solutions", _NS, "chemistry", "Solutions", (7, 10),
-          "Concentration is the number of particles in a volume. In the same volume, more particles mean a higher concentration.", concentration),
     Skill("Identify independent and dependent variables", _NS, "science-and-engineering-practices", "Designing experiments", (6, 12),
           "The independent variable is what is changed in an experiment. The dependent variable is what is measured.", experiment),
-    Skill("Compare speeds", _NS, "physics", "Motion", (6, 9),
-          "Speed is distance divided by time. When times are equal, what moves the longest distance is fastest.", fastest),
     Skill("Weather and climate", _NS, "earth-science", "Weather and climate", (3, 7),
           "Weather is what the air is like at one place and time. Climate is the pattern of weather over many years.", weather_or_climate),
 ]  # fmt: skip

@@ -66,7 +66,9 @@ class Skill:
     draft: Callable[[Source], Draft]
 
 
-def which_is(source: Source, groups: dict[str, list[str]], question: str, solution: str, wrong: int, negate: bool = True) -> Draft:
+def which_is(
+    source: Source, groups: dict[str, list[str]], question: str, solution: str, wrong: int, negate: bool = True
+) -> Draft:
     """ "Which of these is a mammal?", or, now and then, "… is not a mammal?".
 
     Args:
@@ -77,8 +79,11 @@ def which_is(source: Source, groups: dict[str, list[str]], question: str, soluti
     """
     rng = source.rng
     label = rng.choice(sorted(groups))
-    members, others = source.bank(groups[label]), [e for name in sorted(groups) if name != label for e in source.bank(groups[name])]
-    if negate and len(members) >= wrong and rng.random() < 0.3:
+    members, others = (
+        source.bank(groups[label]),
+        [e for name in sorted(groups) if name != label for e in source.bank(groups[name])],
+    )
+    if negate and len(members) >= wrong and rng.random() < 0.15:
         right, rest = rng.choice(others), rng.sample(members, wrong)
         is_a = f"is not {with_article(label)}"
         label = next(name for name, entries in groups.items() if right in entries)
@@ -101,7 +106,12 @@ def which_label(source: Source, groups: dict[str, list[str]], question: str, sol
     rest = [name for name in sorted(groups) if name != label]
     rest = rng.sample(rest, wrong) if wrong else rest
     text = solution.format(entry=entry, label=label)
-    return Draft(question.format(entry=entry, a_entry=with_article(entry), name=source.pick(NAMES)), label, tuple(rest), text[0].upper() + text[1:])
+    return Draft(
+        question.format(entry=entry, a_entry=with_article(entry), name=source.pick(NAMES)),
+        label,
+        tuple(rest),
+        text[0].upper() + text[1:],
+    )
 
 
 def with_article(noun: str) -> str:

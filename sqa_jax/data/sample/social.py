@@ -11,19 +11,36 @@ def continent(source: Source) -> Draft:
     name = rng.choice(sorted(banks.COUNTRIES))
     others = [c for n in sorted(banks.COUNTRIES) if n != name for c in source.bank(banks.COUNTRIES[n])]
     right = source.pick(banks.COUNTRIES[name])
-    return Draft(f"Which of these countries is in {name}?", right, tuple(rng.sample(others, 2)), f"{right[0].upper() + right[1:]} is a country in {name}.")
+    return Draft(
+        f"Which of these countries is in {name}?",
+        right,
+        tuple(rng.sample(others, 2)),
+        f"{right[0].upper() + right[1:]} is a country in {name}.",
+    )
 
 
 def continent_of(source: Source) -> Draft:
-    return which_label(source, banks.COUNTRIES, "On which continent is {entry}?", "{entry} is on the continent {label}.", 2)
+    return which_label(
+        source, banks.COUNTRIES, "On which continent is {entry}?", "{entry} is on the continent {label}.", 2
+    )
 
 
 def capital(source: Source) -> Draft:
     asked, *others = source.some(banks.CAPITALS, 4)
     country, city = asked
     if source.rng.random() < 0.6:
-        return Draft(f"What is the capital of {country}?", city, tuple(c for _, c in others[:2]), f"The capital of {country} is {city}.")
-    return Draft(f"{city} is the capital of which country?", country, tuple(c for c, _ in others[:2]), f"{city} is the capital of {country}.")
+        return Draft(
+            f"What is the capital of {country}?",
+            city,
+            tuple(c for _, c in others[:2]),
+            f"The capital of {country} is {city}.",
+        )
+    return Draft(
+        f"{city} is the capital of which country?",
+        country,
+        tuple(c for c, _ in others[:2]),
+        f"{city} is the capital of {country}.",
+    )
 
 
 def landform(source: Source) -> Draft:
@@ -59,7 +76,11 @@ def bar_chart(source: Source) -> Draft:
         reason = f"The bar of the {right} is the {'longest' if ask == 'most' else 'shortest'}."
     else:
         item, count = rng.choice(bars)
-        question, right, wrong = f"How many {item} did {shop} sell?", str(count), tuple(str(c) for c in counts if c != count)
+        question, right, wrong = (
+            f"How many {item} did {shop} sell?",
+            str(count),
+            tuple(str(c) for c in counts if c != count),
+        )
         reason = f"The bar of the {item} ends at {count}."
     return Draft(question, right, wrong, reason, caption="A bar chart of fruit sold: " + ", ".join(f"{i} {c}" for i, c in bars) + ".",
                  picture={"kind": "bars", "bars": [list(bar) for bar in bars]})  # fmt: skip
@@ -98,7 +119,7 @@ def timeline(source: Source) -> Draft:
 
 def branch(source: Source) -> Draft:
     return which_label(source, {f"the {n} branch": b for n, b in banks.BRANCHES.items()}, "{name} reads about the branch of government that {entry}. Which branch is it?",
-                       "It is {label} that {entry}.")  # fmt: skip
+                       "It is {label} that {entry}.", source.rng.choice([1, 2]))  # fmt: skip
 
 
 def opportunity_cost(source: Source) -> Draft:

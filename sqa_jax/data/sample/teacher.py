@@ -27,7 +27,7 @@ def reply(rng: random.Random, row: Mapping[str, Any], setting: str, error_rate: 
         solution = f"{row['lecture'].split('. ')[0].rstrip('.')}. This fits best with: {choices[answer]}."
     if setting == "QTCHL":
         if luck < 0.04:
-            return f"```json\n{{\n \"answer\": {answer},\n \"sol"  # cut off
+            return f'```json\n{{\n "answer": {answer},\n "sol'  # cut off
         body = {"answer": str(answer) if rng.random() < 0.3 else answer, "solution": solution}
         return f"```json\n{json.dumps(body, indent=1, ensure_ascii=False)}\n```"
     if luck < 0.04:

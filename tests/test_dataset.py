@@ -1,0 +1,244 @@
+"""Distillation datasets: recipes, fingerprints, reuse, interruption, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sqa_jax import files
+from sqa_jax.config import default
+from sqa_jax.data.dataset import build_or_reuse, load_config_problems
+from sqa_jax.data.recipes import ARMS, Unusable, arm_format, examples
+from sqa_jax.data.sources import load_problems
+from sqa_jax.data.teacher_records import TeacherRecord, load_records, write_records
+from sqa_jax.errors import UserError
+from sqa_jax.students.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return load_problems("sample")
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = default()
+    config.data.cache = str(tmp_path / "datasets")
+    config.data.train_limit = 40
+    config.recipe.max_prompt = config.recipe.max_target = 2000
+    return config
+
+
+def test_rows_are_what_the_recipe_says(config, problems):
+    config.recipe.format = "QCM-AE"
+    dataset, reused = build_or_reuse(config, TOKENIZER, problems)
+    tokens, prompt_lengths, pids = dataset.columns()
+    assert not reused and len(tokens) == dataset.manifest["rows"] == 40
+    for ids, length, pid in zip(tokens, prompt_lengths, pids, strict=True):
+        problem = problems.all()[pid]
+        target = TOKENIZER.decode(ids[length:])
+        assert target == f"The answer is {problem.letter}. BECAUSE: {problem.solution}<|im_end|>"
+        assert TOKENIZER.decode(ids[:length]).endswith("<|im_start|>assistant\n")
+    assert dataset.manifest["tokens"]["total"] == sum(map(len, tokens))
+    assert dataset.manifest["target_tokens"]["max"] == max(
+        len(t) - n for t, n in zip(tokens, prompt_lengths, strict=True)
+    )
+
+
+def test_arms_take_their_supervision_from_where_they_say(config, problems):
+    problem = problems.split("train")[0]
+    records = {
+        "solution": [
+            TeacherRecord(
+                problem.pid,
+                "m",
+                "QTCHL",
+                "",
+                (problem.answer + 1) % len(problem.choices),
+                solution="so says the teacher",
+            )
+        ],
+        "reasoning": [TeacherRecord(problem.pid, "m", "QTCH", "", problem.answer, reasoning="step by step")],
+    }
+    seen = {}
+    for arm in ARMS:
+        config.recipe.arm, config.recipe.format = arm, "QCM-AE"
+        made = examples(problem, records, config.recipe)
+        seen[arm] = [e.target for e in made]
+        assert ("L" in arm_format(config.recipe).inputs) == ARMS[arm].lecture
+    gold = f"The answer is {problem.letter}."
+    assert seen["golden"] == [f"{gold} BECAUSE: {problem.solution}"]
+    assert seen["golden_answer_only"] == [gold]
+    assert seen["teacher_and_golden"] == seen["golden"] + seen["teacher_answer"]
+    assert "so says the teacher" in seen["teacher_answer"][0] and gold not in seen["teacher_answer"][0]
+    assert seen["teacher_cot"] == [f"step by step\n{gold}"]
+    config.recipe.arm = "teacher_answer"
+    assert examples(problem, {}, config.recipe) == [Unusable(problem.pid, "teacher's solution: no record")]
+
+
+def test_same_config_is_reused_and_any_other_is_not(config, problems, tmp_path):
+    first, _ = build_or_reuse(config, TOKENIZER, problems)
+    same, reused = build_or_reuse(config, TOKENIZER, problems)
+    assert reused and same.path == first.path
+    config.optimizer.learning_rate = 7.0
+    config.eval.limit = 3
+    assert build_or_reuse(config, TOKENIZER, problems)[1], "settings that do not touch the rows must not rebuild them"
+    other = byte_tokenizer()
+    other.chat_template = other.chat_template.replace("assistant", "bot")
+    places = {first.path}
+    for change in [
+        lambda c: c.recipe.__setattr__("format", "QCM-AE"),
+        lambda c: c.recipe.__setattr__("answer", "text"),
+        lambda c: c.data.__setattr__("train_limit", 41),
+        lambda c: c.__setattr__("seed", 1),
+    ]:
+        changed = config.copy_and_resolve_references()
+        change(changed)
+        places.add(build_or_reuse(changed, TOKENIZER, problems)[0].path)
+    places.add(build_or_reuse(config, other, problems)[0].path)
+    assert len(places) == 6
+
+
+def test_teacher_records_round_trip_and_count(config, problems, tmp_path):
+    config.data.teacher, config.recipe.arm, config.recipe.format = ("sample",), "teacher_and_golden", "QCM-AE"
+    config.data.train_limit = 400
+    dataset, _ = build_or_reuse(config, TOKENIZER, problems)
+    m = dataset.manifest
+    dropped = sum(entry["rows"] for entry in m["dropped"].values())
+    assert m["rows"] + dropped == 2 * 400 and dropped > 5
+    assert set(m["dropped"]) <= {
+        "teacher's solution: empty",
+        "teacher's solution: malformed",
+        "teacher's solution: unparsed",
+    }
+    from sqa_jax.data import sample
+    from sqa_jax.data.teacher_records import make_records
+
+    records = make_records(sample.teacher_replies(sample.generate()), problems.all())
+    write_records(tmp_path / "r.jsonl", records)
+    assert load_records([tmp_path / "r.jsonl"], problems.all()) == records
+
+
+def test_too_long_is_counted(config, problems):
+    config.recipe.format, config.recipe.max_prompt, config.recipe.max_target = "QCML-AE", 420, 100
+    dataset, _ = build_or_reuse(config, TOKENIZER, problems)
+    tokens, prompt_lengths, _ = dataset.columns()
+    assert max(prompt_lengths) <= 420 and max(len(t) - n for t, n in zip(tokens, prompt_lengths, strict=True)) <= 100
+    m = dataset.manifest
+    assert m["shortened"]["lecture"]["rows"] > 0 and m["dropped"]["target longer than max_target"]["rows"] > 0
+    assert m["rows"] + sum(d["rows"] for d in m["dropped"].values()) == 40
+
+
+def test_damage_is_found_and_the_remedy_named(config, problems):
+    dataset, _ = build_or_reuse(config, TOKENIZER, problems)
+    arrow = next((dataset.path / "rows").glob("*.arrow"))
+    whole = arrow.read_bytes()
+    arrow.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="remove this folder"):
+        build_or_reuse(config, TOKENIZER, problems)[0].columns()
+    (dataset.path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="remove this folder"):
+        build_or_reuse(config, TOKENIZER, problems)
+
+
+def test_full_disk_leaves_nothing_half_written(config, problems, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        build_or_reuse(config, TOKENIZER, problems)
+    monkeypatch.undo()
+    assert list(Path(config.data.cache).iterdir()) == []
+    assert not build_or_reuse(config, TOKENIZER, problems)[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("recipe.arm", "goldn", "choose one of golden"),
+        ("recipe.format", "QCM-B", "write inputs, a dash, targets"),
+        ("recipe.answer", "word", "letter, text, both"),
+        ("data.teacher", ("nowhere.jsonl",), "nowhere.jsonl not found"),
+        ("data.train_split", "tran", "it has test, train, val"),
+        ("recipe.max_prompt", 3, "makes no training row"),
+    ],
+)
+def test_unusable_settings_are_named(config, problems, key, value, words):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=words):
+        build_or_reuse(config, TOKENIZER, problems)
+
+
+def test_bad_teacher_file_names_the_line(config, problems, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    config.recipe.arm, config.data.teacher = "teacher_answer", (str(file),)
+    file.write_text('{"pid": "1", "model": "m", "setting": "QTCH", "raw": "x"}\n{"pid": "2", "mod')
+    with pytest.raises(UserError, match="replies.jsonl:2"):
+        build_or_reuse(config, TOKENIZER, problems)
+    file.write_text('{"pid": "1", "model": "m", "setting": "QTCH"}\n')
+    with pytest.raises(UserError, match="reply 1 has no text in 'raw'"):
+        build_or_reuse(config, TOKENIZER, problems)
+
+
+def test_killed_builds_leave_no_dataset(config, tmp_path):
+    """kill -9 at several moments of a build: what is there afterwards is whole, or nothing."""
+    program = (
+        "import sys; from sqa_jax.config import default; from sqa_jax.data.dataset import *; from sqa_jax.students.tokenizer import *\n"
+        "c = default(); c.data.cache = sys.argv[1]; c.recipe.format = 'QCML-ALE'; p = load_config_problems(c); print('go', flush=True)\n"
+        "build_or_reuse(c, byte_tokenizer(), p)"
+    )
+    cache = tmp_path / "killed"
+    for delay in (0.3, 0.9, 1.5):
+        process = subprocess.Popen([sys.executable, "-c", program, str(cache)], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for path in cache.glob("[!.]*"):
+            manifest = json.loads((path / "manifest.json").read_text())
+            assert manifest["rows"] == 1400
+    config.data.cache, config.data.train_limit, config.recipe.format = str(cache), 0, "QCML-ALE"
+    config.recipe.max_prompt, config.recipe.max_target = 384, 512
+    dataset, _ = build_or_reuse(config, TOKENIZER, load_config_problems(config))
+    assert len(dataset.columns()[0]) == dataset.manifest["rows"]
+
+
+def test_leftovers_of_a_day_ago_are_removed(tmp_path):
+    old, new = tmp_path / ".place.old", tmp_path / ".place.new"
+    old.mkdir(), new.mkdir()
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    with files.atomic_directory(tmp_path / "place") as beside:
+        (beside / "x").write_text("x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".place.new", "place"]
+
+
+def test_tokenizing_is_fast_enough(config):
+    """21,208 questions of ScienceQA's size take under a minute on two cores; a tenth of them here, with room."""
+    from sqa_jax.data.dataset import encoder_for
+    from sqa_jax.data.problem import Problem
+    from sqa_jax.data.prompts import Format
+
+    rng = np.random.default_rng(0)
+    words = ["photosynthesis", "the", "of", "river", "animal", "which", "because", "temperature", "and", "is"]
+
+    def text(count):
+        return " ".join(rng.choice(words, count))
+
+    made = [
+        Problem(str(k), text(25), (text(5), text(5)), 0, hint=text(30), lecture=text(120), solution=text(45))
+        for k in range(2120)
+    ]
+    start = time.perf_counter()
+    encoder_for(config, TOKENIZER).encode(made, [Format.parse("QCML-AE")] * len(made), [p.solution for p in made])
+    assert time.perf_counter() - start < 20

@@ -1,0 +1,104 @@
+"""Packing and loading: nothing lost, nothing doubled, masks on targets, order a function of seed and step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqa_jax.data.loader import PackedRows, make_loader
+from sqa_jax.data.packing import Limits, choose_limits, pack_row
+from sqa_jax.errors import UserError
+
+
+def make(seed, count, longest=60, virtual=0, row=128, data_seed=0):
+    rng = np.random.default_rng(data_seed)
+    prompts, targets = rng.integers(1, longest // 2, count), rng.integers(1, longest // 2, count)
+    tokens = [rng.integers(1, 1000, p + t).astype(np.int32) for p, t in zip(prompts, targets, strict=True)]
+    pids = [str(k) for k in range(count)]
+    limits = choose_limits(prompts + targets, targets, row, virtual, pids)
+    return PackedRows(tokens, prompts, pids, limits, 0, seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 99), count=st.integers(1, 120), virtual=st.sampled_from([0, 5]))
+def test_each_epoch_has_each_sequence_once_with_its_targets(seed, count, virtual):
+    rows = make(seed, count, virtual=virtual, data_seed=seed)
+    start = 0
+    for epoch in range(2):
+        stop = start + rows.rows_of_epoch(epoch)
+        members = sorted(k for row in range(start, stop) for k in rows.members(row))
+        assert members == list(range(count))
+        for number in range(start, stop):
+            row = rows[number]
+            for segment, k in enumerate(rows.members(number), start=1):
+                own = row["segments"] == segment
+                np.testing.assert_array_equal(row["tokens"][own][virtual:], rows.tokens[k])
+                np.testing.assert_array_equal(row["positions"][own], np.arange(own.sum()))
+            # The masked-in targets, read through the tokens, are exactly what follows each predicting position.
+            used = row["target_mask"] == 1
+            np.testing.assert_array_equal(row["tokens"][row["target_positions"][used] + 1], row["targets"][used])
+            expected = np.concatenate([rows.tokens[k][rows.prompt_lengths[k] :] for k in rows.members(number)])
+            np.testing.assert_array_equal(row["targets"][used], expected)
+            np.testing.assert_array_equal(
+                row["segments"][row["target_positions"][used]], row["segments"][row["target_positions"][used] + 1]
+            )
+        start = stop
+
+
+def test_picture_of_the_docstring():
+    row = pack_row([np.array([7, 8, 9]), np.array([1, 2, 3, 4])], [1, 2], Limits(8, 4), 0)
+    assert row["tokens"].tolist() == [7, 8, 9, 1, 2, 3, 4, 0]
+    assert row["segments"].tolist() == [1, 1, 1, 2, 2, 2, 2, 0]
+    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert row["target_positions"].tolist() == [0, 1, 4, 5]
+    assert row["targets"].tolist() == [8, 9, 3, 4]
+
+
+def test_rows_are_full():
+    rng = np.random.default_rng(0)
+    prompts = np.clip(rng.lognormal(4.4, 0.4, 3000), 20, 400).astype(int)  # about the lengths of ScienceQA's prompts
+    targets = np.clip(rng.lognormal(2.5, 0.5, 3000), 5, 100).astype(int)
+    limits = choose_limits(prompts + targets, targets, 1024, 0, [""] * 3000)
+    rows = PackedRows([np.zeros(n, np.int32) for n in prompts + targets], prompts, [""] * 3000, limits, 0, 0)
+    assert rows.real_tokens() > 0.97
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    a, b, other = make(3, 50), make(3, 50), make(4, 50)
+    order = [a.members(k) for k in range(60)]
+    assert order == [b.members(k) for k in reversed(range(60))][::-1], (
+        "random access must not depend on what was asked before"
+    )
+    assert order != [other.members(k) for k in range(60)]
+    n = a.rows_of_epoch(0)
+    assert order[:n] != order[n : 2 * n]
+
+
+def test_loader_resumes_where_its_state_says():
+    rows = make(0, 80)
+    one = make_loader(rows, 2, 3)
+    batches = [next(one) for _ in range(9)]
+    assert batches[0]["tokens"].shape == (3, 2, 128)
+    again = make_loader(make(0, 80), 2, 3)
+    for _ in range(4):
+        next(again)
+    state = again.get_state()
+    resumed = make_loader(make(0, 80), 2, 3)
+    resumed.set_state(state)
+    for expected in batches[4:]:
+        got = next(resumed)
+        for name in expected:
+            np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_processes_share_a_step_between_them():
+    whole = next(make_loader(make(0, 80), 4, 1))
+    parts = [next(make_loader(make(0, 80), 4, 1, process, 2)) for process in range(2)]
+    np.testing.assert_array_equal(np.concatenate([p["tokens"] for p in parts], axis=1), whole["tokens"])
+
+
+def test_a_question_longer_than_a_row_is_named():
+    with pytest.raises(UserError, match="question b takes 70 tokens.*config.train.row_length = 64"):
+        choose_limits(np.array([10, 70]), np.array([2, 2]), 64, 0, ["a", "b"])

@@ -1,0 +1,245 @@
+"""Loss and optimizer step against PyTorch and NumPy; accumulation; sharding on eight simulated devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.config import default
+from sqa_jax.data.packing import Limits, pack_row
+from sqa_jax.errors import UserError
+from sqa_jax.parallel.mesh import batch_sharding, check_rows, make_mesh
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.decoder import Decoder
+from sqa_jax.students.weights import random_params, save_safetensors
+from sqa_jax.training.loss import row_losses
+from sqa_jax.training.optimizer import make_optimizer, make_schedule
+from sqa_jax.training.step import compile_step, init_state, make_step
+
+CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return random_params(CONFIG, 0)
+
+
+def settings_for(*methods):
+    config = default()
+    config.adapter.methods = methods
+    (
+        config.adapter.lora.rank,
+        config.adapter.prefix.length,
+        config.adapter.prefix.hidden,
+        config.adapter.prompt.length,
+    ) = 4, 4, 16, 4
+    return config
+
+
+SEQUENCES = [np.random.default_rng(k).integers(1, 64, 6 + k % 7).astype(np.int32) for k in range(24)]
+PROMPTS = [2 + k % 3 for k in range(24)]
+
+
+def batch(rows, virtual=0, accumulate=1):
+    """24 sequences in `rows` packed rows, unevenly: [accumulate, rows / accumulate, …]."""
+    dealt = np.array_split(np.arange(24), rows)
+    limits = Limits(96 + 8 * virtual, 56, virtual)
+    made = [pack_row([SEQUENCES[k] for k in own], [PROMPTS[k] for k in own], limits, 0) for own in dealt]
+    stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
+    return {name: a.reshape(accumulate, rows // accumulate, *a.shape[1:]) for name, a in stacked.items()}
+
+
+def test_loss_and_gradient_equal_pytorch(base, tmp_path):
+    """Mean cross-entropy of target tokens, packed here, one padded-free row at a time there."""
+    save_safetensors(base, CONFIG, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    total, count = 0.0, 0
+    for tokens, prompt in zip(SEQUENCES, PROMPTS, strict=True):
+        labels = torch.tensor(tokens[None].astype(np.int64))
+        logits = model(labels).logits
+        total = total + torch.nn.functional.cross_entropy(
+            logits[0, prompt - 1 : -1], labels[0, prompt:], reduction="sum"
+        )
+        count += len(tokens) - prompt
+    (total / count).backward()
+    config = settings_for("full")
+    packed = jax.tree.map(lambda a: jnp.asarray(a[0]), batch(8))
+
+    def loss(params):
+        return (
+            row_losses(config.adapter, Decoder(CONFIG), {"full": params}, {}, packed, None).sum()
+            / packed["target_mask"].sum()
+        )
+
+    value, gradient = jax.value_and_grad(loss)(base)
+    np.testing.assert_allclose(value, float(total / count), atol=1e-5)
+    down = model.model.layers[1].mlp.down_proj.weight.grad.numpy().T
+    np.testing.assert_allclose(gradient["layers"]["mlp"]["down_proj"]["kernel"][1], down, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient["embed_tokens"]["embedding"], model.model.embed_tokens.weight.grad.numpy(), atol=1e-6
+    )
+
+
+def test_only_targets_count(base):
+    """Changing a prompt's token ids behind the mask, or padding, changes no loss through them being 'labels'."""
+    config = settings_for("lora")
+    decoder = Decoder(CONFIG)
+    tree = adapters.init_adapter(config.adapter, CONFIG, base, 0)
+    one = jax.tree.map(lambda a: jnp.asarray(a[0]), batch(8))
+    loss = row_losses(config.adapter, decoder, tree, base, one, None)
+    padded = dict(one, tokens=jnp.where(one["segments"] == 0, 63, one["tokens"]))
+    np.testing.assert_array_equal(row_losses(config.adapter, decoder, tree, base, padded, None), loss)
+    unmasked = dict(one, targets=jnp.where(one["target_mask"] == 0, 63, one["targets"]))
+    np.testing.assert_array_equal(row_losses(config.adapter, decoder, tree, base, unmasked, None), loss)
+
+
+def run(config, base, data, mesh, steps=3):
+    """Losses and the adapter after some steps."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    state = init_state(adapters.init_adapter(config.adapter, CONFIG, base, 0), optimizer)
+    state = jax.device_put(state, shardings(state, mesh))
+    frozen = {} if "full" in config.adapter.methods else jax.device_put(base, shardings(base, mesh))
+    step = compile_step(make_step(config.adapter, Decoder(CONFIG), optimizer, 0), state, frozen, mesh)
+    losses = []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, jax.device_put(data, batch_sharding(mesh, leading=1)))
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state.adapter), metrics
+
+
+def single():
+    return make_mesh(default().mesh, jax.devices()[:1])
+
+
+def test_accumulation_equals_the_big_batch(base):
+    config = settings_for("lora")
+    expected, tree, _ = run(config, base, batch(8), single())
+    for accumulate in (2, 8):
+        losses, other, _ = run(config, base, batch(8, accumulate=accumulate), single())
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, tree)
+
+
+@pytest.mark.parametrize("methods", [("lora",), ("prefix", "prompt"), ("full",)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)])
+def test_every_mesh_gives_the_single_device_result(base, methods, shape):
+    config = settings_for(*methods)
+    data = batch(8, virtual=adapters.virtual_tokens(config.adapter))
+    expected, tree, _ = run(config, base, data, single())
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+    losses, other, _ = run(config, base, data, make_mesh(config.mesh))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    # Adam divides by the root of tiny second moments, which amplifies the last bit of a sum's order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), other, tree)
+
+
+def test_parameters_lie_in_shards(base):
+    config = settings_for("lora")
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 4, 2
+    mesh = make_mesh(config.mesh)
+    placed = jax.device_put(base, shardings(base, mesh))
+    kernel = placed["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (2, 32 // 4, 64 // 2)
+
+
+def test_metrics_count_what_is_there(base):
+    _, _, metrics = run(settings_for("lora"), base, batch(8), single(), steps=1)
+    assert int(metrics["tokens"]) == sum(map(len, SEQUENCES))
+    assert int(metrics["targets"]) == sum(len(t) - p for t, p in zip(SEQUENCES, PROMPTS, strict=True))
+    assert metrics["row_losses"].shape == (1, 8)
+
+
+def test_dropout_is_a_function_of_seed_and_step(base):
+    config = settings_for("lora")
+    tree = jax.tree.map(lambda a: a + 0.1, adapters.init_adapter(config.adapter, CONFIG, base, 0))
+    one = jax.tree.map(lambda a: jnp.asarray(a[0]), batch(8))
+
+    def loss(rate, key):
+        return np.asarray(row_losses(config.adapter, Decoder(CONFIG, lora_dropout=rate), tree, base, one, key))
+
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(loss(0.3, key), loss(0.3, key))
+    assert np.abs(loss(0.3, key) - loss(0.3, jax.random.key(2))).max() > 1e-3
+    np.testing.assert_array_equal(loss(0.3, None), loss(0.0, None))
+
+
+def test_schedule():
+    config = default().optimizer
+    config.learning_rate, config.warmup_ratio, config.final_ratio = 2.0, 0.1, 0.25
+    rates = {name: make_schedule(_with(config, schedule=name), 100) for name in ("cosine", "linear", "constant")}
+    for rate in rates.values():
+        assert 0 < rate(0) < rate(5) < rate(10) == pytest.approx(2.0)
+    assert rates["cosine"](55) == pytest.approx(2.0 * (0.25 + 0.75 * 0.5), rel=1e-3)
+    assert rates["linear"](100) == rates["cosine"](100) == pytest.approx(0.5)
+    assert rates["constant"](100) == pytest.approx(2.0)
+    with pytest.raises(UserError, match="cosine, linear or constant"):
+        make_schedule(_with(config, schedule="step"), 10)
+
+
+def _with(config, **change):
+    config = config.copy_and_resolve_references()
+    for key, value in change.items():
+        config[key] = value
+    return config
+
+
+def test_optimizer_equals_pytorch_adamw():
+    """Three steps of AdamW with decay on matrices only, against torch.optim.AdamW with parameter groups."""
+    config = _with(
+        default().optimizer, learning_rate=0.1, schedule="constant", warmup_ratio=0.0, weight_decay=0.3, clip_norm=1e9
+    )
+    tree = {"a": {"kernel": jnp.ones((2, 3)), "scale": jnp.full((3,), 2.0)}}
+    kernel, scale = (torch.nn.Parameter(torch.tensor(np.array(tree["a"][n]))) for n in ("kernel", "scale"))
+    theirs = torch.optim.AdamW(
+        [{"params": [kernel], "weight_decay": 0.3}, {"params": [scale], "weight_decay": 0.0}],
+        lr=0.1,
+        betas=(config.b1, config.b2),
+        eps=1e-8,
+    )
+    optimizer = make_optimizer(config, 3)
+    state = optimizer.init(tree)
+    for k in range(3):
+        gradient = {"a": {"kernel": jnp.full((2, 3), 0.5 + k), "scale": jnp.full((3,), -1.0)}}
+        updates, state = optimizer.update(gradient, state, tree)
+        tree = optax.apply_updates(tree, updates)
+        kernel.grad, scale.grad = (torch.tensor(np.array(gradient["a"][n])) for n in ("kernel", "scale"))
+        theirs.step()
+    np.testing.assert_allclose(tree["a"]["kernel"], kernel.detach().numpy(), atol=1e-6)
+    np.testing.assert_allclose(tree["a"]["scale"], scale.detach().numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((3, 1, 1), "8 devices here"),
+        ((-1, -1, 1), "one may be -1"),
+        ((0, 1, 8), "sizes are positive"),
+        ((-1, 3, 1), "8 devices here"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(shape, words):
+    config = default()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+    with pytest.raises(UserError, match=words):
+        make_mesh(config.mesh)
+
+
+def test_what_a_mesh_does_not_divide_is_named(base):
+    config = default()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 8
+    mesh = make_mesh(config.mesh)
+    odd = random_params(DecoderConfig(61, 32, 64, 2, 4, 2, 8, tie_embeddings=True), 0)
+    with pytest.raises(UserError, match="embed_tokens/embedding.*tensor = 8 does not divide dimension 0 of size 61"):
+        shardings(odd, mesh)
+    with pytest.raises(UserError, match="no sharding rule matches"):
+        shardings({"new_thing": jnp.ones(3)}, mesh)
+    config.mesh.data, config.mesh.tensor = 8, 1
+    with pytest.raises(UserError, match="config.train.batch_rows is 6"):
+        check_rows(6, make_mesh(config.mesh), "train.batch_rows")

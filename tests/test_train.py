@@ -1,0 +1,297 @@
+"""The train and evaluate verbs on a tiny student: learning, resuming, stopping, refusing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sqa_jax.config import default
+from sqa_jax.errors import UserError
+from sqa_jax.evaluate import evaluate
+from sqa_jax.train import train
+
+
+def tiny_config(tmp_path, **change):
+    config = default()
+    config.update_from_flattened_dict(
+        {
+            "student.path": "random:tiny", "data.cache": str(tmp_path / "datasets"), "data.train_limit": 24, "recipe.max_prompt": 700,
+            "train.row_length": 1024, "train.batch_rows": 2, "train.steps": 6, "train.eval_every": 3, "train.save_every": 2,
+            "eval.val_limit": 4, "eval.limit": 6, "eval.batch_rows": 2, "mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 4,
+        } | change
+    )  # fmt: skip
+    return config
+
+
+def last_adapter(workdir, config):
+    """The adapter of the last checkpoint as NumPy arrays, read without the code under test."""
+    import orbax.checkpoint as ocp
+
+    root = workdir / "checkpoints" / "last"
+    step = max(int(p.name) for p in root.iterdir() if p.name.isdigit())
+    return step, ocp.StandardCheckpointer().restore(root / str(step) / "state")
+
+
+def same(a, b):
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """One finished run that several tests look at."""
+    root = tmp_path_factory.mktemp("trained")
+    config = tiny_config(root)
+    return root / "run", config, train(config, str(root / "run"))
+
+
+def test_a_run_leaves_what_it_says(trained):
+    workdir, config, result = trained
+    assert result["finished"] and json.loads((workdir / "train.json").read_text()) == result
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert list((workdir / "tensorboard").glob("events*")) and (workdir / "checkpoints" / "best").is_dir()
+
+
+def test_a_finished_run_is_not_trained_again(trained):
+    workdir, config, result = trained
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train(config, str(workdir))["step"] == 6
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_stopping_and_continuing_is_bit_exact(trained, tmp_path):
+    workdir, config, _ = trained
+    parts = tiny_config(tmp_path, **{"train.stop_after": 2, "data.cache": config.data.cache})
+    for expected in (2, 4, 6):
+        assert train(parts, str(tmp_path / "run"))["step"] == expected
+    same(last_adapter(workdir, config), last_adapter(tmp_path / "run", config))
+
+
+def test_evaluation_has_a_row_a_question_and_resumes(trained):
+    workdir, config, _ = trained
+    metrics = evaluate(config, str(workdir))
+    folder = workdir / "eval" / "test"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 == metrics["n"]["AVG"] and metrics["missing"] == metrics["unparsed"] == 0
+    from sqa_jax.data.sources import load_problems
+
+    assert [row["pid"] for row in rows] == [p.pid for p in load_problems("sample").split("test")[:6]]
+    assert all(row["text"].startswith("The answer is") for row in rows)
+    # Interrupted half-way: three answers are known, one line is cut off.
+    (folder / "predictions.jsonl").unlink()
+    partial = folder / f"partial-{metrics['fingerprint'][:16]}.jsonl"
+    marked = [{**row, "text": "kept"} for row in rows[:3]]
+    partial.write_text("".join(json.dumps(row) + "\n" for row in marked) + '{"pid": "12", "ans')
+    evaluate(config, str(workdir))
+    again = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [row["pid"] for row in again] == [row["pid"] for row in rows]
+    assert [row["text"] == "kept" for row in again] == [True] * 3 + [False] * 3
+    assert not partial.exists()
+
+
+def test_other_predictions_are_moved_aside_not_overwritten(trained):
+    workdir, config, _ = trained
+    evaluate(config, str(workdir))
+    other = config.copy_and_resolve_references()
+    other.eval.mode, other.eval.max_new_tokens, other.eval.limit = "generate", 8, 3
+    metrics = evaluate(other, str(workdir))
+    assert metrics["mode"] == "generate" and metrics["n"]["AVG"] == 3
+    assert len(list((workdir / "eval").glob("test.*/predictions.jsonl"))) >= 1
+
+
+def test_last_best_and_bare_are_different_systems(trained):
+    workdir, config, _ = trained
+    steps = {}
+    for which in ("last", "best", "none"):
+        chosen = config.copy_and_resolve_references()
+        chosen.eval.checkpoint = which
+        steps[which] = evaluate(chosen, str(workdir))["step"]
+    assert steps["last"] == 6 and steps["none"] is None and steps["best"] in (0, 3, 6)
+
+
+FAULTS = [
+    (
+        {"optimizer.learning_rate": 0.5},
+        "belongs to another configuration .config.optimizer.learning_rate was 0.001 and is 0.5",
+    ),
+    ({"student.path": "random:small"}, "student"),
+    ({"mesh.data": 3}, "does not use exactly the 8 devices"),
+    ({"mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1}, "config.train.batch_rows is 2"),
+    ({"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8}, "config.mesh.tensor"),
+    ({"adapter.methods": ("lora", "full")}, "full fine-tuning"),
+    ({"train.row_length": 64}, "config.train.row_length = 64"),
+    ({"student.remat": "some"}, "config.student.remat"),
+    ({"student.dtype": "float16"}, "config.student.dtype"),
+    ({"student.path": "nowhere.gguf"}, "nowhere.gguf: not found"),
+    ({"student.path": "/no/such/model"}, "no such model directory"),
+    ({"student.path": ""}, "config.student.path is empty"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), FAULTS)
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(trained, change, words):
+    workdir, config, _ = trained
+    kept = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=words) as caught:
+        train(changed, str(workdir))
+    assert "\n" not in str(caught.value)
+    assert kept == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_no_checkpoint_is_no_zero_shot(tmp_path):
+    with pytest.raises(UserError, match="config.eval.checkpoint=none"):
+        evaluate(tiny_config(tmp_path), str(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_names_step_and_questions(tmp_path, monkeypatch):
+    """A learning rate that blows up: the run stops, says where, and keeps the checkpoint from before."""
+    config = tiny_config(
+        tmp_path, **{"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 1e30, "train.save_every": 1}
+    )
+    with pytest.raises(UserError, match=r"step \d+: loss .*nan.*; questions \d+"):
+        train(config, str(tmp_path / "run"))
+    step, state = last_adapter(tmp_path / "run", config)
+    assert step >= 1
+
+
+def command(config, workdir):
+    """The verb as a user starts it, with the same settings."""
+    overrides = []
+    for key in ("student.path", "data.cache", "data.train_limit", "recipe.max_prompt", "train.row_length", "train.batch_rows", "train.steps",
+                "train.eval_every", "train.save_every", "eval.val_limit", "eval.limit", "eval.batch_rows", "mesh.data", "mesh.fsdp", "mesh.tensor"):  # fmt: skip
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        overrides.append(f"--config.{key}={value}")
+    return [sys.executable, "-m", "sqa_jax.train", "--config", "configs/test.py", "--workdir", str(workdir), *overrides]
+
+
+def wait_for_step(workdir, step, process):
+    """True as soon as a step is reported, False if the process ends before."""
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        lines = file.read_text().splitlines() if file.exists() else []
+        if any('"loss"' in line and f'"step": {step},' in line for line in lines):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_kill_nine_at_random_steps_is_bit_exact(tmp_path):
+    """SIGKILL at three random steps; the final adapter is the uninterrupted run's, bit for bit."""
+    config = tiny_config(tmp_path, **{"train.steps": 16, "train.save_every": 2, "train.eval_every": 8})
+    train(config, str(tmp_path / "whole"))
+    for number, step in enumerate(sorted(random.Random().sample(range(1, 15), 3))):
+        process = subprocess.Popen(
+            command(config, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        assert wait_for_step(tmp_path / "killed", step, process)
+        process.kill()
+        process.wait()
+    result = subprocess.run(command(config, tmp_path / "killed"), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    same(last_adapter(tmp_path / "whole", config), last_adapter(tmp_path / "killed", config))
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
+    assert steps == list(range(1, 17)), "each step is reported once, whatever was killed"
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    config = tiny_config(tmp_path, **{"train.steps": 400, "train.save_every": 0, "train.eval_every": 0})
+    process = subprocess.Popen(
+        command(config, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "SIGTERM" in out and "the same command continues" in out
+    step, _ = last_adapter(tmp_path / "run", config)
+    assert 2 <= step < 400 and f"step {step} of 400" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.optimzer.learning_rate=1"], "did you mean optimizer.learning_rate?"),
+        (["--config.optimizer.learning_rate=high"], "learning_rate"),
+        (["--workdr=x"], "did you mean workdir?"),
+        (["--config", "nowhere.py"], "nowhere.py"),
+        ([], "--workdir is needed"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, words):
+    result = subprocess.run([sys.executable, "-m", "sqa_jax.train", *arguments], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert words in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+def test_a_config_file_with_an_unknown_key(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from sqa_jax.config import default\ndef get_config():\n    c = default()\n    c.optimizer.learning_rat = 1\n    return c\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "sqa_jax.train", "--config", str(file), "--workdir", str(tmp_path / "w")], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )  # fmt: skip
+    assert (
+        result.returncode == 2 and "learning_rate" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    ), result.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "preprocess", "score"])
+def test_help_tells_what_is_read_and_written(verb):
+    result = subprocess.run([sys.executable, "-m", f"sqa_jax.{verb}", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and all(
+        word in result.stdout
+        for word in ("Reads:", "Writes:", "Example", "--config" if verb != "score" else "--problems")
+    )
+
+
+@pytest.mark.parametrize("methods", [("lora",), ("prefix",), ("prompt",)])
+def test_eight_examples_are_learnt_and_generated(methods, tmp_path, monkeypatch):
+    """The test that finds a shifted label, a missing end token or another prompt at inference: overfit, then *generate*."""
+    from sqa_jax.data import dataset as datasets_
+    from sqa_jax.data.prompts import render_target
+    from sqa_jax.data.recipes import arm_format
+    from sqa_jax.data.sources import load_problems
+
+    steps, rate = {"lora": (120, 2e-2), "prefix": (300, 3e-2), "prompt": (400, 1e-1)}[methods[0]]
+    config = tiny_config(
+        tmp_path,
+        **{
+            "student.path": "random:small", "adapter.methods": methods, "data.train_limit": 8, "data.train_split": "val", "recipe.answer": "both", "adapter.lora.rank": 16,
+            "adapter.prefix.length": 24, "adapter.prompt.length": 24, "adapter.prefix.reparametrize": False, "optimizer.learning_rate": rate,
+            "train.steps": steps, "train.eval_every": 0, "train.save_every": 0, "eval.val_limit": 2, "eval.checkpoint": "last", "eval.split": "val", "eval.mode": "generate",
+            "eval.max_new_tokens": 100, "eval.limit": 0, "mesh.data": 8, "mesh.fsdp": 1, "mesh.tensor": 1, "train.batch_rows": 8, "train.row_length": 768,
+        },
+    )  # fmt: skip
+    chosen = datasets_.training_problems(config, load_problems("sample"))
+    train(config, str(tmp_path / "run"))
+    evaluate(config, str(tmp_path / "run"))
+    texts = {
+        row["pid"]: row["text"]
+        for row in map(json.loads, (tmp_path / "run/eval/val/predictions.jsonl").read_text().splitlines())
+    }
+    fmt = arm_format(config.recipe)
+    expected = {p.pid: render_target(fmt, p.choices, p.answer, p.lecture, p.solution, "both") for p in chosen}
+    assert {pid: texts[pid] for pid in expected} == expected
