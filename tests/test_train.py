@@ -196,7 +196,7 @@ def test_kill_nine_at_random_steps_is_bit_exact(tmp_path):
     """SIGKILL at three random steps; the final adapter is the uninterrupted run's, bit for bit."""
     config = tiny_config(tmp_path, **{"train.steps": 16, "train.save_every": 2, "train.eval_every": 8})
     train(config, str(tmp_path / "whole"))
-    for number, step in enumerate(sorted(random.Random().sample(range(1, 15), 3))):
+    for step in sorted(random.Random().sample(range(1, 15), 3)):
         process = subprocess.Popen(
             command(config, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -2,7 +2,7 @@
 
 The rules, in order; the first that finds an option decides:
 
-1. a JSON field "answer" (also in a cut-off or malformed object);
+1. a JSON field "answer" (also in a cut-off or malformed object); where there is one, no other rule is asked;
 2. a statement: "the answer is …", "Answer: …", "the correct option would be …"; the last one that names an
    option, since reasoning may try several before it concludes; "is not …" is no statement;
 3. the reply's first line *is* an option, its mark, or its mark and text: "B", "(1) minute", "**attract**";
@@ -47,8 +47,9 @@ def parse_answer(text: str, choices: Sequence[str], *, numbering: Numbering = "l
       numbering: how the prompt numbered them: (A), (B) …; (0), (1) …; or (1), (2) ….
     """
     parser = _Parser(choices, numbering)
+    if _JSON_ANSWER.search(text):
+        return parser.json_field(text)
     for rule in (
-        parser.json_field,
         parser.statement,
         parser.whole_line,
         parser.assertion,

@@ -47,10 +47,8 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     Raises:
       UserError: no rule matches, or a mesh axis does not divide its dimension.
     """
-    for pattern, spec in rules:
-        if re.search(rf"(^|/){pattern}$", name):
-            break
-    else:
+    spec = next((spec for pattern, spec in rules if re.search(rf"(^|/){pattern}$", name)), None)
+    if spec is None:
         raise UserError(f"parameter {name} {shape}: no sharding rule matches; add one to sqa_jax/parallel/rules.py")
     if len(spec) > len(shape):
         raise UserError(f"parameter {name} {shape}: its sharding rule {spec} has more dimensions than it")

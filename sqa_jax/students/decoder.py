@@ -49,6 +49,9 @@ class Adaptation(NamedTuple):
         return 0 if self.prompt is None else self.prompt.shape[0]
 
 
+NO_ADAPTATION = Adaptation()
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far.
 
@@ -230,7 +233,7 @@ class Decoder(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segments: jax.Array,
-        adaptation: Adaptation = Adaptation(),
+        adaptation: Adaptation = NO_ADAPTATION,
         cache: Cache | None = None,
         branches: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:

@@ -1,0 +1,52 @@
+"""Teacher replies: whole, empty, damaged, numbered one way or another."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sqa_jax.data.problem import Problem
+from sqa_jax.data.teacher_records import make_records, parse_reply
+
+PROBLEM = Problem("7", "Which word?", ("mustard", "minute", "movies"), 1)
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer", "reasoning", "solution", "status"),
+    [
+        ('```json\n{"answer": 1, "solution": "It is \\"between\\"."}\n```', 1, "", 'It is "between".', "ok"),
+        ('{"answer": "2", "explanation": "last\\nword"}', 2, "", "last\nword", "ok"),
+        ('```json\n{"answer": 1,\n "solution": "It is betw', 1, "", "It is betw", "ok"),
+        ('```json\n{"answer": 1,\n "sol', 1, "", "", "malformed"),
+        ('{"answer": "nutria", "solution": "x"}', None, "", "x", "unparsed"),
+        ("The answer is **(1) minute**. Since m-i.", 1, "The answer is **(1) minute**. Since m-i.", "", "ok"),
+        ("I cannot see it.", None, "I cannot see it.", "", "unparsed"),
+        ("  \n", None, "", "", "empty"),
+    ],
+)
+def test_replies(raw, answer, reasoning, solution, status):
+    assert parse_reply(raw, PROBLEM, "zero") == (answer, reasoning, solution, status)
+
+
+def reply(raw, model="m"):
+    return {"pid": "7", "model": model, "setting": "QTCH", "raw": raw}
+
+
+def test_numbering_is_read_from_what_the_model_quotes():
+    """A bare "(1)" means what the model's other replies of the same setting say it means."""
+    for mark, index in (("1", 1), ("2", 1), ("B", 1)):
+        rows = [reply(f"({mark}) minute")] * 3 + [reply(f"The answer is ({mark}).")]
+        assert [r.answer for r in make_records(rows, {"7": PROBLEM})] == [index] * 4
+
+
+def test_unknown_questions_are_left_out_and_service_status_kept():
+    rows = [reply("(1) minute"), {**reply("(1)"), "pid": "8"}, {**reply("", "x"), "status": "blocked", "price": 0.5}]
+    records = make_records(rows, {"7": PROBLEM})
+    assert [(r.pid, r.status, r.price) for r in records] == [("7", "ok", None), ("7", "blocked", 0.5)]
+
+
+def test_kind_says_what_a_record_can_teach():
+    texts = ['{"answer": 1, "solution": "s"}', "The answer is (1) minute", ""]
+    assert [r.kind for r in make_records(map(reply, texts), {"7": PROBLEM})] == ["solution", "reasoning", ""]
+    json.dumps([r.__dict__ for r in make_records(map(reply, texts), {"7": PROBLEM})])
