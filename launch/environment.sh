@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv in the clone with what the given requirements need, once.
 # Usage: prepare_environment NAME ARGUMENTS-OF-PIP-INSTALL...
 

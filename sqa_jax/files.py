@@ -22,10 +22,12 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     """Turns a full disk or a missing permission met while writing `path` into a `UserError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space or choose another --workdir") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+    except (OSError, ValueError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # Checkpoints are written by a library that reports a full disk as a ValueError of its own.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            raise UserError(f"{path}: the disk is full; free some space or choose another place") from error
+        if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written ({error.strerror}); choose a place you may write to") from error
         raise
 

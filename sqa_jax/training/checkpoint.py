@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ class Checkpoints:
 
     def __init__(self, directory: str | Path):
         self._root = Path(directory).absolute()
+        # orbax logs each failure of each of its threads; the exception says it once.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         with disk_errors(self._root):
             self._last = ocp.CheckpointManager(self._root / "last", options=ocp.CheckpointManagerOptions(max_to_keep=2))
             self._best = ocp.CheckpointManager(self._root / "best", options=ocp.CheckpointManagerOptions(max_to_keep=1))
