@@ -1,4 +1,4 @@
-"""ScienceQA from its own directory layout: --config.data.path names it."""
+"""ScienceQA from its own directory layout: --config.data.path names it. Rows and steps are sized for a CPU."""
 
 from sqa_jax.config import default
 
@@ -7,4 +7,10 @@ def get_config():
     config = default()
     config.data.source = "dir"
     config.student.path = "weights/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config.recipe.chat = False
+    config.recipe.answer = "text"
+    config.train.row_length = 512
+    config.train.batch_rows = 2
+    config.eval.row_length = 512
+    config.optimizer.learning_rate = 2e-3
     return config

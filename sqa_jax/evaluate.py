@@ -37,6 +37,7 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
     from sqa_jax.inference.answer import answers
     from sqa_jax.metrics.leaderboard import read_predictions, score
     from sqa_jax.runtime import start
+    from sqa_jax.training.workdir import check_evaluable
 
     if not workdir:
         raise UserError("--workdir is needed: the run to evaluate, or where the bare student's predictions are kept")
@@ -50,6 +51,8 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
     loaded = load_config_problems(config)
     problems = loaded.split(settings.split)[: settings.limit or None]
     runtime = start(config)
+    if settings.checkpoint != "none":
+        check_evaluable(root, config, runtime.student.fingerprint)
     step, adapter = _adapter(config, root, runtime)
     base = {} if "full" in adapter else runtime.student.params
 

@@ -68,7 +68,8 @@ FOUR = [Problem(str(k), "q", ("a", "b"), k % 2) for k in range(4)]
 
 
 @pytest.mark.parametrize(
-    ("predictions", "words"), [({"9": 0}, "question 9 is not in this split"), ({"1": 2}, "question 1: answer 2 is outside")]
+    ("predictions", "words"),
+    [({"9": 0}, "question 9 is not in this split"), ({"1": 2}, "question 1: answer 2 is outside")],
 )
 def test_predictions_that_belong_elsewhere_are_refused(predictions, words):
     with pytest.raises(UserError, match=words):
@@ -97,7 +98,10 @@ def test_bad_prediction_files_are_named(tmp_path, content, words):
 @given(right=st.lists(st.booleans(), min_size=5, max_size=60))
 def test_wilson_interval_is_its_formula(right):
     n, p, z = len(right), np.mean(right), stats.norm.ppf(0.975)
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    centre, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n),
+    )
     np.testing.assert_allclose(accuracy_interval(right), [p, max(0, centre - half), min(1, centre + half)], atol=1e-9)
 
 
@@ -156,7 +160,9 @@ def test_starts_fast_and_without_jax(gold):
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", program, str(gold / "gold.jsonl")], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, "-c", program, str(gold / "gold.jsonl")], capture_output=True, text=True
+        )
         times.append(time.perf_counter() - start)
         assert result.stderr.strip() == "[]", result.stderr
     assert min(times) < 2
@@ -174,4 +180,6 @@ def test_starts_fast_and_without_jax(gold):
 )
 def test_mistakes_are_one_line_and_exit_two(arguments, words):
     result = run(*arguments)
-    assert result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.returncode == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1, (
+        result.stderr
+    )

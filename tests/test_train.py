@@ -153,6 +153,17 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(trained, change, words
     assert kept == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize(
+    "change", [{"recipe.answer": "text"}, {"adapter.lora.rank": 4}, {"student.path": "random:small"}]
+)
+def test_a_run_is_evaluated_as_it_was_trained(trained, change):
+    workdir, config, _ = trained
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match="belongs to another configuration .*(answer|rank|student)"):
+        evaluate(changed, str(workdir))
+
+
 def test_no_checkpoint_is_no_zero_shot(tmp_path):
     with pytest.raises(UserError, match="config.eval.checkpoint=none"):
         evaluate(tiny_config(tmp_path), str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, write_json
 
 # Settings that change what a run shows or how it is cut into pieces, never what it computes.
+_PLACE = ("student.path", "student.revision", "student.dtype", "student.remat")  # the fingerprint says what it is
 _FREE = ("data.cache", "train.log_every", "train.eval_every", "train.save_every", "train.stop_after", "eval.", "mesh.")
 
 
@@ -29,18 +31,48 @@ def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
             raise UserError(f"--workdir {workdir}: is a file; name a directory")
         write_json(file, mine)
         return workdir
-    theirs = read_json(file, "the configuration of this workdir")
-    ours, their = _flatten(mine), _flatten(theirs)
-    differing = sorted(
-        key for key in ours.keys() | their.keys()
-        if ours.get(key) != their.get(key) and not key.removeprefix("config.").startswith(_FREE)
-    )  # fmt: skip
+    _refuse(
+        workdir,
+        _differing(mine, read_json(file, "the configuration of this workdir"), lambda key: not key.startswith(_FREE)),
+    )
+    return workdir
+
+
+def check_evaluable(workdir: str | Path, config, student: str) -> None:
+    """Checks that a run is evaluated with the student, the prompts and the adapter that it was trained with.
+
+    Raises:
+      UserError: it is not; the settings that differ are named.
+    """
+    trained = read_json(Path(workdir) / "config.json", "the configuration of this run")
+    asked = {"config": config.to_dict(), "student": student}
+    _refuse(
+        Path(workdir),
+        _differing(
+            asked, trained, lambda key: key.startswith(("recipe.", "adapter.", "student")) and key not in _PLACE
+        ),
+    )
+
+
+def _differing(
+    ours: dict[str, Any], theirs: dict[str, Any], counts: Callable[[str], bool]
+) -> list[tuple[str, Any, Any]]:
+    """(key, theirs, ours) where the two differ in a key that counts; keys without the leading "config."."""
+    mine, other = _flatten(ours), _flatten(theirs)
+    keys = sorted(mine.keys() | other.keys())
+    return [
+        (key, other.get(key), mine.get(key))
+        for key in keys
+        if mine.get(key) != other.get(key) and counts(key.removeprefix("config."))
+    ]
+
+
+def _refuse(workdir: Path, differing: list[tuple[str, Any, Any]]) -> None:
     if differing:
-        shown = ", ".join(f"{key} was {their.get(key)!r} and is {ours.get(key)!r}" for key in differing[:3])
+        shown = ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, theirs, ours in differing[:3])
         raise UserError(
             f"{workdir}: belongs to another configuration ({shown}); choose another --workdir or the same settings"
         )
-    return workdir
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
