@@ -61,9 +61,9 @@ step "accuracy in percent on the first $limit questions of the $split split"
 cat <<END
 
 Where everything is:
-  $out/table.txt                              this table
-  $out/trained/checkpoints/best               the adapter
-  $out/trained/metrics.jsonl, tensorboard/    how training went
-  $out/trained/eval/$split/predictions.jsonl  every answer
-  datasets/                                   the pre-tokenized training set and its manifest
+  this table              $out/table.txt
+  the adapter             $out/trained/checkpoints/best
+  how training went       $out/trained/metrics.jsonl and tensorboard/
+  every answer            $out/trained/eval/$split/predictions.jsonl
+  the training set        datasets/
 END
