@@ -6,19 +6,31 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
 
 from sqa_jax.errors import UserError
 
+_defaults: dict[str, str] = {}  # the settings file of a verb that is started without --config
+
 
 def define_config(default: str) -> None:
     """Defines `--config FILE` (locked; `--config.key=value` overrides) and `--workdir DIR`."""
     from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file("config", default, "Settings: a Python file with get_config().", lock_config=True)
+    _defaults["config"] = default
+    config_flags.DEFINE_config_file("config", None, "Settings: a Python file with get_config().", lock_config=True)
     flags.DEFINE_string("workdir", "", "Where this run's files are kept.")
+
+
+def given_config(argv: list[str]) -> str | None:
+    """The settings file that a command line names, or None."""
+    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            return match[1] if match[1] is not None else following
+    return None
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
@@ -49,50 +61,41 @@ def _parse(argv: list[str]) -> None:
       UserError: a flag or a configuration key is not known (the nearest known one is named), a value does
         not fit its type, or the configuration file cannot be read.
     """
-    if bad := next((arg for arg in argv[1:] if re.match(r"--?config\.", arg) and not _known_key(arg, argv)), None):
-        key = re.sub(r"^--?config\.|=.*$", "", bad)
-        raise UserError(f"--config.{key}: unknown setting; {_nearest(key, _keys(_load_config(argv)))}")
+    if "config" in flags.FLAGS:
+        if given_config(argv) is None:
+            argv = [argv[0], f"--config={_defaults['config']}", *argv[1:]]
+        known = _keys(_load_config(given_config(argv)))
+        for arg in argv[1:]:
+            if (match := re.match(r"--?config\.([^=]+)", arg)) and match[1] not in known:
+                raise UserError(f"--config.{match[1]}: unknown setting; {_nearest(match[1], known)}")
     try:
         rest = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"--{error.flagname}: unknown flag; {_nearest(error.flagname, list(flags.FLAGS))}") from None
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error)) from None
-    except (AttributeError, KeyError) as error:  # a configuration file that sets an unknown key
-        raise UserError(f"--config: {_first_sentence(error)}") from None
-    except (FileNotFoundError, ImportError, SyntaxError) as error:
-        raise UserError(f"--config: the settings file cannot be loaded ({error})") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: unexpected argument; every setting is a flag, see --help")
 
 
-def _load_config(argv: list[str]) -> Any:
-    """The configuration before overrides, or None where the verb has none or the file is unusable."""
-    if "config" not in flags.FLAGS:
-        return None
-    given = next((arg.partition("=")[2] or following for arg, following in zip(argv, [*argv[1:], ""], strict=True)
-                  if re.fullmatch(r"--?config(=.*)?", arg)), flags.FLAGS["config"].default)  # fmt: skip
-    parser = flags.FLAGS["config"].parser
+def _load_config(file: str) -> Any:
+    """The configuration of a file, before overrides."""
+    if not Path(file.partition(":")[0]).is_file():
+        raise UserError(f"--config: {file}: not found; name a Python file with get_config(), such as those in configs/")
     try:
-        return parser.parse(given)
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"--config: {given}: {_first_sentence(error)}") from None
-    except (FileNotFoundError, ImportError, SyntaxError, OSError, ValueError) as error:
-        raise UserError(f"--config: {given} cannot be loaded ({error})") from None
+        return flags.FLAGS["config"].parser.parse(file)
+    except (AttributeError, KeyError) as error:  # it sets an unknown key
+        raise UserError(f"--config: {file}: {_first_sentence(error)}") from None
+    except (ImportError, SyntaxError, OSError, ValueError, TypeError) as error:
+        raise UserError(f"--config: {file} cannot be loaded ({error})") from None
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:
-    if config is None:
-        return []
     names = []
     for key in config:
         value = config[key]
         names += _keys(value, f"{prefix}{key}.") if hasattr(value, "to_dict") else [prefix + key]
     return names
-
-
-def _known_key(arg: str, argv: list[str]) -> bool:
-    return re.sub(r"^--?config\.|=.*$", "", arg) in _keys(_load_config(argv))
 
 
 def _nearest(name: str, known: list[str]) -> str:

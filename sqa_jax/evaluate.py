@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def run_config(workdir: str):
 
     flag = flags.FLAGS["config"]
     file = Path(workdir) / "config.json"
-    if flag.using_default_value is False or not file.exists():
+    if cli.given_config(sys.argv) is not None or not file.exists():
         return flags.FLAGS.config
     config = ConfigDict(read_json(file, "the configuration of this run")["config"])
     config.update_from_flattened_dict(config_flags.get_override_values(flag))
