@@ -79,7 +79,7 @@ def test_loss_and_gradient_equal_pytorch(base, tmp_path):
         )
 
     value, gradient = jax.value_and_grad(loss)(base)
-    np.testing.assert_allclose(value, float(total / count), atol=1e-5)
+    np.testing.assert_allclose(value, float((total / count).detach()), atol=1e-5)
     down = model.model.layers[1].mlp.down_proj.weight.grad.numpy().T
     np.testing.assert_allclose(gradient["layers"]["mlp"]["down_proj"]["kernel"][1], down, atol=1e-6)
     np.testing.assert_allclose(
@@ -102,7 +102,8 @@ def test_only_targets_count(base):
 
 def run(config, base, data, mesh, steps=3):
     """Losses and the adapter after some steps."""
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    # With momentum there is a state to shard; Adam's root of tiny second moments would amplify the last bit of a sum's order.
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
     state = init_state(adapters.init_adapter(config.adapter, CONFIG, base, 0), optimizer)
     state = jax.device_put(state, shardings(state, mesh))
     frozen = {} if "full" in config.adapter.methods else jax.device_put(base, shardings(base, mesh))
@@ -136,8 +137,7 @@ def test_every_mesh_gives_the_single_device_result(base, methods, shape):
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
     losses, other, _ = run(config, base, data, make_mesh(config.mesh))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    # Adam divides by the root of tiny second moments, which amplifies the last bit of a sum's order.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), other, tree)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, tree)
 
 
 def test_parameters_lie_in_shards(base):
