@@ -5,7 +5,7 @@
 PYTHON=${PYTHON:-python3}
 VENV=.venv
 
-# Large arrays on large pages, kept between steps: a fifth faster on CPUs with glibc.
+# Large arrays on large pages, kept between steps: faster on CPUs with glibc.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=34359738368}
 
 fail() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import grain
@@ -38,6 +39,7 @@ class PackedRows:
         self.limits, self.pad_id, self.seed = limits, pad_id, seed
         lengths = np.array([len(t) for t in tokens])
         self._sizes, self._targets = lengths + limits.virtual, lengths - prompt_lengths
+        self._lock = threading.Lock()
         self._starts = [0]  # first row of each epoch planned so far
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
@@ -54,8 +56,9 @@ class PackedRows:
 
     def members(self, row: int) -> list[int]:
         """Indices of the sequences in a row."""
-        while self._starts[-1] <= row:
-            self._starts.append(self._starts[-1] + self.rows_of_epoch(len(self._starts) - 1))
+        with self._lock:  # grain's reading threads ask at the same time
+            while self._starts[-1] <= row:
+                self._starts.append(self._starts[-1] + self.rows_of_epoch(len(self._starts) - 1))
         epoch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._plan(epoch)[row - self._starts[epoch]]
 
