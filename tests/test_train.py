@@ -225,6 +225,35 @@ def test_kill_nine_at_random_steps_is_bit_exact(tmp_path):
     assert steps == list(range(1, 17)), "each step is reported once, whatever was killed"
 
 
+@pytest.mark.parametrize("died_at", [0, 3])
+def test_death_between_best_adapter_and_train_state(tmp_path, monkeypatch, died_at):
+    """The best adapter is on disk, the train state of the same step is not: the run goes on from the one before."""
+    from sqa_jax.training.checkpoint import Checkpoints
+
+    config = tiny_config(tmp_path, **{"train.save_every": 1 if died_at else 2})
+    train(config, str(tmp_path / "whole"))
+    save, saved_best = Checkpoints.save, []
+
+    def die(self, step, *rest):
+        if step >= died_at and saved_best:
+            self.finish()
+            raise InterruptedError("died")
+        save(self, step, *rest)
+
+    def note(self, step, adapter, save_best=Checkpoints.save_best):
+        save_best(self, step, adapter)
+        if step == died_at:
+            saved_best.append(step)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Checkpoints, "save", die)
+        patch.setattr(Checkpoints, "save_best", note)
+        train(config, str(tmp_path / "died"))
+    assert saved_best == [died_at]
+    train(config, str(tmp_path / "died"))
+    same(last_adapter(tmp_path / "whole", config), last_adapter(tmp_path / "died", config))
+
+
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
     config = tiny_config(tmp_path, **{"train.steps": 400, "train.save_every": 0, "train.eval_every": 0})
     process = subprocess.Popen(

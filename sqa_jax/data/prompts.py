@@ -23,7 +23,7 @@ from typing import Any
 from sqa_jax.data.problem import LETTERS, Problem
 from sqa_jax.errors import UserError
 
-_INPUTS = re.compile(r"(?=.*Q)[QCMLE]{1,5}")
+_INPUTS = re.compile(r"(?=.*Q)(?=.*M)[QCMLE]{2,5}")
 _SETTINGS = ("QTCH", "QTCHL", "QTCHLS", "QTCHS")
 _TARGETS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
 ANSWER_STYLES = ("letter", "text", "both")

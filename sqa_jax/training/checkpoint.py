@@ -40,7 +40,17 @@ class Checkpoints:
             )
 
     def save_best(self, step: int, adapter: Any) -> None:
+        """Starts to save the adapter of a step.
+
+        A run that was killed between this and its train state comes to the same step again, and finds it there:
+        the same configuration and data made it, so it stays. A later one is from validations that are now
+        made at other steps.
+        """
+        if step in (there := self._best.all_steps()):
+            return
         with disk_errors(self._root):
+            for later in (s for s in there if s > step):
+                self._best.delete(later)
             self._best.save(step, args=ocp.args.Composite(adapter=ocp.args.StandardSave(adapter)), force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
