@@ -17,6 +17,7 @@ def default() -> ConfigDict:
     data.images = "ignore"  # ignore: only whether there is one | check: every image must open
     data.teacher = ()  # files of recorded teacher replies (JSONL), or ("sample",)
     data.train_split = "train"
+    data.subjects = ()  # train only on these subjects, such as ("natural science",); () is all
     data.train_limit = 0  # use only so many training questions, drawn with the seed; 0 is all
     data.cache = "datasets"  # where pre-tokenized datasets are kept, one folder a fingerprint
 
@@ -28,6 +29,10 @@ def default() -> ConfigDict:
     recipe.chat = True  # wrap the prompt in the student's chat template where it has one
     recipe.max_prompt = 384  # tokens of a prompt; where it is longer, the lecture is shortened first, then the hint
     recipe.max_target = 512  # tokens of a target; a longer one is dropped, never shortened
+    recipe.samples = 1  # replies of a teacher used for a question, where several were sampled; 0 is all
+    recipe.vote = False  # use only replies that agree with the majority of the question's replies
+    recipe.teacher_right_only = False  # use only replies with the right answer
+    recipe.require = ()  # use only questions with usable replies of these kinds: solution, reasoning
 
     config.student = student = ConfigDict()
     student.path = ""  # HF directory or hub id, a .gguf file, or "random:<size>" (see students/load.py)
@@ -83,7 +88,9 @@ def default() -> ConfigDict:
     evaluation.val_split = "val"  # what the evaluation during training looks at
     evaluation.val_limit = 64
     evaluation.limit = 0  # only so many questions of the split, the first; 0 is all
-    evaluation.mode = "likelihood"  # likelihood | generate
+    # likelihood of the options | reason: generate, then likelihood | generate: parse the text |
+    # auto: likelihood where the target begins with the answer, else reason
+    evaluation.mode = "auto"
     evaluation.row_length = 1024  # tokens of one row of packed questions (likelihood)
     evaluation.batch_rows = 4
     evaluation.normalize = "none"  # likelihood of an option: none (sum) | length (mean a token)

@@ -35,14 +35,14 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
     from tqdm import tqdm
 
     from sqa_jax.data.dataset import load_config_problems
-    from sqa_jax.inference.answer import answers
+    from sqa_jax.inference.answer import answers, way
     from sqa_jax.metrics.leaderboard import read_predictions, score
     from sqa_jax.runtime import start
     from sqa_jax.training.workdir import check_evaluable
 
     if not workdir:
         raise UserError("--workdir is needed: the run to evaluate, or where the bare student's predictions are kept")
-    root, settings = Path(workdir), config.eval
+    root, settings, mode = Path(workdir), config.eval, way(config)
     if settings.checkpoint not in ("best", "last", "none"):
         raise UserError(f"config.eval.checkpoint is {settings.checkpoint!r}; choose best, last or none")
     if settings.checkpoint != "none" and not (root / "checkpoints").is_dir():
@@ -98,7 +98,7 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
     with atomic_write(final) as file:
         file.writelines(json.dumps(known[problem.pid], ensure_ascii=False) + "\n" for problem in problems)
     metrics = score(problems, read_predictions(final), str(final))
-    metrics |= {"split": settings.split, "mode": settings.mode, "checkpoint": settings.checkpoint, "step": step}
+    metrics |= {"split": settings.split, "mode": mode, "checkpoint": settings.checkpoint, "step": step}
     metrics |= {"questions_per_second": round(len(missing) / seconds, 3) if missing else None, "fingerprint": identity}
     write_json(metrics_file, metrics)
     partial.unlink()

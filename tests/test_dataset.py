@@ -16,6 +16,7 @@ import pytest
 from sqa_jax import files
 from sqa_jax.config import default
 from sqa_jax.data.dataset import build_or_reuse, load_config_problems
+from sqa_jax.data.problem import LETTERS
 from sqa_jax.data.recipes import ARMS, Unusable, arm_format, examples
 from sqa_jax.data.sources import load_problems
 from sqa_jax.data.teacher_records import TeacherRecord, load_records, write_records
@@ -82,8 +83,81 @@ def test_arms_take_their_supervision_from_where_they_say(config, problems):
     assert seen["teacher_and_golden"] == seen["golden"] + seen["teacher_answer"]
     assert "so says the teacher" in seen["teacher_answer"][0] and gold not in seen["teacher_answer"][0]
     assert seen["teacher_cot"] == [f"step by step\n{gold}"]
+    wrong = f"First attempt: {LETTERS[records['solution'][0].answer]}. so says the teacher\nThis is wrong."
+    assert seen["mistakes"] == [f"{wrong}\n{problem.solution}\n{gold}"]
+    assert seen["domain_text"] == [problem.lecture]
     config.recipe.arm = "teacher_answer"
     assert examples(problem, {}, config.recipe) == [Unusable(problem.pid, "teacher's solution: no record")]
+
+
+def teacher(problem, answers, **fields):
+    return {
+        "reasoning": [TeacherRecord("1", "m", "QTCH", "", a, f"because {k}", **fields) for k, a in enumerate(answers)]
+    }
+
+
+def test_which_replies_teach(config, problems):
+    """Rejection, several samples, votes: against a count by hand."""
+    problem = next(p for p in problems.split("train") if len(p.choices) > 2)
+    right, wrong, other = problem.answer, *[k for k in range(len(problem.choices)) if k != problem.answer][:2]
+    records = teacher(problem, [wrong, right, other, right])
+    config.recipe.arm, recipe = "teacher_cot", config.recipe
+
+    def used():
+        return [int(e.target.split()[1]) for e in examples(problem, records, recipe)]
+
+    assert used() == [0]
+    recipe.samples = 0
+    assert used() == [0, 1, 2, 3]
+    recipe.vote = True
+    assert used() == [1, 3]
+    recipe.samples = 1
+    assert used() == [1]
+    recipe.vote, recipe.teacher_right_only = False, True
+    assert used() == [1]
+    (nothing,) = examples(problem, teacher(problem, [wrong]), recipe)
+    assert "answer is wrong" in nothing.reason
+    recipe.teacher_right_only, recipe.require = False, ("solution",)
+    assert examples(problem, records, recipe) == [Unusable(problem.pid, "config.recipe.require: no usable solution")]
+    recipe.require = ()
+    (nothing,) = examples(problem, {"reasoning": [TeacherRecord("1", "m", "QTCH", "(1)", 1)]}, recipe)
+    assert nothing.reason == "teacher's reasoning: only an answer"
+
+
+def test_a_lecture_arm_prefers_replies_that_saw_the_lecture(config, problems):
+    problem = problems.split("train")[0]
+    records = {"solution": [TeacherRecord("1", "m", s, "", 0, solution=s) for s in ("QTCH", "QTCHL")]}
+    for arm, setting in (("teacher_answer", "QTCH"), ("teacher_lecture", "QTCHL"), ("mistakes", "QTCHL")):
+        config.recipe.arm, config.recipe.format = arm, "QCM-AE"
+        assert f"{setting}\n" in examples(problem, records, config.recipe)[0].target + "\n"
+
+
+def test_domain_text_is_every_lecture_once_and_whole(config, problems):
+    config.recipe.arm, config.recipe.max_target = "domain_text", 64
+    dataset, _ = build_or_reuse(config, TOKENIZER, problems)
+    tokens, prompt_lengths, _ = dataset.columns()
+    chosen = {problems.all()[pid].lecture for pid in dataset.columns()[2]}
+    assert set(prompt_lengths) == {1} and max(len(t) for t in tokens) <= 65
+    text = TOKENIZER.decode([token for ids in tokens for token in ids[1:]])
+    lectures = text.split("<|im_end|>")[:-1]
+    assert len(lectures) == len(set(lectures)) and set(lectures) == chosen
+    assert len(lectures) < 40, "many of the forty questions share a lecture"
+
+
+@pytest.mark.parametrize("arm", ["teacher_answer", "teacher_cot", "mistakes"])
+def test_an_arm_without_teacher_records_says_what_to_do(config, problems, arm):
+    config.recipe.arm = arm
+    with pytest.raises(UserError, match=r"needs a teacher's (solution|reasoning); name files .*config\.data\.teacher"):
+        build_or_reuse(config, TOKENIZER, problems)
+
+
+def test_subjects_and_unknown_subjects(config, problems):
+    config.data.subjects, config.data.train_limit = ("language science",), 0
+    dataset, _ = build_or_reuse(config, TOKENIZER, problems)
+    assert {problems.all()[pid].subject for pid in dataset.columns()[2]} == {"language science"}
+    config.data.subjects = ("alchemy",)
+    with pytest.raises(UserError, match="alchemy not in split 'train'; it has language science"):
+        build_or_reuse(config, TOKENIZER, problems)
 
 
 def test_same_config_is_reused_and_any_other_is_not(config, problems, tmp_path):

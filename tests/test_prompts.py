@@ -76,9 +76,9 @@ def test_options_begin_as_the_target_does():
         for targets in ("A", "ALE"):
             fmt = Format("QCM", targets)
             target = render_target(fmt, PROBLEM.choices, 1, PROBLEM.lecture, PROBLEM.solution, style)
-            assert [target.startswith(option) for option in option_targets(PROBLEM, fmt, style)] == [False, True]
-    with pytest.raises(UserError, match="config.eval.mode=generate"):
-        option_targets(PROBLEM, Format("QCM", "EA"), "letter")
+            assert [target.startswith(option) for option in option_targets(PROBLEM, "", style)] == [False, True]
+        target = render_target(Format("QCM", "EA"), PROBLEM.choices, 1, PROBLEM.lecture, "It barks.", style)
+        assert option_targets(PROBLEM, "It barks.", style)[1] == target
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=60)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from sqa_jax.data.problem import Problem
+from sqa_jax.data.reasoning import chain_of_thought
 from sqa_jax.data.teacher_records import make_records, parse_reply
 
 PROBLEM = Problem("7", "Which word?", ("mustard", "minute", "movies"), 1)
@@ -20,7 +21,7 @@ PROBLEM = Problem("7", "Which word?", ("mustard", "minute", "movies"), 1)
         ('```json\n{"answer": 1,\n "solution": "It is betw', 1, "", "It is betw", "ok"),
         ('```json\n{"answer": 1,\n "sol', 1, "", "", "malformed"),
         ('{"answer": "nutria", "solution": "x"}', None, "", "x", "unparsed"),
-        ("The answer is **(1) minute**. Since m-i.", 1, "The answer is **(1) minute**. Since m-i.", "", "ok"),
+        ("The answer is **(1) minute**. Since m-i.", 1, "Since m-i.", "", "ok"),
         ("I cannot see it.", None, "I cannot see it.", "", "unparsed"),
         ("  \n", None, "", "", "empty"),
     ],
@@ -47,6 +48,23 @@ def test_unknown_questions_are_left_out_and_service_status_kept():
 
 
 def test_kind_says_what_a_record_can_teach():
-    texts = ['{"answer": 1, "solution": "s"}', "The answer is (1) minute", ""]
-    assert [r.kind for r in make_records(map(reply, texts), {"7": PROBLEM})] == ["solution", "reasoning", ""]
+    texts = ['{"answer": 1, "solution": "s"}', "Since m-i, the answer is (1) minute", "(1) minute", ""]
+    kinds = [r.kinds for r in make_records(map(reply, texts), {"7": PROBLEM})]
+    assert kinds == [("solution",), ("reasoning",), (), ()]
     json.dumps([r.__dict__ for r in make_records(map(reply, texts), {"7": PROBLEM})])
+
+
+@pytest.mark.parametrize(
+    ("text", "argument"),
+    [
+        ("The answer is **(1) metaphor**. Here's why:\n\n* **Metaphor:** compares.\n* No like.", "Metaphor: compares. No like."),
+        ("The answer is (2). Kansas is the farthest east.", "Kansas is the farthest east."),
+        ("(1) attract\n\nUnlike poles attract.", "Unlike poles attract."),
+        ("It comes after m. So the answer is **(0) no**.", "It comes after m."),
+        ("Let's see. (0) dogs bark, (1) cats do not.\n\nLet me know if you have questions!", "Let's see. dogs bark, cats do not."),
+        ("The answer is (1).", ""),
+        ("Circular reasoning: it is *Macropus*. 1.5 km is far.", "Circular reasoning: it is Macropus. 1.5 km is far."),
+    ],
+)  # fmt: skip
+def test_a_chain_of_thought_is_the_argument_alone(text, argument):
+    assert chain_of_thought(text) == argument

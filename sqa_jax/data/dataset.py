@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +11,15 @@ import numpy as np
 
 import sqa_jax
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.recipes import Unusable, examples
+from sqa_jax.data.recipes import Example, Unusable, check_recipe, examples
 from sqa_jax.data.sources import ProblemSet, load_problems
-from sqa_jax.data.teacher_records import TeacherRecord, load_records, make_records
-from sqa_jax.data.tokenize import Encoder
+from sqa_jax.data.teacher_records import KINDS, TeacherRecord, load_records, make_records
+from sqa_jax.data.tokenize import Encoded, Encoder
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
 from sqa_jax.students.tokenizer import fingerprint as tokenizer_fingerprint
 
-FORMAT = 1  # raised when the same inputs would make other rows
+FORMAT = 2  # raised when the same inputs would make other rows
 _BATCH = 1000  # questions tokenized in one call
 _NAMED = 50  # pids that the manifest names for each reason
 
@@ -83,6 +83,7 @@ def build_or_reuse(config, tokenizer: Any, problems: ProblemSet) -> tuple[Distil
     Raises:
       UserError: the configuration, the data or the disk does not allow it.
     """
+    check_recipe(config.recipe, bool(config.data.teacher))
     inputs = _fingerprint_inputs(config, tokenizer, problems)
     fingerprint = sha256_json(inputs)
     path = Path(config.data.cache) / fingerprint[:16]
@@ -124,6 +125,7 @@ def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[st
         "recipe": config.recipe.to_dict(),
         "train_split": config.data.train_split,
         "train_limit": config.data.train_limit,
+        "subjects": sorted(config.data.subjects),
         "seed": config.seed if config.data.train_limit else None,
         "problems": problems.fingerprint,
         "teacher": [sha256_file(path) for path in files] + ["sample"] * ("sample" in config.data.teacher),
@@ -132,8 +134,20 @@ def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[st
 
 
 def training_problems(config, problems: ProblemSet) -> Sequence[Problem]:
-    """The training split, or `config.data.train_limit` of its questions drawn with the seed, in split order."""
+    """The training split, of `config.data.subjects`; or `train_limit` of them drawn with the seed, in split order.
+
+    Raises:
+      UserError: there is no such subject.
+    """
     chosen = problems.split(config.data.train_split)
+    if subjects := set(config.data.subjects):
+        known = {problem.subject for problem in chosen}
+        if subjects - known:
+            raise UserError(
+                f"config.data.subjects: {', '.join(sorted(subjects - known))} not in split {config.data.train_split!r}; "
+                f"it has {', '.join(sorted(known))}"
+            )
+        chosen = [problem for problem in chosen if problem.subject in subjects]
     limit = config.data.train_limit
     if 0 < limit < len(chosen):
         kept = np.random.default_rng(config.seed).choice(len(chosen), limit, replace=False)
@@ -145,21 +159,21 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
     by_pid: dict[str, dict[str, list[TeacherRecord]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for record in config_records(config, problems):
         # A reply without content still says, with its status, why there is no example.
-        for kind in [record.kind] if record.kind else ["solution", "reasoning"]:
+        for kind in record.kinds or KINDS:
             by_pid[record.pid][kind].append(record)
     encoder, recipe = encoder_for(config, tokenizer), config.recipe
     chosen = training_problems(config, problems)
     rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length")}
     dropped: dict[str, list[str]] = collections.defaultdict(list)
     shortened: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    texts: set[str] = set()  # plain texts so far: many questions share a lecture, which is learned once
     for start in range(0, len(chosen), _BATCH):
         made = [e for problem in chosen[start : start + _BATCH] for e in examples(problem, by_pid[problem.pid], recipe)]
         usable = [e for e in made if not isinstance(e, Unusable)]
         for one in made:
             if isinstance(one, Unusable):
                 dropped[one.reason].append(one.pid)
-        encoded = encoder.encode([e.problem for e in usable], [e.format for e in usable], [e.target for e in usable])
-        for example, row in zip(usable, encoded, strict=True):
+        for example, row in _encode(encoder, usable, recipe.max_target, texts):
             pid = example.problem.pid
             if not row.fits:
                 dropped["question and choices longer than max_prompt"].append(pid)
@@ -189,6 +203,22 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
         },
         "dropped": {reason: {"rows": len(pids), "pids": pids[:_NAMED]} for reason, pids in dropped.items()},
     }
+
+
+def _encode(
+    encoder: Encoder, made: Sequence[Example], max_target: int, texts: set[str]
+) -> Iterator[tuple[Example, Encoded]]:
+    """Each example with its ids; a plain text, where it is new to `texts`, in pieces of `max_target` tokens."""
+    asked = [example for example in made if example.format is not None]
+    yield from zip(
+        asked,
+        encoder.encode([e.problem for e in asked], [e.format for e in asked], [e.target for e in asked]),
+        strict=True,
+    )
+    plain = {e.target: e for e in made if e.format is None and e.target not in texts}
+    texts.update(plain)
+    for example, pieces in zip(plain.values(), encoder.encode_texts(list(plain), max_target), strict=True):
+        yield from ((example, piece) for piece in pieces)
 
 
 def _percentiles(lengths: list[int]) -> dict[str, float]:

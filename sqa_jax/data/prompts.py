@@ -26,6 +26,7 @@ from sqa_jax.errors import UserError
 _INPUTS = re.compile(r"(?=.*Q)(?=.*M)[QCMLE]{2,5}")
 _SETTINGS = ("QTCH", "QTCHL", "QTCHLS", "QTCHS")
 _TARGETS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
+ANSWER_IS = "The answer is"
 ANSWER_STYLES = ("letter", "text", "both")
 
 
@@ -72,7 +73,7 @@ def answer_text(choices: tuple[str, ...], index: int, style: str) -> str:
 def answer_sentence(choices: tuple[str, ...], index: int, style: str) -> str:
     """ "The answer is B." """
     answer = answer_text(choices, index, style)
-    return f"The answer is {answer}" + ("" if answer.endswith((".", "!", "?")) else ".")
+    return f"{ANSWER_IS} {answer}" + ("" if answer.endswith((".", "!", "?")) else ".")
 
 
 def sections(problem: Problem, fmt: Format, caption: bool) -> list[tuple[str, str, str]]:
@@ -110,20 +111,14 @@ def render_target(fmt: Format, choices: tuple[str, ...], answer: int, lecture: s
     return f"{reason}\n{sentence}".lstrip() + (f" BECAUSE: {because}" if because else "")
 
 
-def option_targets(problem: Problem, fmt: Format, style: str) -> list[str]:
+def option_targets(problem: Problem, reason: str, style: str) -> list[str]:
     """Of each option, the target up to and with the answer: what likelihood scoring compares.
 
-    Raises:
-      UserError: the format reasons before it answers.
+    Args:
+      reason: what stands before the answer, "" where the answer comes first.
     """
-    if not fmt.answer_first:
-        raise UserError(
-            f"config.recipe.format {fmt.inputs}-{fmt.targets} reasons before it answers; use --config.eval.mode=generate, "
-            "or a format whose target begins with A"
-        )
-    return [
-        render_target(Format(fmt.inputs, "A"), problem.choices, i, "", "", style) for i in range(len(problem.choices))
-    ]
+    fmt = Format("QM", "EA" if reason else "A")
+    return [render_target(fmt, problem.choices, i, "", reason, style) for i in range(len(problem.choices))]
 
 
 class Template:

@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sqa_jax.data.problem import Problem
+from sqa_jax.data.reasoning import chain_of_thought
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_write, read_jsonl
 from sqa_jax.metrics.answers import Numbering, parse_answer
 
+KINDS = ("solution", "reasoning")
 STATUSES = ("ok", "empty", "malformed", "unparsed", "cut_off", "blocked")
 _SOLUTION = re.compile(r'"(?:solution|explanation|reasoning)"\s*:\s*"((?:[^"\\]|\\.)*)', re.IGNORECASE)
 
@@ -25,7 +27,7 @@ class TeacherRecord:
       setting: what the prompt showed: QTCH, QTCHL, QTCHLS or QTCHS.
       raw: the reply as it came.
       answer: index of the option that it chooses, or None.
-      reasoning: free text that argues towards the answer (a chain of thought), "" for a JSON reply.
+      reasoning: what a free-text reply argues, without its verdict (a chain of thought), "" for a JSON reply.
       solution: the explanation field of a JSON reply, "" for free text.
       status: "ok"; "empty"; "malformed" (neither text nor readable JSON); "unparsed" (readable, but it
         chooses no option); "cut_off" and "blocked" as the teacher's service said.
@@ -46,9 +48,9 @@ class TeacherRecord:
     price: float | None = None
 
     @property
-    def kind(self) -> str:
-        """ "solution" for a reply with an explanation field, "reasoning" for free text, "" for neither."""
-        return "solution" if self.solution else "reasoning" if self.reasoning else ""
+    def kinds(self) -> tuple[str, ...]:
+        """Which of `KINDS` it holds: "solution" has an explanation field, "reasoning" a chain of thought."""
+        return tuple(kind for kind in KINDS if getattr(self, kind))
 
 
 def parse_reply(raw: str, problem: Problem, numbering: Numbering) -> tuple[int | None, str, str, str]:
@@ -62,7 +64,7 @@ def parse_reply(raw: str, problem: Problem, numbering: Numbering) -> tuple[int |
         solution = _unescape(match[1]) if match else ""
         status = "malformed" if not match else "unparsed" if answer is None else "ok"
         return answer, "", solution, status
-    return answer, text, "", "unparsed" if answer is None else "ok"
+    return answer, chain_of_thought(text), "", "unparsed" if answer is None else "ok"
 
 
 def _unescape(text: str) -> str:

@@ -77,6 +77,21 @@ class Encoder:
             ends = [target + [self.tokenizer.eos_token_id] for target in self.plain(targets)]
         return [self._join([next(ids) for _ in own], own, end) for own, end in zip(kinds, ends, strict=True)]
 
+    def encode_texts(self, texts: Sequence[str], max_target: int) -> list[list[Encoded]]:
+        """Encodes plain texts, each in pieces of at most `max_target` tokens with the end token.
+
+        A piece begins with the student's first token where it has one, else its end token, as in pretraining:
+        its "prompt" of one token, from which the first token of the text is learned.
+        """
+        tokenizer = self.tokenizer
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        encoded = []
+        for ids in self.plain(texts):
+            ids = [*ids, tokenizer.eos_token_id]
+            pieces = [ids[k : k + max_target] for k in range(0, len(ids), max_target)]
+            encoded.append([Encoded([start, *piece], 1, {}, True) for piece in pieces])
+        return encoded
+
     def _join(self, parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:
         excess = len(self._before) + sum(map(len, parts)) + len(self._after) - self.max_prompt
         shortened: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""From questions to predictions, by one of two ways: likelihood of the options, or generated and parsed text."""
+"""From questions to predictions: by the options' likelihood, by generated text that is parsed, or by both in turn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sqa_jax.data.dataset import encoder_for
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import option_targets
+from sqa_jax.data.prompts import ANSWER_IS, option_targets
 from sqa_jax.data.recipes import arm_format
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator
@@ -24,7 +24,7 @@ class LikelihoodAnswers:
     """Answers with the option whose answer sentence the student finds likeliest.
 
     Raises:
-      UserError: the format reasons before it answers, or a setting is not known.
+      UserError: a setting is not known.
     """
 
     def __init__(self, config, runtime: Runtime):
@@ -39,9 +39,12 @@ class LikelihoodAnswers:
             config.adapter, runtime.decoder, settings.row_length, settings.batch_rows, batch_sharding(runtime.mesh)
         )
 
-    def __call__(self, adapter: Any, base: Any, problems: Sequence[Problem]) -> Iterator[Answered]:
+    def __call__(
+        self, adapter: Any, base: Any, problems: Sequence[Problem], reasons: Sequence[str] | None = None
+    ) -> Iterator[Answered]:
         prompts = _prompts(self._encoder, self._format, problems)
-        sentences = [option_targets(problem, self._format, self._style) for problem in problems]
+        reasons = reasons or [""] * len(problems)
+        sentences = [option_targets(*one, self._style) for one in zip(problems, reasons, strict=True)]
         ids = iter(self._encoder.plain([s for own in sentences for s in own]))
         choices = [Choice(prompt, [next(ids) for _ in own]) for prompt, own in zip(prompts, sentences, strict=True)]
         for index, log_probs in self._scorer(adapter, base, choices):
@@ -68,12 +71,59 @@ class GeneratedAnswers:
             yield index, parse_answer(text, problems[index].choices), text
 
 
-def answers(config, runtime: Runtime) -> LikelihoodAnswers | GeneratedAnswers:
-    """The way that `config.eval.mode` names."""
-    ways = {"likelihood": LikelihoodAnswers, "generate": GeneratedAnswers}
-    if config.eval.mode not in ways:
-        raise UserError(f"config.eval.mode is {config.eval.mode!r}; choose likelihood or generate")
-    return ways[config.eval.mode](config, runtime)
+class ReasonedAnswers:
+    """Generates the reasoning, then answers with the option that is likeliest behind it: no answer is unparsed.
+
+    What is scored is the whole target, as training tokenizes it: reasoning, line end, answer sentence. Reasoning
+    that `config.eval.max_new_tokens` cuts off is judged as far as it came.
+    """
+
+    def __init__(self, config, runtime: Runtime):
+        settings = config.eval
+        self._generated, self._chosen = GeneratedAnswers(config, runtime), LikelihoodAnswers(config, runtime)
+        self._at_once = 4 * settings.batch_questions  # so that an interrupted evaluation loses little
+
+    def __call__(self, adapter: Any, base: Any, problems: Sequence[Problem]) -> Iterator[Answered]:
+        for start in range(0, len(problems), self._at_once):
+            part = problems[start : start + self._at_once]
+            reasons = [""] * len(part)
+            for index, _, text in self._generated(adapter, base, part):
+                reasons[index] = _before_answer(text)
+            for index, answer, text in self._chosen(adapter, base, part, reasons):
+                yield start + index, answer, text
+
+
+def _before_answer(text: str) -> str:
+    """A generated text up to its last answer sentence, or all of it where it has none."""
+    reason = text[: text.rfind(ANSWER_IS)] if ANSWER_IS in text else text
+    return reason.strip()
+
+
+_WAYS = {"likelihood": LikelihoodAnswers, "reason": ReasonedAnswers, "generate": GeneratedAnswers}
+
+
+def way(config) -> str:
+    """What `config.eval.mode` means for the recipe's format; "auto" is what the format calls for.
+
+    Raises:
+      UserError: the mode is not known, or the format does not allow it.
+    """
+    mode, fmt = config.eval.mode, arm_format(config.recipe)
+    if mode == "auto":
+        return "likelihood" if fmt.answer_first else "reason"
+    if mode not in _WAYS:
+        raise UserError(f"config.eval.mode is {mode!r}; choose one of auto, {', '.join(_WAYS)}")
+    if mode != "generate" and fmt.answer_first != (mode == "likelihood"):
+        order, other = ("answers first", "likelihood") if fmt.answer_first else ("reasons before it answers", "reason")
+        raise UserError(
+            f"config.recipe.format {fmt.inputs}-{fmt.targets} {order}; use --config.eval.mode={other} or generate"
+        )
+    return mode
+
+
+def answers(config, runtime: Runtime) -> LikelihoodAnswers | GeneratedAnswers | ReasonedAnswers:
+    """Answers questions in the way that `config.eval.mode` asks for."""
+    return _WAYS[way(config)](config, runtime)
 
 
 def _prompts(encoder, fmt, problems: Sequence[Problem]) -> list[list[int]]:

@@ -91,6 +91,7 @@ class LikelihoodScorer:
         self.settings, self.decoder = settings, decoder
         self.row_length, self.batch_rows, self.sharding = row_length, batch_rows, batch_sharding
         self.virtual = adapters.virtual_tokens(settings)
+        self._scored = 0  # grows with what is asked, so that later calls of like size compile nothing
         self._forward = jax.jit(self._log_probs)
 
     def _log_probs(self, adapter: Any, base: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -119,11 +120,11 @@ class LikelihoodScorer:
             raise UserError(
                 f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt"
             )
-        length = max(self.row_length, -(-longest // 128) * 128)
+        length = self.row_length = max(self.row_length, -(-longest // 128) * 128)
         # Room for scored tokens in the questions' own proportion, so that it seldom closes a row early.
         share = sum(len(t.targets) for t in trees) / max(1, sum(len(t.tokens) for t in trees))
-        scored = max([int(1.3 * share * length)] + [len(t.targets) for t in trees])
-        scored = -(-scored // 16) * 16
+        scored = max([self._scored, int(1.3 * share * length)] + [len(t.targets) for t in trees])
+        scored = self._scored = -(-scored // 16) * 16
         rows = list(_rows(trees, length, scored))
         for start in range(0, len(rows), self.batch_rows):
             batch_rows = rows[start : start + self.batch_rows]
