@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -25,9 +25,15 @@ from sqa_jax import cli
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_write, disk_errors, read_json, sha256_json, write_json
 
+if TYPE_CHECKING:
+    from sqa_jax.runtime import Runtime
 
-def evaluate(config, workdir: str) -> dict[str, Any]:
+
+def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any]:
     """Evaluates and returns the metrics.
+
+    Args:
+      runtime: the loaded student, for many evaluations of one; None loads what the configuration names.
 
     Raises:
       UserError: there is no checkpoint, or the configuration does not fit it.
@@ -51,7 +57,7 @@ def evaluate(config, workdir: str) -> dict[str, Any]:
         )
     loaded = load_config_problems(config)
     problems = loaded.split(settings.split)[: settings.limit or None]
-    runtime = start(config)
+    runtime = runtime or start(config)
     if settings.checkpoint != "none":
         check_evaluable(root, config, runtime.student.fingerprint)
     step, adapter = _adapter(config, root, runtime)

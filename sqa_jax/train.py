@@ -15,16 +15,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from sqa_jax import cli
 from sqa_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from sqa_jax.runtime import Runtime
 
-def train(config, workdir: str) -> dict[str, Any]:
+
+def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any]:
     """Runs (or continues) a training run; returns what WORKDIR/train.json holds.
+
+    Args:
+      runtime: the loaded student, for many runs of one; None loads what the configuration names.
 
     Raises:
       UserError: the configuration, the data, the workdir or the disk does not allow it, or the loss is no
@@ -52,7 +58,7 @@ def train(config, workdir: str) -> dict[str, Any]:
     adapters.check_methods(config.adapter.methods)
 
     # ---- student and data
-    runtime = start(config)
+    runtime = runtime or start(config)
     mesh, student, decoder = runtime
     check_rows(config.train.batch_rows, mesh, "train.batch_rows")
     problems = load_config_problems(config)

@@ -202,3 +202,61 @@ def test_too_long_is_refused(base):
                 {}, base, [Choice(ids(300)[0], [[1], [2]])]
             )
         )
+
+
+def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
+    """The student's own text up to its answer sentence, then the likeliest whole target: against a loop by hand."""
+    from sqa_jax.data.dataset import encoder_for, load_config_problems
+    from sqa_jax.data.prompts import Format
+    from sqa_jax.inference.answer import answers
+    from sqa_jax.runtime import start
+
+    config = default()
+    config.student.path, config.recipe.format, config.recipe.max_prompt = "random:tiny", "QCM-EA", 700
+    config.eval.max_new_tokens, config.eval.batch_questions, config.eval.batch_rows = 12, 2, 8
+    runtime = start(config)
+    problems, base = load_config_problems(config).split("test")[:10], runtime.student.params
+    found = {index: (answer, text) for index, answer, text in answers(config, runtime)({}, base, problems)}
+    assert sorted(found) == list(range(10))
+    encoder = encoder_for(config, runtime.student.tokenizer)
+    forward = jax.jit(lambda tokens, places, mask: runtime.decoder.apply({"params": base}, tokens, places, mask)[0])
+    reasons = []
+    for index, problem in enumerate(problems):
+        answer, text = found[index]
+        reason, _, letter = text.rpartition("The answer is ")
+        reason = reason.rstrip("\n")
+        prompt = encoder.encode([problem], [Format("QCM", "EA")])[0].tokens
+        scores = []
+        for option in "ABCDEFGHIJ"[: len(problem.choices)]:
+            # A reason of blanks alone leaves the answer sentence by itself.
+            whole = f"{reason}\nThe answer is {option}." if reason else f"The answer is {option}."
+            (target,) = encoder.plain([whole])
+            row = np.zeros((1, 1024), np.int32)
+            row[0, : len(prompt) + len(target)] = prompt + target
+            hidden = forward(
+                row, np.arange(1024)[None], (np.arange(1024) < len(prompt) + len(target))[None].astype(int)
+            )
+            logits = runtime.decoder.apply({"params": base}, hidden, method="unembed")[0]
+            log_probs = jax.nn.log_softmax(logits, -1)
+            scores.append(sum(float(log_probs[len(prompt) + k - 1, t]) for k, t in enumerate(target)))
+        assert scores[answer] >= max(scores) - 1e-3
+        assert letter == f"{'ABCDEFGHIJ'[answer]}."
+        reasons.append(reason)
+    assert any(reasons)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "mode", "words"),
+    [
+        ("QCM-EA", "likelihood", "reasons before it answers; use --config.eval.mode=reason"),
+        ("QCM-AE", "reason", "answers first; use --config.eval.mode=likelihood"),
+        ("QCM-A", "guess", "choose one of auto, likelihood, reason, generate"),
+    ],
+)
+def test_a_way_of_answering_that_the_format_does_not_allow(fmt, mode, words):
+    from sqa_jax.inference.answer import way
+
+    config = default()
+    config.recipe.format, config.eval.mode = fmt, mode
+    with pytest.raises(UserError, match=words):
+        way(config)
