@@ -213,6 +213,7 @@ def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
 
     config = default()
     config.student.path, config.recipe.format, config.recipe.max_prompt = "random:tiny", "QCM-EA", 700
+    config.eval.temperature = 3.0  # greedy, random weights write nothing that can be seen
     config.eval.max_new_tokens, config.eval.batch_questions, config.eval.batch_rows = 12, 2, 8
     runtime = start(config)
     problems, base = load_config_problems(config).split("test")[:10], runtime.student.params
