@@ -97,4 +97,19 @@ def default() -> ConfigDict:
     evaluation.max_new_tokens = 256  # generate
     evaluation.batch_questions = 16  # generate
     evaluation.temperature = 0.0  # generate; 0 is greedy
+    evaluation.folder = ""  # of the predictions, under WORKDIR/eval; "" is the split's name
+
+    config.study = study = ConfigDict()
+    study.arms = ("zero_shot", "golden_answer_only", "golden", "teacher_answer", "teacher_and_golden", "teacher_cot", "teacher_lecture", "mistakes", "domain_text")  # fmt: skip
+    study.adapters = ("lora",)  # config.adapter.methods of each run, such as "lora", "prefix", "full", "lora+prompt"
+    study.students = ()  # paths, as config.student.path; () is that one
+    study.seeds = (0,)
+    study.equal = "tokens"  # tokens: all arms train as many steps as `reference` | epochs: passes over their examples
+    study.reference = "golden"  # the arm that says how long, where arms train equally long
+    study.same_questions = True  # arms learn from questions whose replies all arms can use
+    study.overrides = ()  # "which key=value", which being an arm, adapter or student: "full optimizer.learning_rate=2e-4"
+    study.resample = "questions"  # what intervals resample: questions | questions_and_seeds
+    study.explanations = 0  # test questions whose generated explanation is compared with the data's; 0 is none
+    study.benchmark = ()  # replies of existing models (JSONL), to be scored beside the students; ("sample",)
+    study.device_price = 0.0  # US dollars an hour of the training machine
     return config.lock()

@@ -70,7 +70,7 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
         "checkpoint": [settings.checkpoint, step], "seed": config.seed,
     }  # fmt: skip
     identity = sha256_json(made_of)
-    folder = root / "eval" / settings.split
+    folder = root / "eval" / (settings.folder or settings.split)
     final, partial, metrics_file = (
         folder / "predictions.jsonl",
         folder / f"partial-{identity[:16]}.jsonl",
@@ -94,8 +94,9 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
             open(partial, "a", encoding="utf-8") as file,
             tqdm(total=len(problems), initial=len(known), unit="question", dynamic_ncols=True) as bar,
         ):
-            for index, answer, text in answers(config, runtime)(adapter, base, missing) if missing else ():
-                row = {"pid": missing[index].pid, "answer": answer, "text": text}
+            for one in answers(config, runtime)(adapter, base, missing) if missing else ():
+                row = {"pid": missing[one.index].pid, **one._asdict()}
+                del row["index"]
                 known[row["pid"]] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -105,6 +106,8 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
         file.writelines(json.dumps(known[problem.pid], ensure_ascii=False) + "\n" for problem in problems)
     metrics = score(problems, read_predictions(final), str(final))
     metrics |= {"split": settings.split, "mode": mode, "checkpoint": settings.checkpoint, "step": step}
+    for name in ("read", "written", "scored"):
+        metrics[f"tokens_{name}"] = sum(row[name] for row in known.values())
     metrics |= {"questions_per_second": round(len(missing) / seconds, 3) if missing else None, "fingerprint": identity}
     write_json(metrics_file, metrics)
     partial.unlink()

@@ -41,7 +41,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
 
     from sqa_jax.adapters import adapter as adapters
     from sqa_jax.data.dataset import build_or_reuse, load_config_problems
-    from sqa_jax.data.loader import make_loader, packed_rows
+    from sqa_jax.data.loader import make_loader, packed_rows, steps_of
     from sqa_jax.files import write_json
     from sqa_jax.parallel.mesh import batch_sharding, check_rows
     from sqa_jax.parallel.rules import shardings
@@ -66,7 +66,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     virtual = adapters.virtual_tokens(config.adapter)
     rows = packed_rows(dataset, config, virtual, student.tokenizer.pad_token_id)
     rows_per_step = config.train.batch_rows * config.train.accumulate
-    steps = config.train.steps or max(1, round(config.train.epochs * rows.rows_of_epoch(0) / rows_per_step))
+    steps = steps_of(config, rows)
     loader = make_loader(
         rows, config.train.batch_rows, config.train.accumulate, jax.process_index(), jax.process_count()
     )

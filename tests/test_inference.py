@@ -217,7 +217,7 @@ def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
     config.eval.max_new_tokens, config.eval.batch_questions, config.eval.batch_rows = 12, 2, 8
     runtime = start(config)
     problems, base = load_config_problems(config).split("test")[:10], runtime.student.params
-    found = {index: (answer, text) for index, answer, text in answers(config, runtime)({}, base, problems)}
+    found = {one.index: (one.answer, one.text) for one in answers(config, runtime)({}, base, problems)}
     assert sorted(found) == list(range(10))
     encoder = encoder_for(config, runtime.student.tokenizer)
     forward = jax.jit(lambda tokens, places, mask: runtime.decoder.apply({"params": base}, tokens, places, mask)[0])

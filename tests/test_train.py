@@ -90,6 +90,7 @@ def test_evaluation_has_a_row_a_question_and_resumes(trained):
 
     assert [row["pid"] for row in rows] == [p.pid for p in load_problems("sample").split("test")[:6]]
     assert all(row["text"].startswith("The answer is") for row in rows)
+    assert metrics["tokens_read"] == sum(row["read"] for row in rows) > 6 * 50 and metrics["tokens_written"] == 0
     # Interrupted half-way: three answers are known, one line is cut off.
     (folder / "predictions.jsonl").unlink()
     partial = folder / f"partial-{metrics['fingerprint'][:16]}.jsonl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,16 @@ def config_records(config, problems: ProblemSet) -> list[TeacherRecord]:
 
         records += make_records(sample.teacher_replies(sample.generate()), problems.all())
     return records
+
+
+def records_by_pid(records: Iterable[TeacherRecord]) -> dict[str, dict[str, list[TeacherRecord]]]:
+    """{pid: {kind: records}}, as recipes want them."""
+    by_pid: dict[str, dict[str, list[TeacherRecord]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in records:
+        # A reply without content still says, with its status, why there is no example.
+        for kind in record.kinds or KINDS:
+            by_pid[record.pid][kind].append(record)
+    return by_pid
 
 
 def build_or_reuse(config, tokenizer: Any, problems: ProblemSet) -> tuple[DistillationDataset, bool]:
@@ -156,11 +166,7 @@ def training_problems(config, problems: ProblemSet) -> Sequence[Problem]:
 
 
 def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, list], dict[str, Any]]:
-    by_pid: dict[str, dict[str, list[TeacherRecord]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    for record in config_records(config, problems):
-        # A reply without content still says, with its status, why there is no example.
-        for kind in record.kinds or KINDS:
-            by_pid[record.pid][kind].append(record)
+    by_pid = records_by_pid(config_records(config, problems))
     encoder, recipe = encoder_for(config, tokenizer), config.recipe
     chosen = training_problems(config, problems)
     rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length")}
@@ -168,7 +174,11 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
     shortened: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     texts: set[str] = set()  # plain texts so far: many questions share a lecture, which is learned once
     for start in range(0, len(chosen), _BATCH):
-        made = [e for problem in chosen[start : start + _BATCH] for e in examples(problem, by_pid[problem.pid], recipe)]
+        made = [
+            e
+            for problem in chosen[start : start + _BATCH]
+            for e in examples(problem, by_pid.get(problem.pid, {}), recipe)
+        ]
         usable = [e for e in made if not isinstance(e, Unusable)]
         for one in made:
             if isinstance(one, Unusable):

@@ -89,6 +89,12 @@ def packed_rows(dataset, config, virtual: int, pad_id: int) -> PackedRows:
     return PackedRows(tokens, prompt_lengths, pids, limits, pad_id, config.seed)
 
 
+def steps_of(config, rows: PackedRows) -> int:
+    """Optimizer steps of a run: `config.train.steps`, or its epochs over these rows, at least one."""
+    per_step = config.train.batch_rows * config.train.accumulate
+    return config.train.steps or max(1, round(config.train.epochs * rows.rows_of_epoch(0) / per_step))
+
+
 class _ProcessRows:
     """The rows of one process: of each step's rows, its own contiguous part."""
 

@@ -41,12 +41,14 @@ class Example(NamedTuple):
       format: its prompt and target format; None where there is no prompt and the target is plain text.
       target: the text to learn, without the end token.
       source: key of `SOURCES`.
+      reply: the teacher's reply that it is made of, None for none.
     """
 
     problem: Problem
     format: Format | None
     target: str
     source: str
+    reply: TeacherRecord | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +152,9 @@ def examples(problem: Problem, records: Records, recipe) -> list[Example | Unusa
 def _examples(
     problem: Problem, fmt: Format, source: str, records: Records, arm: Arm, recipe
 ) -> list[Example | Unusable]:
-    def example(answer: int, solution: str) -> Example:
+    def example(answer: int, solution: str, reply: TeacherRecord | None = None) -> Example:
         target = render_target(fmt, problem.choices, answer, problem.lecture, solution, recipe.answer)
-        return Example(problem, fmt, target, source)
+        return Example(problem, fmt, target, source, reply)
 
     if source == "gold":
         return [example(problem.answer, problem.solution)]
@@ -163,8 +165,8 @@ def _examples(
     if isinstance(usable, Unusable):
         return [usable]
     if source == "correction":
-        return [example(problem.answer, _correction(problem, record, recipe.answer)) for record in usable]
-    return [example(record.answer, record.solution if source == "solution" else record.reasoning) for record in usable]
+        return [example(problem.answer, _correction(problem, reply, recipe.answer), reply) for reply in usable]
+    return [example(reply.answer, getattr(reply, source), reply) for reply in usable]
 
 
 def _correction(problem: Problem, record: TeacherRecord, style: str) -> str:

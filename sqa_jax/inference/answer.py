@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqa_jax.data.dataset import encoder_for
 from sqa_jax.data.problem import Problem
@@ -11,13 +11,29 @@ from sqa_jax.data.prompts import ANSWER_IS, option_targets
 from sqa_jax.data.recipes import arm_format
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator
-from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose
+from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
 from sqa_jax.metrics.answers import parse_answer
 from sqa_jax.parallel.mesh import batch_sharding, check_rows
 from sqa_jax.runtime import Runtime
 
-# (index of the question, index of the chosen option or None, text that says so)
-Answered = tuple[int, int | None, str]
+
+class Answered(NamedTuple):
+    """The answer to one question.
+
+    Attributes:
+      index: of the question, among those that were asked.
+      answer: index of the chosen option, or None where the text chooses none.
+      text: what says so.
+      read, written, scored: tokens that the student read (prompt and options), that it generated, and whose
+        likelihood it gave.
+    """
+
+    index: int
+    answer: int | None
+    text: str
+    read: int
+    written: int
+    scored: int
 
 
 class LikelihoodAnswers:
@@ -49,7 +65,8 @@ class LikelihoodAnswers:
         choices = [Choice(prompt, [next(ids) for _ in own]) for prompt, own in zip(prompts, sentences, strict=True)]
         for index, log_probs in self._scorer(adapter, base, choices):
             answer = choose(log_probs, self._normalize)
-            yield index, answer, sentences[index][answer]
+            tree = layout(choices[index], self._scorer.virtual)
+            yield Answered(index, answer, sentences[index][answer], len(tree.tokens), 0, len(tree.targets))
 
 
 class GeneratedAnswers:
@@ -68,7 +85,8 @@ class GeneratedAnswers:
         prompts = _prompts(self._encoder, self._format, problems)
         for index, ids in self._generator(adapter, base, prompts):
             text = self._tokenizer.decode(ids, skip_special_tokens=True)
-            yield index, parse_answer(text, problems[index].choices), text
+            answer = parse_answer(text, problems[index].choices)
+            yield Answered(index, answer, text, len(prompts[index]), len(ids) + 1, 0)
 
 
 class ReasonedAnswers:
@@ -86,11 +104,11 @@ class ReasonedAnswers:
     def __call__(self, adapter: Any, base: Any, problems: Sequence[Problem]) -> Iterator[Answered]:
         for start in range(0, len(problems), self._at_once):
             part = problems[start : start + self._at_once]
-            reasons = [""] * len(part)
-            for index, _, text in self._generated(adapter, base, part):
-                reasons[index] = _before_answer(text)
-            for index, answer, text in self._chosen(adapter, base, part, reasons):
-                yield start + index, answer, text
+            generated = {one.index: one for one in self._generated(adapter, base, part)}
+            reasons = [_before_answer(generated[index].text) for index in range(len(part))]
+            for one in self._chosen(adapter, base, part, reasons):
+                before = generated[one.index]
+                yield one._replace(index=start + one.index, read=before.read + one.read, written=before.written)
 
 
 def _before_answer(text: str) -> str:

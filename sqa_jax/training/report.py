@@ -47,9 +47,11 @@ class Reporter:
         self._tokens += int(metrics["tokens"])
         if write:
             now = time.perf_counter()
-            self._rate = self._tokens / max(now - self._clock, 1e-9)
+            # Tokens and seconds since the line before, so that sums over the lines are the run's.
+            since = {"tokens": self._tokens, "seconds": max(now - self._clock, 1e-9)}
+            self._rate = since["tokens"] / since["seconds"]
             self._clock, self._tokens = now, 0
-            self.write(step, {**metrics, "tokens_per_second": self._rate})
+            self.write(step, {**metrics, **since, "tokens_per_second": self._rate})
         line = f"loss {metrics['loss']:.4f}, |adapter| {metrics['adapter_norm']:.2f}, {self._rate:.0f} tokens/s"
         self._bar.set_postfix_str(line, refresh=False)
         self._bar.update(step - self._bar.n)

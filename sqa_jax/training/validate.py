@@ -55,7 +55,7 @@ class Validator:
         metrics = {"val_loss": total / targets}
         if self._answers is not None:
             right = sum(
-                answer == self._problems[k].answer for k, answer, _ in self._answers(adapter, base, self._problems)
+                one.answer == self._problems[one.index].answer for one in self._answers(adapter, base, self._problems)
             )
             metrics["val_accuracy"] = 100 * right / len(self._problems)
         return metrics

@@ -11,7 +11,16 @@ from sqa_jax.files import read_json, write_json
 
 # Settings that change what a run shows or how it is cut into pieces, never what it computes.
 _PLACE = ("student.path", "student.revision", "student.dtype", "student.remat")  # the fingerprint says what it is
-_FREE = ("data.cache", "train.log_every", "train.eval_every", "train.save_every", "train.stop_after", "eval.", "mesh.")
+_FREE = (
+    "data.cache",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.stop_after",
+    "eval.",
+    "mesh.",
+    "study.",
+)
 
 
 def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:

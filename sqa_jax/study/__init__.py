@@ -1,0 +1,1 @@
+"""The study: arms × adapters × students × seeds, verdicts with their uncertainty, and what it cost."""

@@ -1,0 +1,176 @@
+"""Runs the cells of the matrix, one after the other; what one of them loads, tokenizes or compiles serves the rest."""
+
+from __future__ import annotations
+
+import signal
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from sqa_jax.data.dataset import build_or_reuse, config_records, records_by_pid, training_problems
+from sqa_jax.data.recipes import Example, examples
+from sqa_jax.data.sources import ProblemSet
+from sqa_jax.errors import UserError
+from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
+from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
+from sqa_jax.study.matrix import Run, run_config
+from sqa_jax.teach.prompts import prompt
+
+
+class Interrupted(Exception):
+    """SIGTERM came: the run in progress is saved, and the rest waits for the same command."""
+
+
+class Executor:
+    """Makes runs under a directory; `run.json` in a run's folder says that it is done, or why it failed.
+
+    Args:
+      config: the study's.
+      root: its workdir.
+    """
+
+    def __init__(self, config, root: Path, problems: ProblemSet):
+        self.config, self.root, self.problems = config, root, problems
+        self._runtime: tuple[Any, Any] | None = None  # (what it was loaded from, the loaded student)
+
+    def identity(self, run: Run) -> str:
+        """Hash of all that decides a run's results and is known before the student is loaded."""
+        own = self._config(run)
+        files = [sha256_file(path) for path in own.data.teacher if path != "sample" and Path(path).is_file()]
+        settings = own.to_dict()
+        for section in ("mesh", "study"):
+            settings.pop(section)
+        for section, name in (("data", "cache"), ("data", "path"), ("data", "teacher"), ("train", "save_every"), ("train", "log_every")):  # fmt: skip
+            settings[section].pop(name)
+        equal = [self.config.study[name] for name in ("equal", "reference", "explanations")] if run.trained else []
+        return sha256_json([settings, equal, self.problems.fingerprint, files])
+
+    def done(self, run: Run) -> dict[str, Any] | None:
+        """What a finished run left, None where there is none or it failed.
+
+        Raises:
+          UserError: it was made with other settings.
+        """
+        file = run.folder(self.root) / "run.json"
+        if not file.exists():
+            return None
+        made = read_json(file, "what came of a run of the study")
+        if made["identity"] != self.identity(run):
+            raise UserError(
+                f"{file.parent}: was made with other settings of config, data or replies; choose another --workdir, or "
+                "remove this folder to make the run again"
+            )
+        return made if made["status"] == "finished" else None
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Trains and evaluates, unless it is done; a failure is recorded, and tried again by the next start.
+
+        Raises:
+          Interrupted: SIGTERM came.
+        """
+        if (made := self.done(run)) is not None:
+            return made
+        folder = run.folder(self.root)
+        started = time.time()
+        record = {**run._asdict(), "identity": self.identity(run), "started": started}
+        try:
+            record |= {"status": "finished", **self._make(run, folder)}
+        except (UserError, Exception) as error:  # noqa: BLE001  whatever stopped it belongs into the report
+            if isinstance(error, Interrupted):
+                raise
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            record |= {
+                "status": "failed",
+                "error": reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}",
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        record["seconds"] = round(time.time() - started, 1)
+        write_json(folder / "run.json", record)
+        return record
+
+    def _config(self, run: Run):
+        return run_config(self.config, run)
+
+    def _make(self, run: Run, folder: Path) -> dict[str, Any]:
+        from sqa_jax.evaluate import evaluate
+        from sqa_jax.train import train
+
+        own = self._config(run)
+        runtime = self._load(own)
+        made: dict[str, Any] = {"student_fingerprint": runtime.student.fingerprint}
+        if run.trained:
+            dataset, _ = build_or_reuse(own, runtime.student.tokenizer, self.problems)
+            manifest = dataset.manifest
+            made["dataset"] = {
+                key: manifest[key] for key in ("rows", "rows_by_source", "tokens", "target_tokens", "dropped")
+            }
+            if self.config.study.equal == "tokens":
+                own.train.steps = self._reference_steps(run, runtime)
+            before = signal.getsignal(signal.SIGTERM)
+            try:
+                result = train(own, str(folder), runtime)
+            finally:
+                signal.signal(signal.SIGTERM, before)
+            if not result["finished"]:
+                raise Interrupted
+            mean_length = manifest["tokens"]["total"] / manifest["rows"]
+            made["training"] = {
+                **training_cost(folder, own, runtime.student.config, mean_length),
+                "steps": result["steps"],
+                "best_val_loss": result["best_val_loss"],
+            }
+            made["teacher"] = self._teacher(own)
+        metrics = evaluate(own, str(folder), runtime)
+        made["metrics"] = metrics
+        made["inference"] = inference_cost(metrics, runtime.student.config)
+        if count := self.config.study.explanations:
+            own.eval.mode, own.eval.limit, own.eval.folder = "generate", count, "explanations"
+            if not run.trained:
+                own.recipe.arm = "golden"  # an untrained student explains only where the prompt's format lets it
+            evaluate(own, str(folder), runtime)
+        return made
+
+    def _load(self, own):
+        """The student of a run; the one before is kept where it is the same, and let go where it is not."""
+        from sqa_jax.runtime import start
+
+        full, lora = "full" in own.adapter.methods, "lora" in own.adapter.methods
+        random_seed = own.seed if own.student.path.startswith("random:") else None
+        key = sha256_json(
+            [own.student.to_dict(), own.mesh.to_dict(), full, own.adapter.lora.dropout if lora else 0.0, random_seed]
+        )
+        if self._runtime is None or self._runtime[0] != key:
+            self._runtime = None
+            self._runtime = (key, start(own))
+        return self._runtime[1]
+
+    def _reference_steps(self, run: Run, runtime) -> int:
+        """Steps that the reference arm needs for its epochs; a step is as many tokens in every arm."""
+        from sqa_jax.adapters.adapter import virtual_tokens
+        from sqa_jax.data.loader import packed_rows, steps_of
+
+        own = self._config(run._replace(arm=self.config.study.reference))
+        tokenizer = runtime.student.tokenizer
+        dataset, _ = build_or_reuse(own, tokenizer, self.problems)
+        return steps_of(own, packed_rows(dataset, own, virtual_tokens(own.adapter), tokenizer.pad_token_id))
+
+    def _teacher(self, own) -> dict[str, Any]:
+        """What the replies cost that a run learned from."""
+        by_pid = records_by_pid(config_records(own, self.problems))
+        made = [
+            e for p in training_problems(own, self.problems) for e in examples(p, by_pid.get(p.pid, {}), own.recipe)
+        ]
+        replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
+        return teacher_cost(replies, own.teach.prices.to_dict(), asked)
+
+
+def asked(problem, record) -> str:
+    """About what a teacher was asked, for replies whose tokens were not counted."""
+    return prompt(
+        problem,
+        record.setting if record.setting.startswith("QTCH") else "QTCH",
+        "json" if record.solution else "text",
+        True,
+    )
