@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 . launch/environment.sh
 
 # PyTorch and PEFT are only the references that results are compared with.
-prepare_environment test --requirement requirements.txt "hypothesis>=6" "pytest>=8" "torch==2.13.0" "peft>=0.17" libtpu
+prepare_environment test --requirement requirements.txt "hypothesis>=6" "pytest>=8" "torch==2.13.0" "peft>=0.17" libtpu \
+  "google-genai>=1.50,<4" "openai>=1.60,<4"
 PYTHON=$PWD/$VENV/bin/python bash launch/fetch_student.sh weights
 export JAX_PLATFORMS=cpu
 exec "$VENV/bin/python" -m pytest "$@"

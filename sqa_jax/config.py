@@ -112,4 +112,42 @@ def default() -> ConfigDict:
     study.explanations = 0  # test questions whose generated explanation is compared with the data's; 0 is none
     study.benchmark = ()  # replies of existing models (JSONL), to be scored beside the students; ("sample",)
     study.device_price = 0.0  # US dollars an hour of the training machine
+
+    config.teach = teach = ConfigDict()
+    teach.client = "gemini"  # gemini (google-generativeai) | genai (google-genai) | openai | student | replay
+    teach.model = (
+        "gemini-2.5-flash"  # as the service names it; student: path of the weights; replay: "" is the only one
+    )
+    teach.setting = "QTCH"  # what the prompt shows: QTCH | QTCHL | QTCHLS | QTCHS
+    teach.reply = "json"  # json: reasoning, answer, solution | text: thinks step by step, then answers
+    teach.image = True  # send the question's image
+    teach.caption = False  # show the image's caption, for teachers that see no images
+    teach.split = "train"
+    teach.limit = 0  # only so many questions of the split, the first; 0 is all
+    teach.samples = 1  # replies of each question; more than one needs a temperature
+    teach.temperature = 0.0
+    teach.max_output_tokens = 4096  # a longer reply is cut off; what a model thinks unseen counts too
+    teach.ask_again = ()  # statuses to ask again: any of empty, malformed, unparsed, cut_off, blocked
+    teach.ask_at_most = 2  # replies paid for one prompt, however often the command is run with ask_again
+    teach.budget = 0.0  # US dollars for all runs in this workdir together; a paid teacher needs it
+    teach.prices = (  # (model, US dollars a million input tokens, a million output tokens); (model, 0, 0) is free
+        ("gemini-1.5-flash", 0.075, 0.30), ("gemini-1.5-flash-8b", 0.0375, 0.15), ("gemini-1.5-pro", 1.25, 5.00),
+        ("gemini-2.0-flash", 0.10, 0.40), ("gemini-2.0-flash-lite", 0.075, 0.30),
+        ("gemini-2.5-flash", 0.30, 2.50), ("gemini-2.5-flash-lite", 0.10, 0.40), ("gemini-2.5-pro", 1.25, 10.00),
+        ("gpt-4o", 2.50, 10.00), ("gpt-4o-mini", 0.15, 0.60),
+        ("gpt-4.1", 2.00, 8.00), ("gpt-4.1-mini", 0.40, 1.60), ("gpt-4.1-nano", 0.10, 0.40),
+    )  # fmt: skip
+    teach.image_tokens = 3000  # most tokens that the service may charge for one image
+    teach.concurrency = 8  # requests under way at once; student: prompts of one call
+    teach.requests_per_minute = 0.0  # evenly spaced; 0 is no limit
+    teach.retries = 5  # of one question, after an error that may pass
+    teach.backoff = 1.0  # seconds before the first retry; doubles, with jitter, and a longer Retry-After wins
+    teach.timeout = 120.0  # seconds of one request
+    teach.endpoint = ""  # another server that speaks the same protocol, such as http://127.0.0.1:8000/v1 (openai)
+    teach.key_env = ""  # which environment variable holds the key; "" is GEMINI_API_KEY or OPENAI_API_KEY
+    teach.batch = False  # genai: hand the questions in as batch jobs: cheaper, within a day
+    teach.batch_discount = 0.5  # what a batch job costs, as a part of the usual price
+    teach.batch_requests = 500  # questions of one batch job, at most
+    teach.poll_seconds = 30.0  # between two looks at a batch job
+    teach.replay = ()  # replay: files of recorded replies (JSONL), or ("sample",)
     return config.lock()

@@ -24,7 +24,7 @@ from sqa_jax.data.problem import LETTERS, Problem
 from sqa_jax.errors import UserError
 
 _INPUTS = re.compile(r"(?=.*Q)(?=.*M)[QCMLE]{2,5}")
-_SETTINGS = ("QTCH", "QTCHL", "QTCHLS", "QTCHS")
+SETTINGS = ("QTCH", "QTCHL", "QTCHLS", "QTCHS")
 _TARGETS = ("A", "AL", "AE", "ALE", "AEL", "LA", "EA", "LEA", "ELA")
 ANSWER_IS = "The answer is"
 ANSWER_STYLES = ("letter", "text", "both")
@@ -45,11 +45,11 @@ class Format:
           UserError: not a format; the possibilities are listed.
         """
         inputs, _, targets = re.sub(r"→|->", "-", text).partition("-")
-        known = inputs in _SETTINGS or (_INPUTS.fullmatch(inputs) and len(set(inputs)) == len(inputs))
+        known = inputs in SETTINGS or (_INPUTS.fullmatch(inputs) and len(set(inputs)) == len(inputs))
         if not known or targets not in _TARGETS:
             raise UserError(
                 f"format {text!r}: write inputs, a dash, targets, such as QCM-A or QCML-AE; inputs are Q and M with any of "
-                f"C, L, E in any order, or one of {', '.join(_SETTINGS)}; targets are one of {', '.join(_TARGETS)}"
+                f"C, L, E in any order, or one of {', '.join(SETTINGS)}; targets are one of {', '.join(_TARGETS)}"
             )
         return cls(inputs, targets)
 
@@ -76,12 +76,15 @@ def answer_sentence(choices: tuple[str, ...], index: int, style: str) -> str:
     return f"{ANSWER_IS} {answer}" + ("" if answer.endswith((".", "!", "?")) else ".")
 
 
-def sections(problem: Problem, fmt: Format, caption: bool) -> list[tuple[str, str, str]]:
-    """The prompt's parts as (kind, label, text), kind being "lecture", "hint" or "" for what is never shortened."""
-    options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem.choices))
+def sections(problem: Problem, fmt: Format, caption: bool, marks: str = LETTERS) -> list[tuple[str, str, str]]:
+    """The prompt's parts as (kind, label, text), kind being "lecture", "hint" or "" for what is never shortened.
+
+    `marks` are the characters that number the options, in brackets.
+    """
+    options = " ".join(f"({marks[i]}) {choice}" for i, choice in enumerate(problem.choices))
     image = f"Image: {problem.caption}" if caption and problem.caption else ""
     context = " ".join(text for text in (problem.hint, image) if text) or "N/A"
-    if fmt.inputs in _SETTINGS:
+    if fmt.inputs in SETTINGS:
         parts = {
             "Q": ("", "Question: ", problem.question),
             "T": ("", "Task: ", problem.task or "closed choice"),

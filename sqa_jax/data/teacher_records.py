@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.reasoning import chain_of_thought
@@ -16,7 +17,9 @@ from sqa_jax.metrics.answers import Numbering, parse_answer
 
 KINDS = ("solution", "reasoning")
 STATUSES = ("ok", "empty", "malformed", "unparsed", "cut_off", "blocked")
-_SOLUTION = re.compile(r'"(?:solution|explanation|reasoning)"\s*:\s*"((?:[^"\\]|\\.)*)', re.IGNORECASE)
+_FIELD = r'"(?:%s)"\s*:\s*"((?:[^"\\]|\\.)*)'
+_SOLUTION = re.compile(_FIELD % "solution|explanation", re.IGNORECASE)
+_REASONING = re.compile(_FIELD % "reasoning", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +30,13 @@ class TeacherRecord:
       setting: what the prompt showed: QTCH, QTCHL, QTCHLS or QTCHS.
       raw: the reply as it came.
       answer: index of the option that it chooses, or None.
-      reasoning: what a free-text reply argues, without its verdict (a chain of thought), "" for a JSON reply.
-      solution: the explanation field of a JSON reply, "" for free text.
+      reasoning: what argues towards the answer (a chain of thought): free text without its verdict, or that field of
+        a JSON reply.
+      solution: the explanation of the answer: that field of a JSON reply, "" for free text.
       status: "ok"; "empty"; "malformed" (neither text nor readable JSON); "unparsed" (readable, but it
         chooses no option); "cut_off" and "blocked" as the teacher's service said.
       price: US dollars, None where unknown.
+      sample: which of several replies to the same prompt, from 0.
     """
 
     pid: str
@@ -46,6 +51,7 @@ class TeacherRecord:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     price: float | None = None
+    sample: int = 0
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -60,10 +66,10 @@ def parse_reply(raw: str, problem: Problem, numbering: Numbering) -> tuple[int |
         return None, "", "", "empty"
     answer = parse_answer(text, problem.choices, numbering=numbering)
     if '"answer"' in text or text.startswith(("{", "```json")):
-        match = _SOLUTION.search(text)
-        solution = _unescape(match[1]) if match else ""
-        status = "malformed" if not match else "unparsed" if answer is None else "ok"
-        return answer, "", solution, status
+        found = {name: pattern.search(text) for name, pattern in (("r", _REASONING), ("s", _SOLUTION))}
+        texts = {name: _unescape(match[1]) if match else "" for name, match in found.items()}
+        status = "malformed" if not any(found.values()) else "unparsed" if answer is None else "ok"
+        return answer, texts["r"], texts["s"], status
     return answer, chain_of_thought(text), "", "unparsed" if answer is None else "ok"
 
 
@@ -84,7 +90,7 @@ def make_records(rows: Iterable[Mapping], problems: Mapping[str, Problem]) -> li
         answer, reasoning, solution, status = parse_reply(row["raw"], problem, numberings[row["model"], row["setting"]])
         known = {
             key: row[key]
-            for key in ("prompt_hash", "prompt_tokens", "output_tokens", "price")
+            for key in ("prompt_hash", "prompt_tokens", "output_tokens", "price", "sample")
             if row.get(key) is not None
         }
         if row.get("status") in ("cut_off", "blocked"):
@@ -123,19 +129,40 @@ def load_records(paths: Sequence[str | Path], problems: Mapping[str, Problem]) -
     """Reads files of replies or of full records (JSONL); a full record is parsed again from its raw reply.
 
     Raises:
-      UserError: a file is missing, or a line lacks a field; the line is named.
+      UserError: a file is missing, a line lacks a field, or a file holds two replies for one question; the
+        line is named.
     """
-    rows = []
-    for path in paths:
-        for number, row in enumerate(read_jsonl(path, "teacher replies"), start=1):
-            row = {**row, "pid": str(row.get("pid", ""))}
-            for key in ("pid", "model", "setting", "raw"):
-                if not isinstance(row.get(key), str) or (key == "pid" and not row[key]):
-                    raise UserError(
-                        f"{path}: reply {number} has no text in {key!r}; each line needs pid, model, setting and raw"
-                    )
-            rows.append(row)
-    return make_records(rows, problems)
+    return make_records([row for path in paths for row in read_replies(path)], problems)
+
+
+def read_replies(path: str | Path) -> list[dict[str, Any]]:
+    """The checked rows {pid, model, setting, raw, …} of one file of replies or of full records.
+
+    One file holds one reply for each (pid, model, setting, sample). Several files may hold more: the same model
+    asked for JSON, and for free text.
+
+    Raises:
+      UserError: as `load_records`.
+    """
+    rows: list[dict[str, Any]] = []
+    seen: dict[tuple, int] = {}
+    for number, row in enumerate(read_jsonl(path, "teacher replies"), start=1):
+        row = {**row, "pid": str(row.get("pid", "")), "sample": row.get("sample", 0)}
+        for key in ("pid", "model", "setting", "raw"):
+            if not isinstance(row.get(key), str) or (key == "pid" and not row[key]):
+                raise UserError(
+                    f"{path}: reply {number} has no text in {key!r}; each line needs pid, model, setting and raw"
+                )
+        if isinstance(row["sample"], bool) or not isinstance(row["sample"], int) or row["sample"] < 0:
+            raise UserError(f"{path}: reply {number}: sample {row['sample']!r} is not a number from 0")
+        first = seen.setdefault((row["pid"], row["model"], row["setting"], row["sample"]), number)
+        if first != number:
+            raise UserError(
+                f"{path}: replies {first} and {number} are both for question {row['pid']} ({row['model']}, "
+                f'{row["setting"]}); remove one, or number them with "sample"'
+            )
+        rows.append(row)
+    return rows
 
 
 def write_records(path: str | Path, records: Iterable[TeacherRecord]) -> None:

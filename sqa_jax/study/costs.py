@@ -51,18 +51,19 @@ def inference_cost(metrics: Mapping[str, Any], student: DecoderConfig) -> dict[s
 
 
 def teacher_cost(
-    replies: Iterable[tuple[Problem, TeacherRecord]], prices: Mapping[str, Any], prompt_of
+    replies: Iterable[tuple[Problem, TeacherRecord]], prices: Iterable[tuple[str, float, float]], prompt_of
 ) -> dict[str, Any]:
     """What replies cost, from their records; what was not recorded is estimated from the length of the texts.
 
     Args:
       replies: each reply counts once, however many examples were made of it.
-      prices: {model: (US dollars per million prompt tokens, per million output tokens)}.
+      prices: `config.teach.prices`: (model, US dollars a million prompt tokens, a million output tokens).
       prompt_of: (problem, record) → the text that was asked, for replies without a token count.
 
     Returns:
       replies, prompt_tokens, output_tokens, price (None where a model has no price), estimated (bool).
     """
+    price_of = {model: (per_prompt, per_output) for model, per_prompt, per_output in prices}
     unique = {(record.model, record.setting, record.raw, problem.pid): (problem, record) for problem, record in replies}
     prompt = output = 0
     price: float | None = 0.0
@@ -75,8 +76,8 @@ def teacher_cost(
         prompt, output = prompt + asked, output + said
         if record.price is not None:
             own = record.price
-        elif record.model in prices:
-            per_prompt, per_output = prices[record.model]
+        elif record.model in price_of:
+            per_prompt, per_output = price_of[record.model]
             own = (asked * per_prompt + said * per_output) / 1e6
         else:
             own = None

@@ -163,7 +163,7 @@ class Executor:
             e for p in training_problems(own, self.problems) for e in examples(p, by_pid.get(p.pid, {}), own.recipe)
         ]
         replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
-        return teacher_cost(replies, own.teach.prices.to_dict(), asked)
+        return teacher_cost(replies, own.teach.prices, asked)
 
 
 def asked(problem, record) -> str:

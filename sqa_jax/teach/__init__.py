@@ -1,0 +1,1 @@
+"""Asking a teacher: prompts, clients, the ledger of what was paid for, and the loop."""
