@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.data.dataset import build_or_reuse, config_records, records_by_pid, training_problems
-from sqa_jax.data.recipes import Example, examples
+from sqa_jax.data.recipes import Example, arm_format, examples
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
 from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
 from sqa_jax.study.matrix import Run, run_config
 from sqa_jax.teach.prompts import prompt
+
+EXPLANATIONS = "explanations"  # folder of the generated explanations, under a run's eval/
 
 
 class Interrupted(Exception):
@@ -39,7 +41,7 @@ class Executor:
         own = self._config(run)
         files = [sha256_file(path) for path in own.data.teacher if path != "sample" and Path(path).is_file()]
         settings = own.to_dict()
-        for section in ("mesh", "study"):
+        for section in ("mesh", "study", "teach"):
             settings.pop(section)
         for section, name in (("data", "cache"), ("data", "path"), ("data", "teacher"), ("train", "save_every"), ("train", "log_every")):  # fmt: skip
             settings[section].pop(name)
@@ -76,7 +78,7 @@ class Executor:
         record = {**run._asdict(), "identity": self.identity(run), "started": started}
         try:
             record |= {"status": "finished", **self._make(run, folder)}
-        except (UserError, Exception) as error:  # noqa: BLE001  whatever stopped it belongs into the report
+        except (UserError, Exception) as error:
             if isinstance(error, Interrupted):
                 raise
             reason = " ".join(str(error).split())[:500] or type(error).__name__
@@ -125,10 +127,9 @@ class Executor:
         metrics = evaluate(own, str(folder), runtime)
         made["metrics"] = metrics
         made["inference"] = inference_cost(metrics, runtime.student.config)
-        if count := self.config.study.explanations:
-            own.eval.mode, own.eval.limit, own.eval.folder = "generate", count, "explanations"
-            if not run.trained:
-                own.recipe.arm = "golden"  # an untrained student explains only where the prompt's format lets it
+        if self.config.study.explanations and "E" in arm_format(own.recipe).targets:
+            own.eval.mode, own.eval.folder = "generate", EXPLANATIONS
+            own.eval.limit = self.config.study.explanations
             evaluate(own, str(folder), runtime)
         return made
 
@@ -163,7 +164,7 @@ class Executor:
             e for p in training_problems(own, self.problems) for e in examples(p, by_pid.get(p.pid, {}), own.recipe)
         ]
         replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
-        return teacher_cost(replies, own.teach.prices, asked)
+        return teacher_cost(replies, self.config.teach.prices, asked)
 
 
 def asked(problem, record) -> str:

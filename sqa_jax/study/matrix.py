@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sqa_jax.adapters.adapter import check_methods
+from sqa_jax.adapters.adapter import METHODS, check_methods
 from sqa_jax.config import default
 from sqa_jax.data.dataset import config_records, records_by_pid, training_problems
 from sqa_jax.data.recipes import ARMS, Unusable, check_recipe, examples
@@ -101,7 +101,10 @@ def runs_of(config) -> list[Run]:
 def run_config(config, run: Run):
     """The configuration of one run: the study's, with what the run fixes and the overrides that name it."""
     own = config.copy_and_resolve_references()
-    own.study = default().study  # of no matter to a single run, so that a study may grow without making runs anew
+    own.study, own.teach = (
+        default().study,
+        default().teach,
+    )  # of no matter to a single run, so that a study may grow without making runs anew
     own.student.path, own.seed = run.student, run.seed
     own.recipe.arm = ZERO_SHOT.get(run.arm, run.arm)
     if run.trained:
@@ -120,7 +123,7 @@ def run_config(config, run: Run):
 
 def _overrides(config) -> list[tuple[str, str, object]]:
     """(selector, key, value) of each "selector key=value"."""
-    known = {*config.study.arms, *config.study.adapters, *map(student_name, students(config))}
+    known = {*ARMS, *ZERO_SHOT, *METHODS, *config.study.adapters, *map(student_name, students(config))}
     parsed = []
     for text in config.study.overrides:
         match = re.fullmatch(r"(\S+)\s+([\w.]+)=(.+)", text)

@@ -1,0 +1,20 @@
+"""The whole study with random students, in minutes: for the tests, and for trying the verb."""
+
+from configs.test import get_config as tiny
+
+
+def get_config():
+    config = tiny()
+    config.data.teacher = ("sample",)
+    config.data.train_limit = 64
+    config.recipe.format = "QCM-AE"
+    config.train.epochs = 1.0
+    config.train.eval_every = 0
+    config.train.save_every = 0
+    config.eval.val_limit = 8
+    config.eval.limit = 24
+    config.eval.max_new_tokens = 24
+    config.study.seeds = (0, 1)
+    config.study.explanations = 4
+    config.study.benchmark = ("sample",)
+    return config

@@ -1,0 +1,5 @@
+METRICS = ()
+
+
+def explanation_scores(a, b):
+    return {}, {}

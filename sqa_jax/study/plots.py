@@ -1,0 +1,199 @@
+"""The report's plots, each from `results.json` alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Results = dict[str, Any]
+_INK, _GRID = "#1f2933", "#d9dee4"
+_COLOURS = (
+    "#3366cc",
+    "#dc7d1f",
+    "#2b9e76",
+    "#b8448c",
+    "#7a6fd0",
+    "#c9a227",
+    "#5b6770",
+    "#1aa3b8",
+    "#a8502f",
+    "#6b8e23",
+)
+_MARKS = {"zero_shot": "o", "zero_shot_lecture": "o"}
+
+
+def finished(results: Results) -> list[dict[str, Any]]:
+    """The systems that have an accuracy."""
+    return [row for row in results["systems"] if row["seeds"]]
+
+
+def label(row: dict[str, Any], results: Results) -> str:
+    """An arm's name, with adapter and student where the study has several."""
+    parts = [row["arm"]]
+    if len({r["adapter"] for r in results["systems"]} - {"none"}) > 1 and row["adapter"] != "none":
+        parts.append(row["adapter"])
+    if len({r["student"] for r in results["systems"]}) > 1:
+        parts.append(row["student"])
+    return ", ".join(parts)
+
+
+def _figure(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GRID)
+    axes.tick_params(colors=_INK, length=0)
+    axes.grid(color=_GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _colour(row: dict[str, Any], results: Results) -> str:
+    arms = list(dict.fromkeys(r["arm"] for r in results["systems"]))
+    return _COLOURS[arms.index(row["arm"]) % len(_COLOURS)]
+
+
+def accuracy_by_arm(results: Results) -> Figure:
+    rows = finished(results)
+    figure, axes = _figure(7.5, 0.9 + 0.36 * len(rows))
+    for place, row in enumerate(reversed(rows)):
+        mean = row["columns"]["AVG"]
+        axes.plot(
+            [row["low"], row["high"]], [place, place], color=_colour(row, results), linewidth=2, solid_capstyle="round"
+        )
+        axes.plot(row["by_seed"], [place] * len(row["by_seed"]), "|", color=_INK, markersize=7)
+        axes.plot(mean, place, "o", color=_colour(row, results), markersize=7)
+        axes.annotate(
+            f"{mean:.1f}",
+            (row["high"], place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=_INK,
+            fontsize=9,
+        )
+    for name, value in results["baselines"].items():
+        axes.axvline(value, color="#8a949e", linestyle=":", linewidth=1.2)
+        axes.annotate(name.replace("_", " "), (value, len(rows) - 0.45), ha="center", fontsize=8, color="#5b6770")
+    axes.set_yticks(range(len(rows)), [label(row, results) for row in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.1)
+    axes.set_xlabel("accuracy on the test questions, % (line: 95 % interval; strokes: seeds)")
+    return figure
+
+
+def accuracy_against_tokens(results: Results) -> Figure:
+    """Validation accuracy during training where the arm has one, else validation loss is left to results.json."""
+    figure, axes = _figure(7.5, 4)
+    seen = set()
+    for curve in results["curves"]:
+        points = [(p["tokens"], p["val_accuracy"]) for p in curve["points"] if p["val_accuracy"] is not None]
+        if len(points) > 1:
+            name = label(curve, results)
+            axes.plot(
+                *zip(*points, strict=True),
+                "-o",
+                markersize=3,
+                linewidth=1.4,
+                color=_colour(curve, results),
+                label=None if name in seen else name,
+            )
+            seen.add(name)
+    for row in finished(results):
+        if "training" in row:
+            axes.plot(row["training"]["tokens"], row["columns"]["AVG"], "*", markersize=11, color=_colour(row, results))
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title(
+        "lines: validation questions during training; stars: test questions at the end", fontsize=9, color=_INK
+    )
+    if seen:
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def accuracy_against_cost(results: Results) -> Figure:
+    """Students by operations of an answer; models behind a service have a price but no known operations."""
+    figure, axes = _figure(7.5, 4)
+    for row in finished(results):
+        axes.plot(row["inference"]["flops"], row["columns"]["AVG"], "o", color=_colour(row, results), markersize=7)
+        axes.annotate(
+            label(row, results),
+            (row["inference"]["flops"], row["columns"]["AVG"]),
+            xytext=(5, 4),
+            textcoords="offset points",
+            fontsize=8,
+            color=_INK,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.25, y=0.15)
+    axes.set_xlabel("floating-point operations of one answer")
+    axes.set_ylabel("accuracy on the test questions, %")
+    return figure
+
+
+def differences_by_subject(results: Results) -> Figure:
+    rows = results["differences"]
+    subjects = [s for s in dict.fromkeys(row["subject"] for row in rows) if s]
+    names = list(dict.fromkeys(label(row, results) for row in rows))
+    figure, axes = _figure(7.5, 1.0 + 0.3 * max(1, len(names)) * max(1, len(subjects)) / 1.4)
+    for k, subject in enumerate(subjects):
+        own = {label(row, results): row for row in rows if row["subject"] == subject}
+        places = [names.index(name) + 0.22 * (k - (len(subjects) - 1) / 2) for name in own]
+        values = [100 * row["difference"] for row in own.values()]
+        errors = [
+            [100 * (r["difference"] - r["low"]) for r in own.values()],
+            [100 * (r["high"] - r["difference"]) for r in own.values()],
+        ]
+        axes.errorbar(
+            values, places, xerr=errors, fmt="o", markersize=4, linewidth=1.3, color=_COLOURS[k], label=subject
+        )
+    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"points above {results['config']['study']['reference']} (95 % interval)")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def answer_agreement(results: Results) -> Figure:
+    names = [
+        label(dict(zip(("student", "arm", "adapter"), key, strict=True)), results)
+        for key in results["agreement"]["names"]
+    ]
+    share = results["agreement"]["share"]
+    size = 1.6 + 0.55 * len(names)
+    figure, axes = _figure(size + 1, size)
+    axes.grid(visible=False)
+    axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
+    for i, row in enumerate(share):
+        for j, value in enumerate(row):
+            axes.text(
+                j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else _INK
+            )
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_title("same option chosen, % of test questions", fontsize=9, color=_INK)
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable[[Results], Figure]]] = {
+    "accuracy_by_arm": ("Accuracy by arm", accuracy_by_arm),
+    "accuracy_against_tokens": ("Accuracy against training tokens", accuracy_against_tokens),
+    "accuracy_against_cost": ("Accuracy against the cost of an answer", accuracy_against_cost),
+    "differences_by_subject": ("Differences by subject", differences_by_subject),
+    "answer_agreement": ("Agreement of answers", answer_agreement),
+}
+
+
+def svg(figure: Figure) -> str:
+    """A figure as an SVG element, the same for the same results."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "sqa_jax", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

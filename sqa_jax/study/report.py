@@ -1,0 +1,229 @@
+"""`report.md` and a self-contained `report.html` from `results.json`; one context, two templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqa_jax.files import atomic_write
+from sqa_jax.metrics.leaderboard import COLUMNS
+from sqa_jax.study.plots import PLOTS, label, svg
+
+Results = dict[str, Any]
+
+
+def write_report(results: Results, root: Path) -> None:
+    """Writes report.md with plots/*.svg beside it, and report.html, which needs no other file."""
+    import jinja2
+
+    drawn = (
+        {name: (title, svg(draw(results))) for name, (title, draw) in PLOTS.items()}
+        if any(row["seeds"] for row in results["systems"])
+        else {}
+    )
+    for name, (_, text) in drawn.items():
+        with atomic_write(root / "plots" / f"{name}.svg") as file:
+            file.write(text)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sqa_jax.study"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"count": count, "money": money, "percent": percent, "cell": cell}
+    tables = [
+        leaderboard(results),
+        hypothesis_table(results),
+        difference_table(results),
+        cost_table(results),
+        benchmark_table(results),
+        explanation_table(results),
+        published_table(results),
+    ]
+    context = {
+        "r": results,
+        "plots": drawn,
+        "tables": {name: (header, rows) for name, header, rows in tables},
+        "verdicts": verdicts(results),
+        "label": lambda row: label(row, results),
+    }
+    for name in ("report.md", "report.html"):
+        with atomic_write(root / name) as file:
+            file.write(environment.get_template(f"{name}.j2").render(context))
+
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def leaderboard(results: Results) -> Table:
+    rows = []
+    for row in results["systems"]:
+        if row["seeds"]:
+            spread = "" if row["spread"] is None else f"{row['spread']:.1f}"
+            rows.append(
+                [
+                    label(row, results),
+                    *(percent(row["columns"][c]) for c in COLUMNS),
+                    f"{row['low']:.1f}–{row['high']:.1f}",
+                    str(row["seeds"]),
+                    spread,
+                    str(row["unparsed"]),
+                ]
+            )
+        else:
+            rows.append([label(row, results), *["–"] * len(COLUMNS), "failed", "0", "", ""])
+    for name, value in results["baselines"].items():
+        rows.append([name.replace("_", " "), *[""] * (len(COLUMNS) - 1), percent(value), "", "", "", ""])
+    n = results["data"]["test"]
+    rows.append(["n", *(str(n[c]) for c in COLUMNS), "", "", "", ""])
+    return "leaderboard", ["system", *COLUMNS, "95 % interval", "seeds", "sd of seeds", "unparsed"], rows
+
+
+def hypothesis_table(results: Results) -> Table:
+    rows = []
+    for row in results["hypotheses"]:
+        tested = row["verdict"] != "not tested"
+        rows.append(
+            [
+                row["name"], label({**row, "arm": f"{row['second']} − {row['first']}"}, results), row["verdict"],
+                *([points(row["difference"]), f"{points(row['low'])} to {points(row['high'])}", f"{row['p']:.2g}", f"{row['adjusted_p']:.2g}",
+                   ", ".join(points(d) for d in row["by_seed"]), f"{100 * row['smallest']:.1f}"] if tested else ["–"] * 6),
+            ]
+        )  # fmt: skip
+    header = [
+        "hypothesis",
+        "comparison",
+        "verdict",
+        "difference",
+        "95 % interval",
+        "p",
+        "p, Holm",
+        "by seed",
+        "smallest visible",
+    ]
+    return "hypotheses", header, rows
+
+
+def difference_table(results: Results) -> Table:
+    subjects = list(dict.fromkeys(row["subject"] for row in results["differences"]))
+    table: dict[str, dict[str, str]] = {}
+    for row in results["differences"]:
+        text = f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])})"
+        table.setdefault(label(row, results), {})[row["subject"]] = text
+    rows = [[name, *(cells.get(subject, "–") for subject in subjects)] for name, cells in table.items()]
+    return "differences", [f"minus {results['config']['study']['reference']}", *(s or "all" for s in subjects)], rows
+
+
+def cost_table(results: Results) -> Table:
+    header = [
+        "system", "teacher replies", "teacher tokens in / out", "teacher price", "training tokens", "training FLOPs", "training time",
+        "machine price", "tokens an answer", "FLOPs an answer", "test time",
+    ]  # fmt: skip
+    rows = []
+    hourly = results["config"]["study"]["device_price"]
+    for row in results["systems"]:
+        if not row["seeds"]:
+            continue
+        training, teacher, inference = row.get("training"), row.get("teacher"), row["inference"]
+        mark = "≈ " if teacher and teacher["estimated"] else ""
+        rows.append(
+            [
+                label(row, results),
+                count(teacher["replies"]) if teacher else "0",
+                f"{mark}{count(teacher['prompt_tokens'])} / {count(teacher['output_tokens'])}" if teacher else "0 / 0",
+                f"{mark}{money(teacher['price'])}" if teacher else money(0.0),
+                count(training["tokens"]) if training else "0",
+                f"{training['flops']:.2g}" if training else "0",
+                duration(training["seconds"]) if training else "0 s",
+                money(training["seconds"] / 3600 * hourly) if training and hourly else "–",
+                f"{inference['tokens_read']:.0f} read, {inference['tokens_written']:.0f} written",
+                f"{inference['flops']:.2g}",
+                duration(row["evaluation_seconds"]),
+            ]
+        )
+    return "costs", header, rows
+
+
+def benchmark_table(results: Results) -> Table:
+    rows = []
+    for row in results["benchmark"]:
+        cost, n = row["cost"], row["metrics"]["n"]["AVG"]
+        mark = "≈ " if cost["estimated"] else ""
+        price = None if cost["price"] is None else 1000 * cost["price"] / n
+        rows.append(
+            [
+                f"{row['system']}, {row['setting']}, {row['form']}",
+                *(percent(row["metrics"][c]) for c in COLUMNS),
+                f"{100 * row['low']:.1f}–{100 * row['high']:.1f}",
+                str(row["metrics"]["unparsed"]),
+                str(n),
+                f"{mark}{(cost['prompt_tokens'] + cost['output_tokens']) / n:.0f}",
+                f"{mark}{money(price)}",
+            ]
+        )
+    return (
+        "benchmark",
+        ["model", *COLUMNS, "95 % interval", "unparsed", "n", "tokens an answer", "price of 1,000"],
+        rows,
+    )
+
+
+def explanation_table(results: Results) -> Table:
+    made = results["explanations"]["rows"]
+    names = list(made[0]["scores"]) if made else []
+    rows = [[row["system"], str(row["n"]), *(cell(row["scores"][name]) for name in names)] for row in made]
+    return "explanations", ["explanations of", "n", *names], rows
+
+
+def published_table(results: Results) -> Table:
+    rows = [[row["system"], percent(row["accuracy"]), row["source"]] for row in results["published"]]
+    return "published", ["system", "AVG", "source"], rows
+
+
+def verdicts(results: Results) -> list[dict[str, str]]:
+    """Each verdict as a sentence."""
+    return [
+        {
+            "name": row["name"],
+            "statement": row["statement"],
+            "verdict": row["verdict"],
+            "why": row["why"],
+            "adapter": row["adapter"],
+            "student": row["student"],
+        }
+        for row in results["hypotheses"]
+    ]
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def points(share: float) -> str:
+    return f"{100 * share:+.1f}"
+
+
+def count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def money(value: float | None) -> str:
+    return "unknown" if value is None else f"${value:.2f}" if value >= 1 or value == 0 else f"${value:.2g}"
+
+
+def cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
