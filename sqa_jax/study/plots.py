@@ -22,7 +22,6 @@ _COLOURS = (
     "#a8502f",
     "#6b8e23",
 )
-_MARKS = {"zero_shot": "o", "zero_shot_lecture": "o"}
 
 
 def finished(results: Results) -> list[dict[str, Any]]:
@@ -75,9 +74,11 @@ def accuracy_by_arm(results: Results) -> Figure:
             color=_INK,
             fontsize=9,
         )
-    for name, value in results["baselines"].items():
-        axes.axvline(value, color="#8a949e", linestyle=":", linewidth=1.2)
-        axes.annotate(name.replace("_", " "), (value, len(rows) - 0.45), ha="center", fontsize=8, color="#5b6770")
+    for style, (name, value) in zip((":", "--"), results["baselines"].items(), strict=True):
+        axes.axvline(
+            value, color="#8a949e", linestyle=style, linewidth=1.2, label=f"{name.replace('_', ' ')} {value:.1f}"
+        )
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     axes.set_yticks(range(len(rows)), [label(row, results) for row in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.1)
     axes.set_xlabel("accuracy on the test questions, % (line: 95 % interval; strokes: seeds)")
@@ -115,22 +116,30 @@ def accuracy_against_tokens(results: Results) -> Figure:
 
 
 def accuracy_against_cost(results: Results) -> Figure:
-    """Students by operations of an answer; models behind a service have a price but no known operations."""
-    figure, axes = _figure(7.5, 4)
+    """Students by the operations of an answer. Of a model behind a service only the price is known: a line."""
+    figure, axes = _figure(7.5, 4.4)
     for row in finished(results):
-        axes.plot(row["inference"]["flops"], row["columns"]["AVG"], "o", color=_colour(row, results), markersize=7)
-        axes.annotate(
-            label(row, results),
-            (row["inference"]["flops"], row["columns"]["AVG"]),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color=_INK,
+        axes.plot(
+            row["inference"]["flops"],
+            row["columns"]["AVG"],
+            "o",
+            color=_colour(row, results),
+            markersize=7,
+            label=label(row, results),
         )
+    for row in results["benchmark"]:
+        price, n = row["cost"]["price"], row["metrics"]["n"]["AVG"]
+        cost = "price unknown" if price is None else f"${1000 * price / n:.2g} for 1,000 answers"
+        axes.axhline(row["metrics"]["AVG"], color="#8a949e", linestyle="--", linewidth=0.8)
+        axes.annotate(
+            f"{row['system']}, {row['setting']} {row['form']}: {cost}", (0.01, row["metrics"]["AVG"]),
+            xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", fontsize=7, color="#5b6770",
+        )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.2, y=0.12)
     axes.set_xlabel("floating-point operations of one answer")
-    axes.set_ylabel("accuracy on the test questions, %")
+    axes.set_ylabel("accuracy, %")
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 

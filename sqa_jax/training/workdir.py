@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ _FREE = (
     "eval.",
     "mesh.",
     "study.",
+    "teach.",
 )
 
 
@@ -67,7 +69,7 @@ def _differing(
     ours: dict[str, Any], theirs: dict[str, Any], counts: Callable[[str], bool]
 ) -> list[tuple[str, Any, Any]]:
     """(key, theirs, ours) where the two differ in a key that counts; keys without the leading "config."."""
-    mine, other = _flatten(ours), _flatten(theirs)
+    mine, other = _flatten(json.loads(json.dumps(ours))), _flatten(theirs)  # tuples are lists, as in the file
     keys = sorted(mine.keys() | other.keys())
     return [
         (key, other.get(key), mine.get(key))
@@ -87,6 +89,4 @@ def _refuse(workdir: Path, differing: list[tuple[str, Any, Any]]) -> None:
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
-    if isinstance(value, tuple):
-        value = list(value)  # as JSON has it
     return {prefix.rstrip("."): value}
