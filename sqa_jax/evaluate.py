@@ -148,7 +148,7 @@ def _read_partial(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     rows, whole = {}, []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # as in `read_jsonl`
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -116,7 +116,8 @@ def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
       UserError: the file is missing, or a line is not a JSON object (the line is named).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a text may hold U+2028 and other characters that it takes for line ends.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it should hold {what}") from None
     except (IsADirectoryError, UnicodeDecodeError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 
 import pytest
 
 from sqa_jax.errors import UserError
-from sqa_jax.files import atomic_directory, atomic_write, disk_errors
+from sqa_jax.files import atomic_directory, atomic_write, disk_errors, read_jsonl
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -54,3 +55,11 @@ def test_what_the_disk_says_is_one_line(error, words):
 def test_other_errors_are_not_the_disks():
     with pytest.raises(ValueError, match="shape"), disk_errors("/some/place"):
         raise ValueError("shape")
+
+
+def test_a_text_may_hold_any_character_of_a_line_end(tmp_path):
+    """U+2028 and its like stand in replies of teachers; only a newline ends a row."""
+    texts = ["a\u2028b", "c\u0085d\u2029", "e\x0bf\x0c\x1c"]
+    with atomic_write(tmp_path / "rows.jsonl") as file:
+        file.writelines(json.dumps({"raw": text}, ensure_ascii=False) + "\n" for text in texts)
+    assert [row["raw"] for row in read_jsonl(tmp_path / "rows.jsonl", "rows")] == texts

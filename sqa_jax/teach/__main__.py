@@ -85,7 +85,7 @@ def teach(config, workdir: str) -> dict[str, Any]:
             flush=True,
         )
         with StopSignal() as stop, Progress(len(requests), len(requests) - len(missing), budget) as progress:
-            if not missing:
+            if not missing and not ledger.open_batches():
                 run = Run()
             elif not remote:
                 run = run_local(teacher, missing, ledger, stop, progress)

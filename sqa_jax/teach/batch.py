@@ -7,12 +7,12 @@ name is known, the job is looked for by ours; only where there is none was it ne
 from __future__ import annotations
 
 import collections
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tenacity
 
-from sqa_jax.files import sha256_json
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.genai import BATCH_BYTES, GenAI
 from sqa_jax.teach.ledger import Ledger, Outcome
@@ -95,8 +95,8 @@ class BatchRun:
         return chunk
 
     def _submit(self, chunk: Sequence[Request]) -> None:
-        number = self.ledger.count_batches()
-        name = f"sqa-jax-{number}-{sha256_json([request.hash for request in chunk])[:24]}"
+        # Of this job alone: another workdir, or one that was removed, may have handed in the same questions.
+        name = f"sqa-jax-{secrets.token_hex(12)}"
         self.ledger.begin(chunk, [self.prices.most(request) for request in chunk], name)
         handed_in = False
 

@@ -70,8 +70,10 @@ def _reply(response) -> Reply:
     # total - prompt is all output, also what a newer model thought and this client has no name for.
     prompt, output = usage.prompt_token_count, max(usage.candidates_token_count, usage.total_token_count - usage.prompt_token_count)  # fmt: skip
     counted = usage.total_token_count > 0
+    # A reason that is newer than the client is a plain number.
+    finish = getattr(candidate.finish_reason, "name", "") if candidate else ""
     return Reply(
-        status_of(candidate.finish_reason.name if candidate else "", bool(response.prompt_feedback.block_reason)),
+        status_of(finish, bool(response.prompt_feedback.block_reason)),
         "".join(part.text for part in candidate.content.parts) if candidate else "",
         prompt if counted else None,
         output if counted else None,

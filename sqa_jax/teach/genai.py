@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sqa_jax.errors import UserError
 from sqa_jax.teach.gemini import status_of
 from sqa_jax.teach.prompts import encoded_image
-from sqa_jax.teach.teacher import Refused, Reply, Request, Transient, http_failure, network_failure, read_key
+from sqa_jax.teach.teacher import Refused, Reply, Request, Transient, http_failure, network_failure, read_key, scrub
 
 BATCH_BYTES = 15_000_000  # the service takes 20 MB of requests inside one call
 _ENDED = {"JOB_STATE_SUCCEEDED", "JOB_STATE_PARTIALLY_SUCCEEDED", "JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED"}  # fmt: skip
@@ -48,7 +48,11 @@ class GenAI:
                 "config.teach.client is genai, which needs the package google-genai: pip install -e '.[teachers]'"
             ) from None
         self._types = types
-        options = types.HttpOptions(base_url=settings.endpoint or None, timeout=int(1000 * settings.timeout))
+        options = types.HttpOptions(
+            base_url=settings.endpoint or None,
+            api_version="v1beta",  # which has batch jobs; the package's own default changes with its version
+            timeout=int(1000 * settings.timeout),
+        )
         self._client = genai.Client(api_key=self._key, vertexai=False, http_options=options)
         self._generation = types.GenerateContentConfig(
             temperature=settings.temperature,
@@ -101,7 +105,9 @@ class GenAI:
         state = found.state.name if found.state else ""
         if state not in _ENDED:
             return None
-        said = f"batch job {job} ended as {state}" + (f": {found.error.message}" if found.error else "")
+        said = f"batch job {job} ended as {state}" + (
+            f": {scrub(found.error.message or '', self._key)[:300]}" if found.error else ""
+        )
         responses = (found.dest.inlined_responses if found.dest else None) or []
         replies: dict[str, Reply | str] = {}
         for position, response in enumerate(responses):
@@ -109,7 +115,7 @@ class GenAI:
             if response.response is not None:
                 replies[key] = _reply(response.response)
             else:
-                replies[key] = (response.error.message if response.error else "") or "no reply"
+                replies[key] = scrub((response.error.message if response.error else "") or "no reply", self._key)[:300]
         # A failed job is not charged; of one that was stopped or ran out of time nobody knows.
         return BatchEnd(replies, said, maybe_paid=state in ("JOB_STATE_CANCELLED", "JOB_STATE_EXPIRED"))
 

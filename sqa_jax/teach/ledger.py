@@ -62,24 +62,34 @@ class Ledger:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        with disk_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path.with_suffix(".lock"), "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{self.path}: another run is using it; wait for it or choose another --workdir") from None
-        with self._errors():
-            self._db = sqlite3.connect(self.path, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")  # a committed reply outlives a power cut
-            self._db.executescript(_TABLES)
-            self._db.execute(
-                "UPDATE attempts SET state = 'lost', error = 'the process ended before the reply came' WHERE state = 'sent' "
-                "AND (batch IS NULL OR batch NOT IN (SELECT name FROM batches WHERE open))"
-            )
+            with disk_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = open(self.path.with_suffix(".lock"), "w")
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.path.parent}: is a file, or inside one; choose another --workdir") from None
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.close)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another run is using it; wait for it or choose another --workdir"
+                ) from None
+            with self._errors():
+                self._open()
+            undo.pop_all()
+
+    def _open(self) -> None:
+        self._db = sqlite3.connect(self.path, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")  # a committed reply outlives a power cut
+        self._db.executescript(_TABLES)
+        self._db.execute(
+            "UPDATE attempts SET state = 'lost', error = 'the process ended before the reply came' WHERE state = 'sent' "
+            "AND (batch IS NULL OR batch NOT IN (SELECT name FROM batches WHERE open))"
+        )
 
     def __enter__(self) -> Ledger:
         return self
@@ -118,12 +128,16 @@ class Ledger:
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Makes the ledger these settings' own, or checks that it is.
 
+        A ledger without any attempt that may have cost something is nobody's: who asked for a model that does not
+        exist can ask for another.
+
         Raises:
           UserError: it belongs to others; the ones that differ are named.
         """
         with self._transaction() as db:
             held = {name: json.loads(value) for name, value in db.execute("SELECT name, value FROM settings")}
-            if not held:
+            if not held or not db.execute("SELECT 1 FROM attempts WHERE state != 'free' LIMIT 1").fetchone():
+                db.execute("DELETE FROM settings")
                 db.executemany("INSERT INTO settings VALUES (?, ?)", [(k, json.dumps(v)) for k, v in settings.items()])
                 return
         differing = [f"{k} was {held.get(k)!r} and is {v!r}" for k, v in settings.items() if held.get(k) != v]
@@ -183,11 +197,6 @@ class Ledger:
                 "SELECT *, MAX(id), COUNT(*) AS times FROM attempts WHERE state = 'answered' GROUP BY hash ORDER BY id"
             ).fetchall()
 
-    def count_batches(self) -> int:
-        """How many batch jobs were ever begun here."""
-        with self._errors():
-            return self._db.execute("SELECT COUNT(*) FROM batches").fetchone()[0]
-
     def open_batches(self) -> list[tuple[str, str | None]]:
         """(our name, the service's name or None) of the batch jobs that are not collected."""
         with self._errors():
@@ -213,4 +222,5 @@ def _ended(outcome: Outcome) -> tuple:
     if reply is None:
         return ("lost" if outcome.maybe_paid else "free", time.time(), None, None, None, None, None, outcome.error)
     tokens = (reply.prompt_tokens, reply.output_tokens)
-    return ("answered", time.time(), reply.status, reply.raw, *tokens, outcome.price, None)
+    raw = reply.raw.encode("utf-8", "replace").decode()  # JSON can carry half a surrogate pair, a file cannot
+    return ("answered", time.time(), reply.status, raw, *tokens, outcome.price, None)

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Sequence
 import tenacity
 from aiolimiter import AsyncLimiter
 
+from sqa_jax.errors import UserError
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.ledger import Ledger, Outcome
 from sqa_jax.teach.stop import StopSignal
@@ -110,6 +111,8 @@ class RemoteRun:
         self.limiter = AsyncLimiter(1, 60 / rate) if rate > 0 else None
         self.pool = concurrent.futures.ThreadPoolExecutor(settings.concurrency, "teacher")
         self.signal.on_stop = lambda: loop.call_soon_threadsafe(self._halt, "signal")
+        if self.signal.asked:  # before anybody listened
+            self._halt("signal")
         try:
             # All of them come to their end, whatever happens to one: replies under way are paid for.
             ends = await asyncio.gather(
@@ -168,8 +171,8 @@ class RemoteRun:
                 raise
 
     async def _attempt(self, request: Request) -> None:
-        most = self.prices.most(request)
-        while not self.budget.reserve(most):
+        # Priced anew each time: a reply that was dearer than it could be makes the following ones dearer.
+        while not self.budget.reserve(most := self.prices.most(request)):
             if self.budget.idle:
                 self._halt("budget")
                 raise _Stopped
@@ -177,10 +180,7 @@ class RemoteRun:
             await self._unless_halted(self.released.wait())
         paid = 0.0
         try:
-            while (wait := self.resume - time.monotonic()) > 0:
-                await self._sleep(wait)
-            if self.limiter:
-                await self._unless_halted(self.limiter.acquire())
+            await self._turn()
             if self.halted.is_set():
                 raise _Stopped
             (attempt,) = self.ledger.begin([request], [most])
@@ -199,6 +199,17 @@ class RemoteRun:
         self.good, self.in_a_row = True, 0
         self.progress.advance()
 
+    async def _turn(self) -> None:
+        """Waits until the rate limit and the service allow another request."""
+        while True:
+            while (wait := self.resume - time.monotonic()) > 0:
+                await self._sleep(wait)
+            if self.limiter:
+                await self._unless_halted(self.limiter.acquire())
+            # While this one stood in line, another may have been told to wait.
+            if self.resume <= time.monotonic():
+                return
+
     async def _send(self, attempt: int, request: Request) -> Reply | tuple[Exception, bool]:
         """The reply; or what went wrong, and whether it may have been charged."""
         try:
@@ -208,7 +219,7 @@ class RemoteRun:
                 self.resume = max(self.resume, time.monotonic() + error.retry_after)
                 self.progress.money(f"the service asks to wait {error.retry_after:.0f} s")
             return error, error.maybe_paid
-        except Refused as error:
+        except (Refused, UserError) as error:  # the second: an image that has gone meanwhile; nothing was sent
             return error, False
 
 

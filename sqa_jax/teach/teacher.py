@@ -114,7 +114,8 @@ def read_key(name: str) -> str:
 
 
 def scrub(text: str, *secrets: str) -> str:
-    """The text in one line, without the secrets."""
+    """The text in one line, without the secrets, and without half surrogate pairs, which no file takes."""
+    text = text.encode("utf-8", "replace").decode()
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     return " ".join(text.split())
@@ -141,7 +142,7 @@ def http_failure(code: int, body: str, headers: Mapping[str, str], model: str, s
       body: the service's words; shown shortened and without `secret`.
     """
     said = f"HTTP {code}: {scrub(body, secret)[:300]}"
-    quota = "insufficient_quota" in body
+    quota = code == 402 or "insufficient_quota" in body
     if (code in (408, 425, 429) or code >= 500) and not quota:
         # At 408 and 504 somebody stopped waiting, which says nothing of what the model went on to do.
         return Transient(said, retry_after(headers, body), maybe_paid=code in (408, 504))
