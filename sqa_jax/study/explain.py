@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import ANSWER_IS
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.files import read_jsonl
-from sqa_jax.metrics.explanations import METRICS, explanation_scores
+from sqa_jax.metrics.explanations import METRICS, explanation_of, explanation_scores, reference_of
 from sqa_jax.study.execute import EXPLANATIONS
 from sqa_jax.study.matrix import Run, student_name
 
@@ -28,7 +27,7 @@ def explanations(
     The reference is lecture and solution, as in the earlier study.
 
     Returns:
-      {"rows": [{"system", "n", "scores": {metric: mean}}], "note": what was not computed, and why}.
+      {"rows": [{"system", "n", "scores": {metric: mean}}], "note": what was compared, what was not, and why}.
     """
     everything = problems.all()
     told: list[tuple[str, list[Problem], list[str]]] = []
@@ -43,25 +42,14 @@ def explanations(
         if own:
             name = f"{model['system']}, {model['setting']}, {model['form']}"
             told.append((name, [everything[record.pid] for record in own], [record.solution for record in own]))
-    made, missing = [], {}
+    made, notes = [], {}
     for name, asked, texts in told:
-        references = [f"{problem.lecture} {problem.solution}".strip() for problem in asked]
+        references = [reference_of(problem) for problem in asked]
         kept = [k for k, reference in enumerate(references) if reference]
-        scores, missing = explanation_scores([references[k] for k in kept], [texts[k] for k in kept])
+        scores, notes = explanation_scores([references[k] for k in kept], [texts[k] for k in kept])
         means = {metric: sum(scores[metric]) / len(kept) if metric in scores and kept else None for metric in METRICS}
         made.append({"system": name, "n": len(kept), "scores": means})
     note = "Against lecture and solution: BLEU, ROUGE-L (F1), METEOR, and the cosine of all-MiniLM-L6-v2 embeddings."
     if not made:
         note = "No explanation was generated: set config.study.explanations to a number of test questions."
-    return {
-        "rows": made,
-        "note": " ".join([note, *(f"{metric} was not computed: {why}." for metric, why in missing.items())]),
-    }
-
-
-def explanation_of(text: str) -> str:
-    """What a generated target explains: behind the answer's "BECAUSE: ", or in front of the answer sentence."""
-    before, because, after = text.partition(" BECAUSE: ")
-    if because:
-        return after.strip()
-    return before[: before.rfind(ANSWER_IS)].strip() if ANSWER_IS in before else before.strip()
+    return {"rows": made, "note": " ".join([note, *(f"{text}." for text in dict.fromkeys(notes.values()))])}

@@ -1,0 +1,64 @@
+"""What the README shows is what the code makes."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+from configs.quickstart import get_config
+from sqa_jax.data.dataset import config_records, load_config_problems, records_by_pid
+from sqa_jax.data.prompts import sections
+from sqa_jax.data.recipes import ARMS, examples
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = {"1": "22", "2": "830"}  # number in the README → pid in the sample
+
+
+@pytest.fixture(scope="module")
+def sample():
+    config = get_config()
+    config.data.teacher, config.recipe.format = ("sample",), "QCM-AE"
+    problems = load_config_problems(config)
+    return config, problems.all(), records_by_pid(config_records(config, problems))
+
+
+def block_of(arm: str) -> str:
+    """The fenced block behind the bold name of an arm."""
+    match = re.search(rf"\*\*`{arm}`\*\*.*?```\n(.*?)```", README, re.DOTALL)
+    assert match, f"README has no example of {arm}"
+    return match[1]
+
+
+def numbered(number: str, text: str) -> str:
+    return textwrap.indent(text, "   ").replace("   ", f"{number}  ", 1) + "\n"
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "golden_lecture"])
+def test_arms_are_shown_as_they_are_rendered(sample, arm):
+    config, problems, by_pid = sample
+    config.recipe.arm = arm
+    expected = ""
+    for number, pid in SHOWN.items():
+        for example in examples(problems[pid], by_pid[pid], config.recipe):
+            text = example.target
+            if arm == "teacher_lecture":
+                text = f"Lecture: {problems[pid].lecture}\n→ {text}"
+            expected += numbered(number, text)
+    assert block_of(arm) == expected
+
+
+def test_the_questions_are_shown_as_they_are_asked(sample):
+    config, problems, by_pid = sample
+    config.recipe.arm = "golden"
+    for number, pid in SHOWN.items():
+        (example,) = examples(problems[pid], by_pid[pid], config.recipe)
+        asked = "\n".join(label + text for _, label, text in sections(problems[pid], example.format, True))
+        assert numbered(number, asked) in README
+
+
+def test_every_file_that_is_named_is_there():
+    for name in re.findall(r"(?:configs|launch|sqa_jax|tests)/[\w/.]+\.(?:py|sh)", README):
+        assert (ROOT / name).is_file(), name
