@@ -1,4 +1,4 @@
-"""The whole study with random students, in minutes: for the tests, and for trying the verb."""
+"""The whole study with a random student that learns nothing, in minutes: for the tests, and for trying the verb."""
 
 from configs.test import get_config as tiny
 
@@ -6,15 +6,14 @@ from configs.test import get_config as tiny
 def get_config():
     config = tiny()
     config.data.teacher = ("sample",)
-    config.data.train_limit = 64
+    config.data.train_limit = 16
     config.recipe.format = "QCM-AE"
-    config.train.epochs = 1.0
     config.train.eval_every = 0
     config.train.save_every = 0
-    config.eval.val_limit = 8
+    config.eval.val_limit = 4
     config.eval.limit = 24
-    config.eval.max_new_tokens = 24
+    config.eval.max_new_tokens = 8
     config.study.seeds = (0, 1)
-    config.study.explanations = 4
+    config.study.explanations = 2
     config.study.benchmark = ("sample",)
     return config

@@ -109,7 +109,7 @@ def default() -> ConfigDict:
     study.same_questions = True  # arms learn from questions whose replies all arms can use
     study.overrides = ()  # "which key=value", which being an arm, adapter or student: "full optimizer.learning_rate=2e-4"
     study.resample = "questions"  # what intervals resample: questions | questions_and_seeds
-    study.explanations = 0  # test questions whose generated explanation is compared with the data's; 0 is none
+    study.explanations = 0  # explanations of each system that are compared with the data's; 0 is none
     study.benchmark = ()  # replies of existing models (JSONL), to be scored beside the students; ("sample",)
     study.device_price = 0.0  # US dollars an hour of the training machine
 

@@ -4,7 +4,7 @@ Reads:  the student and the questions that the configuration names; builds the d
         with the configuration's fingerprint.
 Writes: WORKDIR/checkpoints/{last,best}, WORKDIR/metrics.jsonl, WORKDIR/tensorboard/, WORKDIR/config.json, and
         WORKDIR/train.json when it is done. The same command continues an interrupted run where it stopped,
-        bit for bit; SIGTERM saves first.
+        bit for bit; SIGTERM and Ctrl-C save first.
 
 Example:
   python -m sqa_jax.train --config configs/quickstart.py --workdir runs/quickstart --config.optimizer.learning_rate=5e-4
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any]:
-    """Runs (or continues) a training run; returns what WORKDIR/train.json holds.
+    """Runs (or continues) a training run; returns what WORKDIR/train.json holds, and whether a signal "stopped" it.
 
     Args:
       runtime: the loaded student, for many runs of one; None loads what the configuration names.
@@ -46,6 +45,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     from sqa_jax.parallel.mesh import batch_sharding, check_rows
     from sqa_jax.parallel.rules import shardings
     from sqa_jax.runtime import start
+    from sqa_jax.stop import StopSignal
     from sqa_jax.training.checkpoint import Checkpoints, abstract
     from sqa_jax.training.optimizer import make_optimizer
     from sqa_jax.training.report import Reporter
@@ -104,7 +104,6 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
         f"({'reused' if reused else 'built'} {dataset.path}), {100 * rows.real_tokens():.1f} % real tokens; "
         f"steps {first} → {steps} on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}"
     )
-    stop = _StopSignal()
 
     def settle(pending) -> None:
         """Waits for a step's metrics, refuses what is not finite, reports the rest."""
@@ -143,25 +142,26 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     # ---- the loop
     if first == 0 and restored is None:
         validate(0)
-    pending = None
-    for number in range(first + 1, steps + 1):
-        batch = next(loader)
-        batch = {
-            k: jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), v) for k, v in batch.items()
-        }
-        state, metrics = step_fn(state, base, batch)
-        settle(pending)  # of the step before, while this one runs
-        pending = (number, metrics)
-        last = number == steps or stop.asked or number - first == config.train.stop_after
-        evaluate = number == steps or (config.train.eval_every and number % config.train.eval_every == 0)
-        if last or evaluate or (config.train.save_every and number % config.train.save_every == 0):
-            settle(pending)
-            pending = None
-            if evaluate:
-                validate(number)
-            checkpoints.save(number, state, loader.get_state(), best_loss)
-        if last:
-            break
+    with StopSignal() as stop:
+        pending = None
+        for number in range(first + 1, steps + 1):
+            batch = next(loader)
+            batch = {
+                k: jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), v) for k, v in batch.items()
+            }
+            state, metrics = step_fn(state, base, batch)
+            settle(pending)  # of the step before, while this one runs
+            pending = (number, metrics)
+            last = number == steps or stop.asked or number - first == config.train.stop_after
+            evaluate = number == steps or (config.train.eval_every and number % config.train.eval_every == 0)
+            if last or evaluate or (config.train.save_every and number % config.train.save_every == 0):
+                settle(pending)
+                pending = None
+                if evaluate:
+                    validate(number)
+                checkpoints.save(number, state, loader.get_state(), best_loss)
+            if last:
+                break
     checkpoints.close()
     report.close()
 
@@ -178,20 +178,9 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
         write_json(root / "train.json", result)
         print(f"trained {steps} steps; checkpoints, metrics and TensorBoard events are in {root}")
     else:
-        why = "SIGTERM" if stop.asked else "config.train.stop_after"
+        why = stop.name or "config.train.stop_after"
         print(f"stopped at step {done} of {steps} ({why}), saved; the same command continues")
-    return result
-
-
-class _StopSignal:
-    """Remembers that SIGTERM came, so that the loop can save and stop between two steps."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    return {**result, "stopped": stop.asked}
 
 
 def main() -> None:

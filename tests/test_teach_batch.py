@@ -23,9 +23,9 @@ from teacher_server import (
 )
 
 from sqa_jax.errors import UserError
+from sqa_jax.stop import StopSignal
 from sqa_jax.teach.__main__ import teach
 from sqa_jax.teach.genai import GenAI
-from sqa_jax.teach.stop import StopSignal
 
 
 @pytest.fixture

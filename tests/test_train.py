@@ -56,13 +56,27 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_what_it_says(trained):
     workdir, config, result = trained
-    assert result["finished"] and json.loads((workdir / "train.json").read_text()) == result
+    assert result == {**json.loads((workdir / "train.json").read_text()), "stopped": False} and result["finished"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "val_loss" in row] == [0, 3, 6]
     assert rows[-1]["val_loss"] < rows[0]["val_loss"]
     assert list((workdir / "tensorboard").glob("events*")) and (workdir / "checkpoints" / "best").is_dir()
+
+
+def test_tokens_between_lines_are_counted_whatever_is_said_in_between(tmp_path):
+    """Written lines are few and validation speaks in between: the lines' sum is still the run's tokens."""
+    config = tiny_config(tmp_path, **{"train.log_every": 1})
+    train(config, str(tmp_path / "each"))
+    config.train.log_every = 4
+    train(config, str(tmp_path / "some"))
+    each, some = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        for run in ("each", "some")
+    )
+    assert len(each) == 6 and len(some) == 2
+    assert sum(row["tokens"] for row in each) == sum(row["tokens"] for row in some)
 
 
 def test_a_finished_run_is_not_trained_again(trained):

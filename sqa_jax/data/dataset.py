@@ -136,7 +136,7 @@ def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[st
         "train_split": config.data.train_split,
         "train_limit": config.data.train_limit,
         "subjects": sorted(config.data.subjects),
-        "seed": config.seed if config.data.train_limit else None,
+        "seed": config.seed if 0 < config.data.train_limit < len(problems.split(config.data.train_split)) else None,
         "problems": problems.fingerprint,
         "teacher": [sha256_file(path) for path in files] + ["sample"] * ("sample" in config.data.teacher),
         "tokenizer": tokenizer_fingerprint(tokenizer),

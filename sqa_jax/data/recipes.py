@@ -184,7 +184,7 @@ def _usable(problem: Problem, records: Records, kind: str, arm: Arm, recipe) -> 
     if not usable:
         status = own[0].status if own else "no record"
         return Unusable(problem.pid, f"teacher's {kind}: {'only an answer' if status == 'ok' else status}")
-    usable.sort(key=lambda record: ("L" in record.setting) != arm.lecture)
+    # Which replies are left is the same in every arm, so that `recipe.require` keeps the same questions in all.
     if recipe.vote:
         votes = collections.Counter(record.answer for record in usable)
         winner = votes.most_common(1)[0][0]  # of equally many the one that was said first
@@ -193,4 +193,5 @@ def _usable(problem: Problem, records: Records, kind: str, arm: Arm, recipe) -> 
         usable = [record for record in usable if record.answer == problem.answer]
         if not usable:
             return Unusable(problem.pid, f"teacher's {kind}: answer is wrong (config.recipe.teacher_right_only)")
+    usable.sort(key=lambda record: ("L" in record.setting) != arm.lecture)
     return usable[: recipe.samples or None]

@@ -129,10 +129,19 @@ def load_records(paths: Sequence[str | Path], problems: Mapping[str, Problem]) -
     """Reads files of replies or of full records (JSONL); a full record is parsed again from its raw reply.
 
     Raises:
-      UserError: a file is missing, a line lacks a field, or a file holds two replies for one question; the
-        line is named.
+      UserError: a file is missing, a line lacks a field, or a file holds two replies for one question (the line is
+        named); or no reply of a file is for a question that is there.
     """
-    return make_records([row for path in paths for row in read_replies(path)], problems)
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        own = read_replies(path)
+        if own and not any(row["pid"] in problems for row in own):
+            raise UserError(
+                f"{path}: its {len(own)} replies are for questions that are not in the data (first {own[0]['pid']}); "
+                "check config.data.path and config.data.teacher"
+            )
+        rows += own
+    return make_records(rows, problems)
 
 
 def read_replies(path: str | Path) -> list[dict[str, Any]]:

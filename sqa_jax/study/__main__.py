@@ -31,10 +31,10 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
 
     Raises:
       UserError: something that would stop a run is known before any is started, or WORKDIR is another study's.
-      Interrupted: SIGTERM came; what is done is kept.
+      Interrupted: SIGTERM came, or config.train.stop_after; what is done is kept.
     """
     from sqa_jax.data.dataset import load_config_problems
-    from sqa_jax.files import write_json
+    from sqa_jax.files import read_json, write_json
     from sqa_jax.study import benchmark, summary
     from sqa_jax.study.execute import Executor
     from sqa_jax.study.explain import explanations
@@ -89,6 +89,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
         "runs": [{name: record.get(name) for name in ("student", "arm", "adapter", "seed", "status", "error", "seconds")} for record in records],
     }  # fmt: skip
     write_json(root / "results.json", results)
+    results = read_json(root / "results.json", "the study's results")  # the report knows nothing else
     write_report(results, root)
     print(f"results.json, report.md and report.html are in {root}")
     return results
@@ -110,7 +111,7 @@ def main() -> None:
     try:
         study(flags.FLAGS.config, flags.FLAGS.workdir)
     except Interrupted:
-        print("stopped (SIGTERM), what is done is kept; the same command continues")
+        print("stopped, what is done is kept; the same command continues")
 
 
 if __name__ == "__main__":

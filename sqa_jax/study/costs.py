@@ -64,7 +64,10 @@ def teacher_cost(
       replies, prompt_tokens, output_tokens, price (None where a model has no price), estimated (bool).
     """
     price_of = {model: (per_prompt, per_output) for model, per_prompt, per_output in prices}
-    unique = {(record.model, record.setting, record.raw, problem.pid): (problem, record) for problem, record in replies}
+    unique = {
+        (record.model, record.setting, record.raw, record.sample, problem.pid): (problem, record)
+        for problem, record in replies
+    }
     prompt = output = 0
     price: float | None = 0.0
     estimated = False

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import json
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sqa_jax.data.dataset import build_or_reuse, config_records, records_by_pid, training_problems
-from sqa_jax.data.recipes import Example, arm_format, examples
+from sqa_jax.data.recipes import Example, Records, arm_format, arm_of, examples
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
@@ -18,6 +19,10 @@ from sqa_jax.study.matrix import Run, run_config
 from sqa_jax.teach.prompts import prompt
 
 EXPLANATIONS = "explanations"  # folder of the generated explanations, under a run's eval/
+# Settings that say where things are and how work is cut into pieces, not what comes of it.
+_FREE = (
+    "mesh.", "study.", "teach.", "data.cache", "data.path", "data.teacher", "train.save_every", "train.log_every", "train.stop_after",
+)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -35,33 +40,42 @@ class Executor:
     def __init__(self, config, root: Path, problems: ProblemSet):
         self.config, self.root, self.problems = config, root, problems
         self._runtime: tuple[Any, Any] | None = None  # (what it was loaded from, the loaded student)
+        self._steps: dict[Run, int] = {}  # of the reference's runs
+        self._replies: dict[tuple[str, ...], Mapping[str, Records]] = {}  # by pid, of the files that they come from
 
-    def identity(self, run: Run) -> str:
-        """Hash of all that decides a run's results and is known before the student is loaded."""
+    def settings(self, run: Run) -> dict[str, Any]:
+        """By name, all that decides a run's results and is known before the student is loaded."""
         own = self._config(run)
-        files = [sha256_file(path) for path in own.data.teacher if path != "sample" and Path(path).is_file()]
-        settings = own.to_dict()
-        for section in ("mesh", "study", "teach"):
-            settings.pop(section)
-        for section, name in (("data", "cache"), ("data", "path"), ("data", "teacher"), ("train", "save_every"), ("train", "log_every")):  # fmt: skip
-            settings[section].pop(name)
-        equal = [self.config.study[name] for name in ("equal", "reference", "explanations")] if run.trained else []
-        return sha256_json([settings, equal, self.problems.fingerprint, files])
+        settings = {name: value for name, value in flatten(own.to_dict()).items() if not name.startswith(_FREE)}
+        settings["questions"] = self.problems.fingerprint
+        if run.trained:
+            study = self.config.study
+            settings |= {f"study.{name}": study[name] for name in ("equal", "explanations")}
+            if arm_of(own.recipe).kinds or own.recipe.require:
+                settings["replies"] = [path if path == "sample" else sha256_file(path) for path in own.data.teacher]
+            if study.equal == "tokens" and run.arm != study.reference:
+                # How long the reference trains is how long this run does.
+                reference = flatten(self._config(run._replace(arm=study.reference)).to_dict())
+                of_length = ("train.epochs", "train.steps", "train.batch_rows", "train.accumulate", "train.row_length")
+                settings |= {f"{study.reference}'s {name}": reference[name] for name in of_length}
+        return json.loads(json.dumps(settings))  # as the file has them
 
     def done(self, run: Run) -> dict[str, Any] | None:
         """What a finished run left, None where there is none or it failed.
 
         Raises:
-          UserError: it was made with other settings.
+          UserError: it was made, or begun, with other settings.
         """
         file = run.folder(self.root) / "run.json"
         if not file.exists():
             return None
         made = read_json(file, "what came of a run of the study")
-        if made["identity"] != self.identity(run):
+        before, now = made["settings"], self.settings(run)
+        if differing := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+            shown = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differing[:3])
             raise UserError(
-                f"{file.parent}: was made with other settings of config, data or replies; choose another --workdir, or "
-                "remove this folder to make the run again"
+                f"{file.parent}: was made with other settings ({shown}); choose another --workdir, or remove this folder to "
+                "make the run again"
             )
         return made if made["status"] == "finished" else None
 
@@ -75,18 +89,19 @@ class Executor:
             return made
         folder = run.folder(self.root)
         started = time.time()
-        record = {**run._asdict(), "identity": self.identity(run), "started": started}
+        record = {**run._asdict(), "settings": self.settings(run), "started": started}
+        write_json(folder / "run.json", {**record, "status": "started"})
         try:
             record |= {"status": "finished", **self._make(run, folder)}
-        except (UserError, Exception) as error:
-            if isinstance(error, Interrupted):
-                raise
+            (folder / "error.txt").unlink(missing_ok=True)
+        except Interrupted:
+            raise
+        except Exception as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             record |= {
                 "status": "failed",
                 "error": reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}",
             }
-            folder.mkdir(parents=True, exist_ok=True)
             (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
         record["seconds"] = round(time.time() - started, 1)
         write_json(folder / "run.json", record)
@@ -110,12 +125,9 @@ class Executor:
             }
             if self.config.study.equal == "tokens":
                 own.train.steps = self._reference_steps(run, runtime)
-            before = signal.getsignal(signal.SIGTERM)
-            try:
-                result = train(own, str(folder), runtime)
-            finally:
-                signal.signal(signal.SIGTERM, before)
-            if not result["finished"]:
+            result = train(own, str(folder), runtime)
+            # Also where the signal came in the last step: the study must not go on.
+            if result["stopped"] or not result["finished"]:
                 raise Interrupted
             mean_length = manifest["tokens"]["total"] / manifest["rows"]
             made["training"] = {
@@ -152,19 +164,33 @@ class Executor:
         from sqa_jax.adapters.adapter import virtual_tokens
         from sqa_jax.data.loader import packed_rows, steps_of
 
-        own = self._config(run._replace(arm=self.config.study.reference))
-        tokenizer = runtime.student.tokenizer
-        dataset, _ = build_or_reuse(own, tokenizer, self.problems)
-        return steps_of(own, packed_rows(dataset, own, virtual_tokens(own.adapter), tokenizer.pad_token_id))
+        reference = run._replace(arm=self.config.study.reference)
+        if reference not in self._steps:
+            own, tokenizer = self._config(reference), runtime.student.tokenizer
+            dataset, _ = build_or_reuse(own, tokenizer, self.problems)
+            rows = packed_rows(dataset, own, virtual_tokens(own.adapter), tokenizer.pad_token_id)
+            self._steps[reference] = steps_of(own, rows)
+        return self._steps[reference]
 
     def _teacher(self, own) -> dict[str, Any]:
         """What the replies cost that a run learned from."""
-        by_pid = records_by_pid(config_records(own, self.problems))
+        files = tuple(own.data.teacher)
+        if files not in self._replies:
+            self._replies[files] = records_by_pid(config_records(own, self.problems))
+        by_pid = self._replies[files]
         made = [
             e for p in training_problems(own, self.problems) for e in examples(p, by_pid.get(p.pid, {}), own.recipe)
         ]
         replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
         return teacher_cost(replies, self.config.teach.prices, asked)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"b1": 0.9}} → {"optimizer.b1": 0.9}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def asked(problem, record) -> str:

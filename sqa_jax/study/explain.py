@@ -22,7 +22,7 @@ def explanations(
     problems: ProblemSet,
     existing: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Scores of every run's generated explanations and of every existing model's solutions.
+    """Scores of every run's generated explanations and of as many of every existing model's solutions.
 
     The reference is lecture and solution, as in the earlier study.
 
@@ -38,7 +38,7 @@ def explanations(
             name = f"{student_name(run.student)}, {run.arm}, {run.adapter}"
             told.append((name, [everything[row["pid"]] for row in rows], [explanation_of(row["text"]) for row in rows]))
     for model in existing:
-        own = [record for record in model["records"] if record.solution]
+        own = [record for record in model["records"] if record.solution][: config.study.explanations]
         if own:
             name = f"{model['system']}, {model['setting']}, {model['form']}"
             told.append((name, [everything[record.pid] for record in own], [record.solution for record in own]))

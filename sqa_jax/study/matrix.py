@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sqa_jax.adapters.adapter import METHODS, check_methods
 from sqa_jax.config import default
 from sqa_jax.data.dataset import config_records, records_by_pid, training_problems
-from sqa_jax.data.recipes import ARMS, Unusable, check_recipe, examples
+from sqa_jax.data.problem import Problem
+from sqa_jax.data.recipes import ARMS, Records, Unusable, check_recipe, examples
 from sqa_jax.data.sources import ProblemSet
+from sqa_jax.data.teacher_records import read_replies
 from sqa_jax.errors import UserError
 
 # An untrained student, and the recipe arm whose prompt it is given.
 ZERO_SHOT = {"zero_shot": "golden_answer_only", "zero_shot_lecture": "golden_lecture"}
 NO_ADAPTER = "none"
+# Settings that no override may touch: what is measured, on which questions, and what makes a run the cell that it is.
+_THE_STUDYS = (
+    "seed", "student.path", "recipe.arm", "adapter.methods", "data.source", "data.path", "data.splits", "data.images",
+    "data.cache", "eval.split", "eval.limit", "eval.folder", "eval.checkpoint", "study.", "teach.", "mesh.",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -67,6 +74,11 @@ def runs_of(config) -> list[Run]:
         check_methods(adapter.split("+"))
     if not any(arm in ARMS for arm in study.arms):
         raise UserError("config.study.arms trains nothing; name at least one arm besides the untrained student's")
+    if config.eval.folder or config.eval.checkpoint not in ("best", "last"):
+        raise UserError(
+            f"config.eval.folder is {config.eval.folder!r} and config.eval.checkpoint {config.eval.checkpoint!r}; a study "
+            "names the folders itself, and evaluates the best or the last checkpoint"
+        )
     names = [student_name(path) for path in students(config)]
     if len(set(names)) != len(names) or "" in names:
         raise UserError(
@@ -132,6 +144,11 @@ def _overrides(config) -> list[tuple[str, str, object]]:
                 f'config.study.overrides: {text!r}: write "which key=value", as in "prefix optimizer.learning_rate=2e-2"'
             )
         selector, key, literal = match.groups()
+        if key.startswith(_THE_STUDYS):
+            raise UserError(
+                f"config.study.overrides: {text!r}: {key} is the same for all runs or set by the study itself, or its "
+                "arms could not be compared; set it as --config." + key
+            )
         if selector not in known:
             raise UserError(
                 f"config.study.overrides: {text!r}: no arm, adapter or student is called {selector}; there are {', '.join(sorted(known))}"
@@ -140,6 +157,10 @@ def _overrides(config) -> list[tuple[str, str, object]]:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError):
             value = literal
+        if isinstance(value, dict):
+            raise UserError(
+                f"config.study.overrides: {text!r}: name one setting, such as {key}.{next(iter(value), 'x')}"
+            )
         parsed.append((selector, key, value))
     return parsed
 
@@ -153,33 +174,54 @@ def _override(config, selector: str, key: str, value: object) -> None:
 
 
 def check(config, runs: Sequence[Run], problems: ProblemSet) -> dict[str, int]:
-    """Checks, without a student, that every arm has something to learn from.
+    """Checks, without loading a student, that every run can be made, so that no hours are spent before one cannot.
 
     Returns:
       {arm: training questions that make an example}, of the first seed.
 
     Raises:
-      UserError: an arm lacks its teacher records, or training and evaluation share a question.
+      UserError: an arm lacks its teacher records, training and evaluation share a question, a student is not there,
+        or a run's settings do not go together.
     """
-    train = problems.split(config.data.train_split)
+    from sqa_jax.inference.answer import way
+    from sqa_jax.students.paths import locate
+
+    for path in students(config):
+        if not path.startswith("random:"):
+            locate(path, config.student.revision, weights=False)
+    known = problems.all()
+    _say_left_out(config.study.benchmark, known)
     held_out = {p.pid for name in (config.eval.split, config.eval.val_split) for p in problems.split(name)}
-    if shared := [p.pid for p in train if p.pid in held_out]:
+    lacking = {
+        run.arm for run in runs if run.trained and ARMS[run.arm].kinds and not run_config(config, run).data.teacher
+    }
+    if lacking:
         raise UserError(
-            f"split {config.data.train_split!r} shares {len(shared)} questions (first {shared[0]}) with {config.eval.split!r} or "
-            f"{config.eval.val_split!r}; what is trained on cannot be measured on: choose other splits"
+            f"config.study.arms: {', '.join(sorted(lacking))} learn from a teacher's replies, and config.data.teacher names "
+            "none; name files of them (python -m sqa_jax.teach makes them), or ('sample',), or leave these arms out"
         )
     used: dict[str, int] = {}
-    by_pid = None
+    replies: dict[tuple[str, ...], Mapping[str, Records]] = {}
     for run in runs:
         own = run_config(config, run)
+        way(own)
+        train = problems.split(own.data.train_split)
+        if shared := [p.pid for p in train if p.pid in held_out]:
+            raise UserError(
+                f"split {own.data.train_split!r} shares {len(shared)} questions (first {shared[0]}) with {config.eval.split!r} or "
+                f"{config.eval.val_split!r}; what is trained on cannot be measured on: choose other splits"
+            )
         if not run.trained or run.arm in used:
             continue
         check_recipe(own.recipe, bool(own.data.teacher))
-        by_pid = by_pid or records_by_pid(config_records(own, problems))
+        files = tuple(own.data.teacher)
+        if files not in replies:
+            replies[files] = records_by_pid(config_records(own, problems))
+            _say_left_out(files, known)
         reasons: dict[str, int] = {}
         used[run.arm] = 0
         for problem in training_problems(own, problems):
-            made = examples(problem, by_pid.get(problem.pid, {}), own.recipe)
+            made = examples(problem, replies[files].get(problem.pid, {}), own.recipe)
             bad = [one.reason for one in made if isinstance(one, Unusable)]
             used[run.arm] += len(bad) < len(made)
             for reason in bad:
@@ -190,3 +232,15 @@ def check(config, runs: Sequence[Run], problems: ProblemSet) -> dict[str, int]:
                 f"arm {run.arm} has no training example ({why}); add the replies it needs to config.data.teacher, or leave it out of config.study.arms"
             )
     return used
+
+
+def _say_left_out(files: Sequence[str], known: Mapping[str, Problem]) -> None:
+    """Says which replies are left out, because the data does not have their questions."""
+    for file in files:
+        rows = read_replies(file) if file != "sample" else []
+        if strange := [row["pid"] for row in rows if row["pid"] not in known]:
+            print(
+                f"{file}: {len(strange)} of {len(rows)} replies are for questions that are not in the data (first "
+                f"{strange[0]}), and are left out",
+                flush=True,
+            )

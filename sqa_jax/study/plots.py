@@ -87,7 +87,7 @@ def accuracy_by_arm(results: Results) -> Figure:
 
 def accuracy_against_tokens(results: Results) -> Figure:
     """Validation accuracy during training where the arm has one, else validation loss is left to results.json."""
-    figure, axes = _figure(7.5, 4)
+    figure, axes = _figure(7.5, 4.4)
     seen = set()
     for curve in results["curves"]:
         points = [(p["tokens"], p["val_accuracy"]) for p in curve["points"] if p["val_accuracy"] is not None]
@@ -111,7 +111,7 @@ def accuracy_against_tokens(results: Results) -> Figure:
         "lines: validation questions during training; stars: test questions at the end", fontsize=9, color=_INK
     )
     if seen:
-        axes.legend(fontsize=8, frameon=False)
+        figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 
@@ -163,7 +163,8 @@ def differences_by_subject(results: Results) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(f"points above {results['config']['study']['reference']} (95 % interval)")
-    axes.legend(fontsize=8, frameon=False)
+    if subjects:
+        axes.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -22,7 +22,7 @@ class Comparison:
       n: questions.
       difference, low, high: of the accuracies (shares, not percent), with its 95 % bootstrap interval.
       p: of the paired test that both are right equally often.
-      by_seed: difference of each pair of seeds, in order; as many as the smaller number of seeds.
+      by_seed: difference of each pair of equal seeds.
       smallest: the smallest difference that these questions would have shown (see `smallest_difference`).
     """
 
@@ -35,12 +35,19 @@ class Comparison:
     smallest: float
 
 
-def compare(first: np.ndarray, second: np.ndarray, over_seeds: bool, rng_seed: int = 0) -> Comparison:
+def compare(
+    first: np.ndarray,
+    second: np.ndarray,
+    over_seeds: bool,
+    rng_seed: int = 0,
+    pairs: Sequence[tuple[int, int]] | None = None,
+) -> Comparison:
     """Compares two systems.
 
     Args:
       first, second: [S1, n] and [S2, n] correctness on the same questions.
       over_seeds: resample seeds as well as questions.
+      pairs: (row of first, row of second) of the same seed; None where both have the same seeds in the same order.
 
     Raises:
       ValueError: not the same number of questions, or `over_seeds` with a single seed.
@@ -51,14 +58,15 @@ def compare(first: np.ndarray, second: np.ndarray, over_seeds: bool, rng_seed: i
     if over_seeds and min(len(first), len(second)) < 2:
         raise ValueError("resampling seeds needs two or more of each system")
     low, high = bootstrap_interval(first, second, over_seeds, rng_seed)
-    pairs = min(len(first), len(second))
+    if pairs is None:
+        pairs = [(k, k) for k in range(min(len(first), len(second)))]
     return Comparison(
         n=first.shape[1],
         difference=float(second.mean() - first.mean()),
         low=low,
         high=high,
         p=paired_test(first, second),
-        by_seed=tuple((second[:pairs].mean(axis=1) - first[:pairs].mean(axis=1)).tolist()),
+        by_seed=tuple(float(second[b].mean() - first[a].mean()) for a, b in pairs),
         smallest=smallest_difference(first, second),
     )
 
@@ -77,13 +85,13 @@ def bootstrap_interval(
     draws = []
     for start in range(0, RESAMPLES, _AT_ONCE):
         size = min(_AT_ONCE, RESAMPLES - start)
-        questions = rng.multinomial(n, np.full(n, 1 / n), size=size) / n  # [R, n] weights
+        times = rng.multinomial(n, np.full(n, 1 / n), size=size)  # [R, n] how often each question is drawn
 
-        def mean(system: np.ndarray, questions=questions, size=size) -> np.ndarray:
-            by_seed = questions @ system.T  # [R, S]
+        def mean(system: np.ndarray, times=times, size=size) -> np.ndarray:
+            by_seed = times @ system.T  # [R, S] right answers: whole numbers, so that nothing is rounded but the end
             S = len(system)
-            weights = rng.multinomial(S, np.full(S, 1 / S), size=size) / S if over_seeds else 1 / S
-            return (by_seed * weights).sum(axis=1)
+            weights = rng.multinomial(S, np.full(S, 1 / S), size=size) if over_seeds else 1
+            return (by_seed * weights).sum(axis=1) / (S * n)
 
         draws.append(mean(second) - mean(first))
     low, high = np.percentile(np.concatenate(draws), [2.5, 97.5])
@@ -113,22 +121,23 @@ def paired_test(first: np.ndarray, second: np.ndarray) -> float:
 def smallest_difference(first: np.ndarray, second: np.ndarray, alpha: float = 0.05, power: float = 0.8) -> float:
     """The smallest difference that a paired test on as many questions finds with the given power.
 
-    Solves n = (z_{1-α/2} √ψ + z_power √(ψ - δ²))² / δ² for δ (Connor 1987, Biometrics 43:207, equation 3), with ψ
-    the observed share of questions on which the systems differ, and at least one.
+    Solves n = (z_{1-α/2} √ψ + z_power √(ψ - δ²))² / δ² for δ (Connor 1987, Biometrics 43:207, equation 3). ψ is the
+    mean square of a question's difference: with one seed the share of questions on which the systems differ, with
+    more, where chance differences cancel, less. It is what was observed, and at least δ: to be so far apart, systems
+    must differ on so many questions.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm
 
     n = first.shape[1]
-    pairs = [(a, b) for a in first for b in second]
-    psi = max(float(np.mean([(a != b).mean() for a, b in pairs])), 1 / n)
+    observed = float(((second.mean(axis=0) - first.mean(axis=0)) ** 2).mean())
     z_alpha, z_power = norm.ppf(1 - alpha / 2), norm.ppf(power)
 
     def excess(delta: float) -> float:
-        return (z_alpha * psi**0.5 + z_power * max(psi - delta**2, 0.0) ** 0.5) ** 2 / delta**2 - n
+        psi = max(observed, delta)
+        return (z_alpha * psi**0.5 + z_power * (psi - delta**2) ** 0.5) ** 2 / delta**2 - n
 
-    # Where even all differing questions pointing one way would not do, nothing below ψ can be seen.
-    return psi if excess(psi) > 0 else float(brentq(excess, 1e-9, psi))
+    return 1.0 if excess(1.0) > 0 else float(brentq(excess, 1e-9, 1.0))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -14,8 +14,8 @@ from sqa_jax.data.problem import Problem
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import COLUMNS, correctness, read_predictions, score
 from sqa_jax.study.hypotheses import HYPOTHESES, verdict
-from sqa_jax.study.matrix import Run, student_name
-from sqa_jax.study.statistics import bootstrap_interval, compare, holm
+from sqa_jax.study.matrix import NO_ADAPTER, Run, student_name
+from sqa_jax.study.statistics import Comparison, bootstrap_interval, compare, holm
 
 Key = tuple[str, str, str]  # student, arm, adapter
 
@@ -99,7 +99,9 @@ def summarize_system(key: Key, system: System, problems: Sequence[Problem], over
 def test_hypotheses(systems: dict[Key, System], over_seeds: bool) -> list[dict[str, Any]]:
     """Every hypothesis for each student and adapter, with Holm's correction over all that could be tested."""
     tested, untested = [], []
-    for student, adapter in dict.fromkeys((student, adapter) for student, _, adapter in systems if adapter != "none"):
+    for student, adapter in dict.fromkeys(
+        (student, adapter) for student, _, adapter in systems if adapter != NO_ADAPTER
+    ):
         for hypothesis in HYPOTHESES:
             first, second = (systems.get((student, arm, adapter)) for arm in (hypothesis.first, hypothesis.second))
             row = {"student": student, "adapter": adapter, **dataclasses.asdict(hypothesis)}
@@ -114,13 +116,20 @@ def test_hypotheses(systems: dict[Key, System], over_seeds: bool) -> list[dict[s
                     {**row, "verdict": "not tested", "why": "seeds are to be resampled, and fewer than two finished"}
                 )
             else:
-                tested.append((row, hypothesis, compare(first.correct, second.correct, over_seeds)))
+                tested.append((row, hypothesis, _compare(first, second, over_seeds)))
     adjusted = holm([comparison.p for _, _, comparison in tested])
     rows = []
     for (row, hypothesis, comparison), p in zip(tested, adjusted, strict=True):
         word, why = verdict(hypothesis, comparison, p)
         rows.append({**row, "verdict": word, "why": why, **dataclasses.asdict(comparison), "adjusted_p": p})
     return rows + untested
+
+
+def _compare(first: System, second: System, over_seeds: bool, own: np.ndarray | slice = slice(None)) -> Comparison:
+    """Compares on the questions `own`; a seed that failed in one of the two has no partner in `by_seed`."""
+    rows = {record["seed"]: row for row, record in enumerate(first.records)}
+    pairs = [(rows[seed], row) for row, record in enumerate(second.records) if (seed := record["seed"]) in rows]
+    return compare(first.correct[:, own], second.correct[:, own], over_seeds, pairs=pairs)
 
 
 def _why_not(arm: str, system: System | None) -> str:
@@ -137,14 +146,15 @@ def differences(
     The untrained student is compared with the first adapter's reference.
     """
     rows = []
+    adapters = list(dict.fromkeys(adapter for _, _, adapter in systems if adapter != NO_ADAPTER))
     for (student, arm, adapter), system in systems.items():
-        base = systems.get((student, reference, adapter))
+        base = systems.get((student, reference, adapters[0] if adapter == NO_ADAPTER else adapter))
         if arm == reference or not system.records or base is None or not base.records:
             continue
         enough = min(len(system.records), len(base.records)) > 1
         for subject in ("", *sorted({p.subject for p in problems if p.subject})):
             own = np.array([not subject or p.subject == subject for p in problems])
-            comparison = compare(base.correct[:, own], system.correct[:, own], over_seeds and enough)
+            comparison = _compare(base, system, over_seeds and enough, own)
             rows.append(
                 {
                     "student": student,
@@ -199,10 +209,14 @@ def examples(
     share = np.mean([system.correct[0] for system in finished.values()], axis=0)
     order = np.argsort(np.abs(share - 0.5), kind="stable")
     chosen = dict.fromkeys([*order[: count - 2].tolist(), int(share.argmax()), int(share.argmin())])
-    folders = {(student_name(run.student), run.arm, run.adapter): run.folder(root) for run in reversed(runs)}
+    folders = {(student_name(run.student), run.arm, run.adapter, run.seed): run.folder(root) for run in runs}
     texts = {}
-    for key in finished:
-        rows = (folders[key] / "eval" / split / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    for key, system in finished.items():
+        rows = (
+            (folders[*key, system.records[0]["seed"]] / "eval" / split / "predictions.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
         texts[key] = [json.loads(line)["text"] for line in rows]
     return [
         {

@@ -26,11 +26,11 @@ from sqa_jax.data.sources import ProblemSet, load_problems
 from sqa_jax.data.teacher_records import STATUSES, TeacherRecord, make_records, write_records
 from sqa_jax.errors import UserError
 from sqa_jax.files import write_json
+from sqa_jax.stop import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.prompts import make_requests
 from sqa_jax.teach.run import Progress, RemoteRun, Run, run_local
-from sqa_jax.teach.stop import StopSignal
 from sqa_jax.teach.teacher import Request
 
 _REMOTE = ("gemini", "genai", "openai")

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from sqa_jax.stop import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.genai import BATCH_BYTES, GenAI
 from sqa_jax.teach.ledger import Ledger, Outcome
 from sqa_jax.teach.run import Progress, Run, backoff
-from sqa_jax.teach.stop import StopSignal
 from sqa_jax.teach.teacher import Refused, Reply, Request, Transient
 
 T = TypeVar("T")

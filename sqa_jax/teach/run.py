@@ -18,9 +18,9 @@ import tenacity
 from aiolimiter import AsyncLimiter
 
 from sqa_jax.errors import UserError
+from sqa_jax.stop import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.ledger import Ledger, Outcome
-from sqa_jax.teach.stop import StopSignal
 from sqa_jax.teach.teacher import LocalTeacher, Refused, RemoteTeacher, Reply, Request, Transient
 
 _LONGEST = 60.0  # seconds between two tries, unless the service asks for more

@@ -40,17 +40,19 @@ class Reporter:
             mininterval=0.5 if self._live else 15.0,
             file=sys.stderr,
         )
-        self._clock, self._tokens, self._rate = time.perf_counter(), 0, 0.0
+        self._clock, self._seconds, self._tokens, self._rate = time.perf_counter(), 0.0, 0, 0.0
 
     def step(self, step: int, metrics: dict[str, float], write: bool) -> None:
         """Reports an optimizer step; `write` also puts it into the files."""
+        now = time.perf_counter()
+        self._seconds += now - self._clock
+        self._clock = now
         self._tokens += int(metrics["tokens"])
         if write:
-            now = time.perf_counter()
             # Tokens and seconds since the line before, so that sums over the lines are the run's.
-            since = {"tokens": self._tokens, "seconds": max(now - self._clock, 1e-9)}
+            since = {"tokens": self._tokens, "seconds": max(self._seconds, 1e-9)}
             self._rate = since["tokens"] / since["seconds"]
-            self._clock, self._tokens = now, 0
+            self._seconds, self._tokens = 0.0, 0
             self.write(step, {**metrics, **since, "tokens_per_second": self._rate})
         line = f"loss {metrics['loss']:.4f}, |adapter| {metrics['adapter_norm']:.2f}, {self._rate:.0f} tokens/s"
         self._bar.set_postfix_str(line, refresh=False)
@@ -67,7 +69,7 @@ class Reporter:
     def say(self, text: str) -> None:
         """A line above the live one. The time it took to get here does not count as training."""
         tqdm.write(text, file=sys.stderr)
-        self._clock, self._tokens = time.perf_counter(), 0
+        self._clock = time.perf_counter()
 
     def close(self) -> None:
         self._bar.close()

@@ -13,11 +13,12 @@ class StopSignal:
 
     Attributes:
       asked: a signal came.
+      name: which, "" before.
       on_stop: called when it comes, in the main thread.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.name = False, ""
         self.on_stop: Callable[[], Any] = lambda: None
         self._event = threading.Event()
 
@@ -29,8 +30,8 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def _ask(self, number: int, *_: Any) -> None:
+        self.asked, self.name = True, signal.Signals(number).name
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)
         self._event.set()
