@@ -104,7 +104,7 @@ def default() -> ConfigDict:
     study.adapters = ("lora",)  # config.adapter.methods of each run, such as "lora", "prefix", "full", "lora+prompt"
     study.students = ()  # paths, as config.student.path; () is that one
     study.seeds = (0,)
-    study.equal = "tokens"  # tokens: all arms train as many steps as `reference` | epochs: passes over their examples
+    study.equal = "tokens"  # tokens: all arms see as many tokens as `reference` | epochs: passes over their examples
     study.reference = "golden"  # the arm that says how long, where arms train equally long
     study.same_questions = True  # arms learn from questions whose replies all arms can use
     study.overrides = ()  # "which key=value", which being an arm, adapter or student: "full optimizer.learning_rate=2e-4"

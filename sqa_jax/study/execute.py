@@ -40,7 +40,7 @@ class Executor:
     def __init__(self, config, root: Path, problems: ProblemSet):
         self.config, self.root, self.problems = config, root, problems
         self._runtime: tuple[Any, Any] | None = None  # (what it was loaded from, the loaded student)
-        self._steps: dict[Run, int] = {}  # of the reference's runs
+        self._tokens: dict[Run, float] = {}  # that the reference's runs see
         self._replies: dict[tuple[str, ...], Mapping[str, Records]] = {}  # by pid, of the files that they come from
 
     def settings(self, run: Run) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Executor:
                 key: manifest[key] for key in ("rows", "rows_by_source", "tokens", "target_tokens", "dropped")
             }
             if self.config.study.equal == "tokens":
-                own.train.steps = self._reference_steps(run, runtime)
+                own.train.steps = self._equal_steps(run, runtime)
             result = train(own, str(folder), runtime)
             # Also where the signal came in the last step: the study must not go on.
             if result["stopped"] or not result["finished"]:
@@ -159,18 +159,24 @@ class Executor:
             self._runtime = (key, start(own))
         return self._runtime[1]
 
-    def _reference_steps(self, run: Run, runtime) -> int:
-        """Steps that the reference arm needs for its epochs; a step is as many tokens in every arm."""
+    def _equal_steps(self, run: Run, runtime) -> int:
+        """Steps in which a run sees as many tokens, without padding, as the reference arm in its epochs."""
+        reference = run._replace(arm=self.config.study.reference)
+        if reference not in self._tokens:
+            steps, per_step = self._length(reference, runtime)
+            self._tokens[reference] = steps * per_step
+        return max(1, round(self._tokens[reference] / self._length(run, runtime)[1]))
+
+    def _length(self, run: Run, runtime) -> tuple[int, float]:
+        """(steps that a run's own epochs take, tokens of a step on average)."""
         from sqa_jax.adapters.adapter import virtual_tokens
         from sqa_jax.data.loader import packed_rows, steps_of
 
-        reference = run._replace(arm=self.config.study.reference)
-        if reference not in self._steps:
-            own, tokenizer = self._config(reference), runtime.student.tokenizer
-            dataset, _ = build_or_reuse(own, tokenizer, self.problems)
-            rows = packed_rows(dataset, own, virtual_tokens(own.adapter), tokenizer.pad_token_id)
-            self._steps[reference] = steps_of(own, rows)
-        return self._steps[reference]
+        own, tokenizer = self._config(run), runtime.student.tokenizer
+        dataset, _ = build_or_reuse(own, tokenizer, self.problems)
+        rows = packed_rows(dataset, own, virtual_tokens(own.adapter), tokenizer.pad_token_id)
+        step = own.train.row_length * own.train.batch_rows * own.train.accumulate
+        return steps_of(own, rows), rows.real_tokens() * step
 
     def _teacher(self, own) -> dict[str, Any]:
         """What the replies cost that a run learned from."""
