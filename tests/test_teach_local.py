@@ -64,6 +64,18 @@ def test_the_samples_teacher_is_replayed(tmp_path):
     assert made[0] == made[1] and len(made[0]) > 20
 
 
+def test_replies_that_are_all_to_another_split(tmp_path):
+    """Nothing is written, so the same workdir can be used with the right split."""
+    config = default()
+    config.teach.client, config.teach.replay, config.teach.model = "replay", ("sample",), ""
+    config.teach.split = "test"
+    with pytest.raises(
+        UserError, match=r"all 1600 replies of simulated-teacher, QTCH, are to other splits than 'test'"
+    ):
+        teach(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_replay_goes_on_from_files(data, tmp_path):
     """Questions without a recorded reply stay missing, which is no error; replies of another model or setting are not
     this teacher's."""

@@ -23,7 +23,7 @@ class Replay:
 
     Raises:
       UserError: a file is missing or damaged, has replies to questions that are not in the data or two to one
-        question, or there is none of this model and setting.
+        question, or there is none of this model, setting and split.
     """
 
     price = None
@@ -48,6 +48,11 @@ class Replay:
                 f"{row['pid']}; name the data that they were recorded for, or remove them"
             )
         self.outside = sum(row["pid"] not in split for _, row in wanted)
+        if self.outside == len(wanted):
+            raise UserError(
+                f"config.teach.replay: all {len(wanted)} replies of {self.model}, {settings.setting}, are to other splits than "
+                f"{settings.split!r}; choose another --config.teach.split"
+            )
         self._rows: dict[tuple[str, int], dict] = {}
         origins: dict[tuple[str, int], str] = {}
         for path, row in wanted:
