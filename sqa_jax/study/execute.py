@@ -17,6 +17,7 @@ from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
 from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
 from sqa_jax.study.matrix import Run, run_config
 from sqa_jax.teach.prompts import prompt
+from sqa_jax.training.workdir import described, flatten
 
 EXPLANATIONS = "explanations"  # folder of the generated explanations, under a run's eval/
 # Settings that say where things are and how work is cut into pieces, not what comes of it.
@@ -71,10 +72,10 @@ class Executor:
             return None
         made = read_json(file, "what came of a run of the study")
         before, now = made["settings"], self.settings(run)
-        if differing := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
-            shown = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in differing[:3])
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if differing := [(name, before.get(name), now.get(name)) for name in names]:
             raise UserError(
-                f"{file.parent}: was made with other settings ({shown}); choose another --workdir, or remove this folder to "
+                f"{file.parent}: was made with other settings ({described(differing)}); choose another --workdir, or remove this folder to "
                 "make the run again"
             )
         return made if made["status"] == "finished" else None
@@ -189,14 +190,6 @@ class Executor:
         ]
         replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
         return teacher_cost(replies, self.config.teach.prices, asked)
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optimizer": {"b1": 0.9}} → {"optimizer.b1": 0.9}."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def asked(problem, record) -> str:

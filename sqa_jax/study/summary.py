@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqa_jax.data.problem import Problem
+from sqa_jax.files import read_jsonl
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import COLUMNS, correctness, read_predictions, score
 from sqa_jax.study.hypotheses import HYPOTHESES, verdict
@@ -212,12 +213,8 @@ def examples(
     folders = {(student_name(run.student), run.arm, run.adapter, run.seed): run.folder(root) for run in runs}
     texts = {}
     for key, system in finished.items():
-        rows = (
-            (folders[*key, system.records[0]["seed"]] / "eval" / split / "predictions.jsonl")
-            .read_text(encoding="utf-8")
-            .splitlines()
-        )
-        texts[key] = [json.loads(line)["text"] for line in rows]
+        file = folders[*key, system.records[0]["seed"]] / "eval" / split / "predictions.jsonl"
+        texts[key] = [row["text"] for row in read_jsonl(file, "predictions")]
     return [
         {
             "pid": problems[k].pid, "question": problems[k].question, "choices": problems[k].choices, "answer": problems[k].answer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def _differing(
     ours: dict[str, Any], theirs: dict[str, Any], counts: Callable[[str], bool]
 ) -> list[tuple[str, Any, Any]]:
     """(key, theirs, ours) where the two differ in a key that counts; keys without the leading "config."."""
-    mine, other = _flatten(json.loads(json.dumps(ours))), _flatten(theirs)  # tuples are lists, as in the file
+    mine, other = flatten(json.loads(json.dumps(ours))), flatten(theirs)  # tuples are lists, as in the file
     keys = sorted(mine.keys() | other.keys())
     return [
         (key, other.get(key), mine.get(key))
@@ -80,13 +80,19 @@ def _differing(
 
 def _refuse(workdir: Path, differing: list[tuple[str, Any, Any]]) -> None:
     if differing:
-        shown = ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, theirs, ours in differing[:3])
         raise UserError(
-            f"{workdir}: belongs to another configuration ({shown}); choose another --workdir or the same settings"
+            f"{workdir}: belongs to another configuration ({described(differing)}); choose another --workdir or the same settings"
         )
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): value}
+def described(differing: Sequence[tuple[str, Any, Any]]) -> str:
+    """The first three of (name, before, now), in words."""
+    return ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, theirs, ours in differing[:3])
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optimizer": {"b1": 0.9}} → {"optimizer.b1": 0.9}."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {prefix + key: inner}
+    return flat
