@@ -5,7 +5,7 @@ Reads:  a problems directory (ScienceQA's layout) or "sample"; explanations as J
         or "raw" (a teacher's reply, of which the explanation field counts).
 Writes: averages as JSON on standard output. The reference is the question's lecture and solution. An empty
         explanation counts 0; a question without a row is not averaged, and is counted as missing.
-Needs:  pip install 'sqa_jax[text-metrics]'; a metric whose package is not there is left out, and the result says so.
+Needs:  pip install -e '.[text-metrics]'; a metric whose package is not there is left out, and the result says so.
         METEOR knows synonyms after: python -m nltk.downloader wordnet. Nothing is downloaded while it runs.
 
 Example:
@@ -66,7 +66,7 @@ def explanation_scores(references: Sequence[str], texts: Sequence[str]) -> tuple
         except ImportError as error:
             package = (error.name or str(error)).partition(".")[0]
             for metric in metrics:
-                notes[metric] = f"{metric} was not computed: {package} is missing (pip install 'sqa_jax[text-metrics]')"
+                notes[metric] = f"{metric} was not computed: {package} is missing (pip install -e '.[text-metrics]')"
             continue
         for metric, own in zip(metrics, values, strict=True):
             scores[metric] = [
