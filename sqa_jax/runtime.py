@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
+from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import REMAT_POLICIES, Decoder
 from sqa_jax.students.load import Student, load_student
 
@@ -32,26 +33,37 @@ def start(config) -> Runtime:
     """
     use_compilation_cache()
     mesh = make_mesh(config.mesh)
-    dtype = resolve_dtype(config.student.dtype)
-    if config.student.remat not in REMAT_POLICIES:
-        raise UserError(f"config.student.remat is {config.student.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
-    # A fully trained model is kept in float32 in the adapter's place; a frozen one only needs the computation's type.
-    held = jnp.float32 if "full" in config.adapter.methods else dtype
     student = load_student(
         config.student.path,
         revision=config.student.revision,
-        dtype=held,
+        dtype=held_dtype(config, mesh),
         shardings_for=lambda tree: shardings(tree, mesh),
         seed=config.seed,
     )
+    return Runtime(mesh, student, make_decoder(config, student.config, mesh))
+
+
+def make_decoder(config, student: DecoderConfig, mesh: Mesh) -> Decoder:
+    """The decoder as `config` wants it on the mesh's devices, which need not be here.
+
+    Raises:
+      UserError: `config.student.dtype` or `remat` is not known.
+    """
+    if config.student.remat not in REMAT_POLICIES:
+        raise UserError(f"config.student.remat is {config.student.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
     dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
-    return Runtime(mesh, student, Decoder(student.config, dtype, config.student.remat, dropout))
+    return Decoder(student, resolve_dtype(config.student.dtype, mesh), config.student.remat, dropout)
 
 
-def resolve_dtype(name: str) -> Any:
+def held_dtype(config, mesh: Mesh) -> Any:
+    """The base's type in memory: a frozen one only needs the computation's; a fully trained model starts in float32."""
+    return jnp.dtype(jnp.float32) if "full" in config.adapter.methods else resolve_dtype(config.student.dtype, mesh)
+
+
+def resolve_dtype(name: str, mesh: Mesh) -> Any:
     """The computation's type; "auto" is bfloat16 where the hardware multiplies it faster, float32 on CPUs."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.student.dtype is {name!r}; choose float32, bfloat16 or auto")
     return jnp.dtype(name)

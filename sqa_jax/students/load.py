@@ -17,10 +17,15 @@ from sqa_jax.students.safetensors_source import read_hf_config, weight_files
 from sqa_jax.students.sources import GGUFSource, SafetensorsSource, WeightSource
 from sqa_jax.students.weights import ShardingsFor, random_params, read_params
 
-# Shapes for "random:<name>": students that learn nothing of language but run everywhere in seconds.
+# Shapes for "random:<name>": two students that learn nothing of language but run everywhere in seconds, and the
+# shapes of published models, for planning and for measuring speed without their weights.
 _RANDOM_SHAPES = {
-    "tiny": dict(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16),
-    "small": dict(hidden_size=128, intermediate_size=384, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=16),
+    "tiny": DecoderConfig(260, 64, 128, 2, 4, 2, 16, tie_embeddings=True),
+    "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
+    "smollm2-135m": DecoderConfig(49152, 576, 1536, 30, 9, 3, 64, 1e5, tie_embeddings=True, max_positions=8192),
+    "smollm2-360m": DecoderConfig(49152, 960, 2560, 32, 15, 5, 64, 1e5, tie_embeddings=True, max_positions=8192),
+    "smollm2-1.7b": DecoderConfig(49152, 2048, 8192, 24, 32, 32, 64, 1.3e5, tie_embeddings=True, max_positions=8192),
+    "llama-3-8b": DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, 5e5, max_positions=8192),
 }
 
 
@@ -51,8 +56,8 @@ def load_student(
     """Loads a student.
 
     Args:
-      path: a Hugging Face directory or hub id; a .gguf file; "random:tiny", "random:small", or
-        "random:<directory with config.json>" for random weights (from `seed`) of that shape.
+      path: a Hugging Face directory or hub id; a .gguf file; "random:tiny" or another name of
+        `_RANDOM_SHAPES`, or "random:<directory with config.json>" for random weights (from `seed`) of that shape.
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters.
       shardings_for: where each parameter lies, given the tree of shapes.
@@ -97,7 +102,7 @@ def _student(path: str, config: DecoderConfig, params: Any, vocabulary: Any, end
 
 def _random_config(name: str) -> DecoderConfig:
     if name in _RANDOM_SHAPES:
-        return DecoderConfig(vocab_size=260, tie_embeddings=True, **_RANDOM_SHAPES[name])
+        return _RANDOM_SHAPES[name]
     if not Path(name).is_dir():
         sizes = ", ".join(_RANDOM_SHAPES)
         raise UserError(f"random:{name}: choose one of {sizes}, or a directory that holds a config.json")
