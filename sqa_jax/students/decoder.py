@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, rotary_angles, rotate, visibility
+from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, attend_causal, rotary_angles, rotate, visibility
 from sqa_jax.students.config import DecoderConfig
 
 # What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of
@@ -81,6 +81,32 @@ def init_cache(config: DecoderConfig, rows: int, slots: int, adaptation: Adaptat
     return Cache(key, value, segments, jnp.full((rows,), P, jnp.int32))
 
 
+@jax.custom_vjp
+def narrow_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x w for a narrow w, [N, in] · [in, out], with a gradient of w that CPUs compute three to eight times faster.
+
+    It contracts the N tokens, and CPUs want the contracted dimension last in the first factor: the narrower
+    one of the two is laid out anew, which costs little.
+    """
+    return x @ w
+
+
+def _narrow_forward(x, w):
+    return x @ w, (x, w)
+
+
+def _narrow_backward(saved, dy):
+    x, w = saved
+    if w.shape[0] < w.shape[1]:
+        dw = jax.lax.optimization_barrier(x.T) @ dy
+    else:
+        dw = (jax.lax.optimization_barrier(dy.T) @ x).T
+    return dy @ w.T, dw
+
+
+narrow_product.defvjp(_narrow_forward, _narrow_backward)
+
+
 class Linear(nn.Module):
     """y = x W (+ b), and x W + dropout(x) A B where LoRA adapts it (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
@@ -100,7 +126,8 @@ class Linear(nn.Module):
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if lora is not None:
             dropped = nn.Dropout(self.lora_dropout, deterministic=not self.has_rng("dropout"))(x)
-            y += (dropped @ lora["a"].astype(self.dtype)) @ lora["b"].astype(self.dtype)
+            low = narrow_product(dropped, lora["a"].astype(self.dtype))
+            y += narrow_product(low, lora["b"].astype(self.dtype))
         return y.reshape(*leading, self.features)
 
 
@@ -150,7 +177,8 @@ class Attention(nn.Module):
                 return jnp.concatenate([jnp.broadcast_to(prefix, (B, *prefix.shape[1:])), tail], axis=1)
 
             key, value = before("key", key), before("value", value)
-        out = attend(query, key, value, visible).reshape(B, T, c.num_heads * c.head_dim)
+        out = (attend_causal if cache is None else attend)(query, key, value, visible)
+        out = out.reshape(B, T, c.num_heads * c.head_dim)
         return linear("o_proj", c.hidden_size)(out, lora.get("o_proj")), cache
 
 
