@@ -38,6 +38,7 @@ def default() -> ConfigDict:
     student.path = ""  # HF directory or hub id, a .gguf file, or "random:<size>" (see students/load.py)
     student.revision = ""  # of a hub id
     student.dtype = "auto"  # computation: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
+    student.attention = "auto"  # auto: one fused kernel where the platform has it | plain | splash (TPU) | cudnn (GPU)
     student.remat = "dots"  # none | dots | full: what the backward pass recomputes, see students/decoder.py
 
     config.adapter = adapter = ConfigDict()

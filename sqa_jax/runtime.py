@@ -14,6 +14,7 @@ from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import REMAT_POLICIES, Decoder
+from sqa_jax.students.fused_attention import fused_attention
 from sqa_jax.students.load import Student, load_student
 
 
@@ -47,12 +48,14 @@ def make_decoder(config, student: DecoderConfig, mesh: Mesh) -> Decoder:
     """The decoder as `config` wants it on the mesh's devices, which need not be here.
 
     Raises:
-      UserError: `config.student.dtype` or `remat` is not known.
+      UserError: `config.student.dtype`, `remat` or `attention` is not known, or not possible there.
     """
     if config.student.remat not in REMAT_POLICIES:
         raise UserError(f"config.student.remat is {config.student.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
     dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
-    return Decoder(student, resolve_dtype(config.student.dtype, mesh), config.student.remat, dropout)
+    dtype = resolve_dtype(config.student.dtype, mesh)
+    fused = fused_attention(config.student.attention, student, dtype, mesh)
+    return Decoder(student, dtype, config.student.remat, dropout, fused)
 
 
 def held_dtype(config, mesh: Mesh) -> Any:

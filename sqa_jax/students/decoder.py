@@ -17,12 +17,16 @@ import jax.numpy as jnp
 
 from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, attend_causal, rotary_angles, rotate, visibility
 from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.fused_attention import SAVED, FusedAttention
 
 # What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of
-# matrix products with weights; "none" keeps everything.
+# matrix products with weights and of fused attention; "none" keeps everything.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -148,9 +152,10 @@ class Attention(nn.Module):
     config: DecoderConfig
     dtype: Any
     lora_dropout: float
+    fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, x, layer, adaptation: Adaptation, cache, sin, cos, visible, slots):
+    def __call__(self, x, layer, adaptation: Adaptation, cache, sin, cos, visible, slots, segments):
         c, lora = self.config, adaptation.lora or {}
         B, T, _ = x.shape
 
@@ -177,7 +182,10 @@ class Attention(nn.Module):
                 return jnp.concatenate([jnp.broadcast_to(prefix, (B, *prefix.shape[1:])), tail], axis=1)
 
             key, value = before("key", key), before("value", value)
-        out = (attend_causal if cache is None else attend)(query, key, value, visible)
+        if segments is not None:
+            out = self.fused(query, key, value, segments, visible)
+        else:
+            out = (attend_causal if cache is None else attend)(query, key, value, visible)
         out = out.reshape(B, T, c.num_heads * c.head_dim)
         return linear("o_proj", c.hidden_size)(out, lora.get("o_proj")), cache
 
@@ -206,14 +214,15 @@ class Block(nn.Module):
     config: DecoderConfig
     dtype: Any
     lora_dropout: float
+    fused: FusedAttention | None
 
     @nn.compact
     def __call__(self, carry, inputs, shared):
-        (x, cache), (layer, adaptation), (sin, cos, visible, slots) = carry, inputs, shared
+        (x, cache), (layer, adaptation) = carry, inputs
         c = self.config
         y = RMSNorm(c.norm_epsilon, name="input_layernorm")(x)
-        y, cache = Attention(c, self.dtype, self.lora_dropout, name="self_attn")(
-            y, layer, adaptation, cache, sin, cos, visible, slots
+        y, cache = Attention(c, self.dtype, self.lora_dropout, self.fused, name="self_attn")(
+            y, layer, adaptation, cache, *shared
         )
         x += y
         y = RMSNorm(c.norm_epsilon, name="post_attention_layernorm")(x)
@@ -229,12 +238,15 @@ class Decoder(nn.Module):
       dtype: of the computation; parameters may be of another.
       remat: a key of `REMAT_POLICIES`.
       lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
+      fused: attention of packed rows in one kernel, used where neither a prefix, a cache nor branches ask for more
+        than segments.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     lora_dropout: float = 0.0
+    fused: FusedAttention | None = None
 
     def setup(self):
         c = self.config
@@ -251,7 +263,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
-        )(c, self.dtype, self.lora_dropout)
+        )(c, self.dtype, self.lora_dropout, self.fused)
         self.norm = RMSNorm(c.norm_epsilon)
         if not c.tie_embeddings:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, 0.0)
@@ -302,7 +314,8 @@ class Decoder(nn.Module):
 
         carry = (x, None if cache is None else (cache.key, cache.value))
         inputs = (jnp.arange(c.num_layers), adaptation._replace(prompt=None))
-        (x, kv), _ = self.layers(carry, inputs, (sin, cos, visible, slots))
+        plain = self.fused is None or cache is not None or branches is not None or adaptation.prefix is not None
+        (x, kv), _ = self.layers(carry, inputs, (sin, cos, visible, slots, None if plain else segments))
         if cache is not None:
             # Trailing padding is not kept: the row's next token overwrites it.
             used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, T + 1), 0), axis=1)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqa_jax.bucket import check_access, in_bucket
 from sqa_jax.errors import UserError
-from sqa_jax.files import read_json, write_json
+from sqa_jax.files import as_path, read_json, write_json
 
 # Settings that change what a run shows or how it is cut into pieces, never what it computes.
-_PLACE = ("student.path", "student.revision", "student.dtype", "student.remat")  # the fingerprint says what it is
+_PLACE = ("student.path", "student.revision", "student.dtype", "student.remat", "student.attention")  # the fingerprint says what it is
 _FREE = (
     "data.cache",
     "train.log_every",
@@ -25,6 +26,18 @@ _FREE = (
 )
 
 
+def open_workdir(workdir: str | Path) -> Path:
+    """The path of --workdir, on a disk or in a bucket; the first thing that each process of a run asks for.
+
+    Raises:
+      UserError: it is in a bucket that does not let this process read and write, or cannot be reached.
+    """
+    root = as_path(workdir)
+    if in_bucket(root):
+        check_access(root)
+    return root
+
+
 def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
     """Makes the directory the run's own, or checks that it is.
 
@@ -34,7 +47,7 @@ def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
     Raises:
       UserError: it belongs to another configuration; the settings that differ are named.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     mine = {"config": config.to_dict(), **fingerprints}
     file = workdir / "config.json"
     if not file.exists():
@@ -55,10 +68,10 @@ def check_evaluable(workdir: str | Path, config, student: str) -> None:
     Raises:
       UserError: it is not; the settings that differ are named.
     """
-    trained = read_json(Path(workdir) / "config.json", "the configuration of this run")
+    trained = read_json(as_path(workdir) / "config.json", "the configuration of this run")
     asked = {"config": config.to_dict(), "student": student}
     _refuse(
-        Path(workdir),
+        as_path(workdir),
         _differing(
             asked, trained, lambda key: key.startswith(("recipe.", "adapter.", "student")) and key not in _PLACE
         ),
