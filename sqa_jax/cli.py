@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 from absl import flags
 
 from sqa_jax.errors import UserError
+from sqa_jax.parallel import processes
+from sqa_jax.parallel.supervisor import supervise
 
 _defaults: dict[str, str] = {}  # the settings file of a verb that is started without --config
 
@@ -23,6 +26,31 @@ def define_config(default: str) -> None:
     _defaults["config"] = default
     config_flags.DEFINE_config_file("config", None, "Settings: a Python file with get_config().", lock_config=True)
     flags.DEFINE_string("workdir", "", "Where this run's files are kept.")
+
+
+def define_processes() -> None:
+    """Defines the flags of a verb that may run as several processes (see `sqa_jax.parallel.processes`)."""
+    group = processes.Group("")
+    flags.DEFINE_string(
+        "coordinator", "", "Several processes: HOST:PORT of process 0, or auto on TPU pods and under Slurm."
+    )
+    flags.DEFINE_integer("processes", group.processes, "How many; with --coordinator HOST:PORT.")
+    flags.DEFINE_integer("process", group.process, "Which this is, from 0 on; with --coordinator HOST:PORT.")
+    flags.DEFINE_integer("start_timeout", group.start_timeout, "Seconds until all processes must be there.")
+    flags.DEFINE_integer("heartbeat_timeout", group.heartbeat_timeout, "Silent seconds after which one is lost.")
+
+
+def _start_processes() -> None:
+    """Joins the other processes, where the command line names a coordinator."""
+    if "coordinator" not in flags.FLAGS:
+        return
+    group = processes.Group(*(flags.FLAGS[name].value for name in processes.Group._fields))
+    if group.coordinator:
+        processes.check(group)
+        supervise(group)
+        processes.start(group)
+    elif group.processes > 1 or group.process > 0:
+        raise UserError("--processes and --process need --coordinator: HOST:PORT of process 0")
 
 
 def given_config(argv: list[str]) -> str | None:
@@ -44,14 +72,27 @@ def run(main: Callable[[], Any]) -> NoReturn:
         sys.exit(0)
     try:
         _parse(sys.argv)
+        _start_processes()
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if "jax" not in sys.modules or sys.modules["jax"].process_count() == 1:
+            raise
+        traceback.print_exc()
+        _end(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", 1)
     sys.exit(0)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Exits with an error, in all processes."""
+    print(f"error: {message}", file=sys.stderr)
+    if "jax" in sys.modules:
+        processes.fail(message, code)
+    sys.exit(code)
 
 
 def _parse(argv: list[str]) -> None:

@@ -23,7 +23,7 @@ from absl import flags
 
 from sqa_jax import cli
 from sqa_jax.errors import UserError
-from sqa_jax.files import atomic_write, disk_errors, read_json, sha256_json, write_json
+from sqa_jax.files import atomic_write, disk_errors, open_log, read_json, set_aside, sha256_json, write_json
 
 if TYPE_CHECKING:
     from sqa_jax.runtime import Runtime
@@ -43,12 +43,13 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     from sqa_jax.data.dataset import load_config_problems
     from sqa_jax.inference.answer import answers, way
     from sqa_jax.metrics.leaderboard import read_predictions, score
+    from sqa_jax.parallel.processes import is_main, main_first, meet
     from sqa_jax.runtime import start
-    from sqa_jax.training.workdir import check_evaluable
+    from sqa_jax.training.workdir import check_evaluable, open_workdir
 
     if not workdir:
         raise UserError("--workdir is needed: the run to evaluate, or where the bare student's predictions are kept")
-    root, settings, mode = Path(workdir), config.eval, way(config)
+    root, settings, mode = open_workdir(workdir), config.eval, way(config)
     if settings.checkpoint not in ("best", "last", "none"):
         raise UserError(f"config.eval.checkpoint is {settings.checkpoint!r}; choose best, last or none")
     if settings.checkpoint != "none" and not (root / "checkpoints").is_dir():
@@ -76,41 +77,47 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
         folder / f"partial-{identity[:16]}.jsonl",
         folder / "metrics.json",
     )
-    if final.exists():
-        before = read_json(metrics_file, "the metrics of these predictions") if metrics_file.exists() else {}
-        if before.get("fingerprint") == identity:
-            print(f"reused {final}")
-            return before
-        os.replace(
-            folder, folder.with_name(f"{folder.name}.{before.get('fingerprint', 'unknown')[:8]}-{int(time.time())}")
-        )
-
-    with disk_errors(partial):
+    with main_first(), disk_errors(partial):
+        if final.exists():
+            before = read_json(metrics_file, "the metrics of these predictions") if metrics_file.exists() else {}
+            if before.get("fingerprint") == identity:
+                if is_main():
+                    print(f"reused {final}")
+                return before
+            set_aside(
+                folder, folder.with_name(f"{folder.name}.{before.get('fingerprint', 'unknown')[:8]}-{int(time.time())}")
+            )
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_partial(partial)
+    meet()  # from here on, the file grows
+    with disk_errors(partial):
         missing = [problem for problem in problems if problem.pid not in known]
         started = time.perf_counter()
         with (
-            open(partial, "a", encoding="utf-8") as file,
-            tqdm(total=len(problems), initial=len(known), unit="question", dynamic_ncols=True) as bar,
+            open_log(partial) if is_main() else open(os.devnull, "a") as file,
+            tqdm(
+                total=len(problems), initial=len(known), unit="question", dynamic_ncols=True, disable=not is_main()
+            ) as bar,
         ):
             for one in answers(config, runtime)(adapter, base, missing) if missing else ():
                 row = {"pid": missing[one.index].pid, **one._asdict()}
                 del row["index"]
                 known[row["pid"]] = row
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
                 bar.update()
         seconds = time.perf_counter() - started
-    with atomic_write(final) as file:
-        file.writelines(json.dumps(known[problem.pid], ensure_ascii=False) + "\n" for problem in problems)
-    metrics = score(problems, read_predictions(final), str(final))
+    with main_first():
+        if is_main():
+            with atomic_write(final) as file:
+                file.writelines(json.dumps(known[problem.pid], ensure_ascii=False) + "\n" for problem in problems)
+        metrics = score(problems, read_predictions(final), str(final))
     metrics |= {"split": settings.split, "mode": mode, "checkpoint": settings.checkpoint, "step": step}
     for name in ("read", "written", "scored"):
         metrics[f"tokens_{name}"] = sum(row[name] for row in known.values())
     metrics |= {"questions_per_second": round(len(missing) / seconds, 3) if missing else None, "fingerprint": identity}
-    write_json(metrics_file, metrics)
-    partial.unlink()
+    if is_main():
+        write_json(metrics_file, metrics)
+        partial.unlink()
     return metrics
 
 
@@ -148,7 +155,7 @@ def _read_partial(path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     rows, whole = {}, []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # as in `read_jsonl`
+    for line in path.read_bytes().decode().split("\n"):  # as in `read_jsonl`
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -164,8 +171,10 @@ def run_config(workdir: str):
     """The configuration to evaluate with: --config where given, else the run's own with the command line's overrides."""
     from ml_collections import ConfigDict, config_flags
 
+    from sqa_jax.training.workdir import open_workdir
+
     flag = flags.FLAGS["config"]
-    file = Path(workdir) / "config.json"
+    file = open_workdir(workdir) / "config.json"
     if cli.given_config(sys.argv) is not None or not file.exists():
         return flags.FLAGS.config
     config = ConfigDict(read_json(file, "the configuration of this run")["config"])
@@ -175,11 +184,15 @@ def run_config(workdir: str):
 
 def main() -> None:
     workdir = flags.FLAGS.workdir
+    from sqa_jax.parallel.processes import is_main
+
     metrics = evaluate(run_config(workdir), workdir)
-    print(json.dumps({key: value for key, value in metrics.items() if key != "fingerprint"}))
-    print(f"predictions and metrics are in {workdir}/eval/{metrics['split']}")
+    if is_main():
+        print(json.dumps({key: value for key, value in metrics.items() if key != "fingerprint"}))
+        print(f"predictions and metrics are in {workdir}/eval/{metrics['split']}")
 
 
 if __name__ == "__main__":
     cli.define_config("configs/quickstart.py")
+    cli.define_processes()
     cli.run(main)

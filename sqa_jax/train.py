@@ -42,7 +42,8 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     from sqa_jax.data.dataset import build_or_reuse, load_config_problems
     from sqa_jax.data.loader import make_loader, packed_rows, steps_of
     from sqa_jax.files import write_json
-    from sqa_jax.parallel.mesh import batch_sharding, check_rows
+    from sqa_jax.parallel.mesh import check_rows, own_rows, place_rows
+    from sqa_jax.parallel.processes import Votes, is_main, main_first
     from sqa_jax.parallel.rules import shardings
     from sqa_jax.runtime import start
     from sqa_jax.stop import StopSignal
@@ -51,26 +52,28 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     from sqa_jax.training.report import Reporter
     from sqa_jax.training.step import compile_step, init_state, make_step
     from sqa_jax.training.validate import Validator
-    from sqa_jax.training.workdir import claim
+    from sqa_jax.training.workdir import claim, open_workdir
 
     if not workdir:
         raise UserError("--workdir is needed: where the run's checkpoints and metrics are kept")
     adapters.check_methods(config.adapter.methods)
+    root = open_workdir(workdir)
 
     # ---- student and data
     runtime = runtime or start(config)
     mesh, student, decoder = runtime
     check_rows(config.train.batch_rows, mesh, "train.batch_rows")
     problems = load_config_problems(config)
-    dataset, reused = build_or_reuse(config, student.tokenizer, problems)
+    with main_first():
+        dataset, reused = build_or_reuse(config, student.tokenizer, problems)
     virtual = adapters.virtual_tokens(config.adapter)
     rows = packed_rows(dataset, config, virtual, student.tokenizer.pad_token_id)
     rows_per_step = config.train.batch_rows * config.train.accumulate
     steps = steps_of(config, rows)
-    loader = make_loader(
-        rows, config.train.batch_rows, config.train.accumulate, jax.process_index(), jax.process_count()
-    )
-    root = claim(workdir, config, {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]})
+    own = own_rows(mesh, config.train.batch_rows)
+    loader = make_loader(rows, config.train.batch_rows, config.train.accumulate, own)
+    with main_first():
+        claim(root, config, {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]})
 
     # ---- state, in its shards
     optimizer = make_optimizer(config.optimizer, steps)
@@ -103,13 +106,15 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
         f"{student.name}: {'+'.join(config.adapter.methods)}, {size:,} trained parameters; {len(rows.pids)} rows "
         f"({'reused' if reused else 'built'} {dataset.path}), {100 * rows.real_tokens():.1f} % real tokens; "
         f"steps {first} → {steps} on {mesh.size} {jax.devices()[0].platform} device{'s' * (mesh.size > 1)}"
+        + f" of {jax.process_count()} processes"
+        * (jax.process_count() > 1)
     )
 
-    def settle(pending) -> None:
-        """Waits for a step's metrics, refuses what is not finite, reports the rest."""
+    def settle(pending) -> bool:
+        """Waits for a step's metrics, refuses what is not finite, reports the rest; True asks all processes to stop."""
         if pending is None:
-            return
-        number, metrics = pending
+            return False
+        number, metrics, stops = pending
         per_row = np.asarray(metrics.pop("row_losses")).reshape(-1)
         values = {name: float(value) for name, value in metrics.items()}
         if not all(map(math.isfinite, (values["loss"], values["grad_norm"]))):
@@ -124,6 +129,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
                 "config.optimizer.learning_rate or look at these questions, and use another --workdir"
             )
         report.step(number, values, number % max(1, config.train.log_every) == 0 or number == steps)
+        return bool(stops)
 
     def validate(step: int) -> None:
         nonlocal best_loss
@@ -142,25 +148,24 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     # ---- the loop
     if first == 0 and restored is None:
         validate(0)
+    votes, asked, pending = Votes(), False, None
     with StopSignal() as stop:
-        pending = None
         for number in range(first + 1, steps + 1):
-            batch = next(loader)
-            batch = {
-                k: jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), v) for k, v in batch.items()
-            }
+            batch = place_rows(next(loader), mesh, config.train.batch_rows, own, leading=1)
             state, metrics = step_fn(state, base, batch)
-            settle(pending)  # of the step before, while this one runs
-            pending = (number, metrics)
-            last = number == steps or stop.asked or number - first == config.train.stop_after
+            asked |= settle(pending)  # of the step before, while this one runs
+            asked |= votes.alone and stop.asked
+            pending = (number, metrics, votes.cast(stop.asked))
+            last = number == steps or asked or number - first == config.train.stop_after
             evaluate = number == steps or (config.train.eval_every and number % config.train.eval_every == 0)
             if last or evaluate or (config.train.save_every and number % config.train.save_every == 0):
-                settle(pending)
+                asked |= settle(pending)
                 pending = None
                 if evaluate:
                     validate(number)
+                report.flush()
                 checkpoints.save(number, state, loader.get_state(), best_loss)
-            if last:
+            if last or asked:
                 break
     checkpoints.close()
     report.close()
@@ -174,13 +179,15 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
         "best_val_loss": best_loss,
         "trained_parameters": size,
     }
-    if done == steps:
+    if not is_main():
+        pass
+    elif done == steps:
         write_json(root / "train.json", result)
         print(f"trained {steps} steps; checkpoints, metrics and TensorBoard events are in {root}")
     else:
-        why = stop.name or "config.train.stop_after"
+        why = (stop.name or "a signal to another process") if asked else "config.train.stop_after"
         print(f"stopped at step {done} of {steps} ({why}), saved; the same command continues")
-    return {**result, "stopped": stop.asked}
+    return {**result, "stopped": asked or stop.asked}
 
 
 def main() -> None:
@@ -189,4 +196,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_config("configs/quickstart.py")
+    cli.define_processes()
     cli.run(main)

@@ -18,7 +18,7 @@ from sqa_jax.students.fused_attention import fused_attention
 from sqa_jax.students.weights import random_params
 
 CONFIG = DecoderConfig(64, 64, 64, 2, 4, 2, 64, tie_embeddings=True)
-T = 200  # no multiple of a TPU's 128 lanes
+T = 300  # no multiple of a TPU's 128 lanes, and long enough for blocks of queries
 
 
 def mesh(shape, devices=None):
@@ -33,7 +33,7 @@ def packed(rows):
     query, key, value = (
         jax.random.normal(k, (rows, T, h, CONFIG.head_dim)) for k, h in zip(keys, (4, 2, 2), strict=True)
     )
-    segments = jnp.where(jnp.arange(T) < 180, jnp.arange(T) // 37 + 1, 0)[None].repeat(rows, 0)
+    segments = jnp.where(jnp.arange(T) < 280, jnp.arange(T) // 37 + 1, 0)[None].repeat(rows, 0)
     return query, key, value, segments
 
 

@@ -14,7 +14,7 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.config import default
 from sqa_jax.data.packing import Limits, pack_row
 from sqa_jax.errors import UserError
-from sqa_jax.parallel.mesh import batch_sharding, check_rows, make_mesh
+from sqa_jax.parallel.mesh import check_rows, make_mesh, own_rows, place_rows, replicated
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import Decoder
@@ -101,18 +101,43 @@ def test_only_targets_count(base):
 
 
 def run(config, base, data, mesh, steps=3):
-    """Losses and the adapter after some steps."""
+    """Losses and the whole adapter after some steps."""
     # With momentum there is a state to shard; Adam's root of tiny second moments would amplify the last bit of a sum's order.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
-    state = init_state(adapters.init_adapter(config.adapter, CONFIG, base, 0), optimizer)
-    state = jax.device_put(state, shardings(state, mesh))
-    frozen = {} if "full" in config.adapter.methods else jax.device_put(base, shardings(base, mesh))
-    step = compile_step(make_step(config.adapter, Decoder(CONFIG), optimizer, 0), state, frozen, mesh)
+
+    def new_state(base):
+        return init_state(adapters.init_adapter(config.adapter, CONFIG, base, 0), optimizer)
+
+    base = jax.tree.map(np.asarray, base)
+    shape = jax.eval_shape(new_state, base)
+    state = jax.jit(new_state, out_shardings=shardings(shape, mesh))(base)
+    frozen = {} if "full" in config.adapter.methods else jax.tree.map(held, base, shardings(base, mesh))
+    step = compile_step(make_step(config.adapter, Decoder(CONFIG), optimizer, 0), shape, frozen, mesh)
+    rows = data["tokens"].shape[1]
+    own = own_rows(mesh, rows)
+    batch = place_rows({name: a[:, own] for name, a in data.items()}, mesh, rows, own, leading=1)
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, frozen, jax.device_put(data, batch_sharding(mesh, leading=1)))
+        state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
-    return losses, jax.device_get(state.adapter), metrics
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(state.adapter)
+    return losses, jax.tree.map(np.asarray, whole), metrics
+
+
+def held(array, sharding):
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+METHODS = (("lora", "prefix", "prompt"), ("full",))  # all that can be trained, in two trees
+
+
+def trained(methods, shape, devices=None):
+    """Losses and adapter of some steps on a mesh of that shape, in however many processes."""
+    config = settings_for(*methods)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
+    data = batch(8, virtual=adapters.virtual_tokens(config.adapter))
+    losses, adapter, _ = run(config, random_params(CONFIG, 0), data, make_mesh(config.mesh, devices))
+    return losses, adapter
 
 
 def single():
@@ -128,16 +153,21 @@ def test_accumulation_equals_the_big_batch(base):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, tree)
 
 
-@pytest.mark.parametrize("methods", [("lora",), ("prefix", "prompt"), ("full",)])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 4, 2)])
-def test_every_mesh_gives_the_single_device_result(base, methods, shape):
-    config = settings_for(*methods)
-    data = batch(8, virtual=adapters.virtual_tokens(config.adapter))
-    expected, tree, _ = run(config, base, data, single())
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
-    losses, other, _ = run(config, base, data, make_mesh(config.mesh))
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {methods: trained(methods, (1, 1, 1), jax.devices()[:1]) for methods in METHODS}
+
+
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
+
+
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("methods", METHODS, ids="+".join)
+def test_every_mesh_gives_the_single_device_result(on_one_device, methods, shape):
+    expected, adapter = on_one_device[methods]
+    losses, other = trained(methods, shape)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, tree)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, adapter)
 
 
 def test_parameters_lie_in_shards(base):

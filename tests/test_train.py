@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(tmp_path, monkeypatc
 def command(config, workdir):
     """The verb as a user starts it, with the same settings."""
     overrides = []
-    for key in ("student.path", "data.cache", "data.train_limit", "recipe.max_prompt", "train.row_length", "train.batch_rows", "train.steps",
+    for key in ("student.path", "data.source", "data.path", "data.cache", "data.train_limit", "recipe.max_prompt", "train.row_length", "train.batch_rows", "train.steps",
                 "train.eval_every", "train.save_every", "eval.val_limit", "eval.limit", "eval.batch_rows", "mesh.data", "mesh.fsdp", "mesh.tensor"):  # fmt: skip
         value = config
         for part in key.split("."):

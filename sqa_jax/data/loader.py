@@ -95,36 +95,37 @@ def steps_of(config, rows: PackedRows) -> int:
     return config.train.steps or max(1, round(config.train.epochs * rows.rows_of_epoch(0) / per_step))
 
 
-class _ProcessRows:
-    """The rows of one process: of each step's rows, its own contiguous part."""
+class _OwnRows:
+    """The rows of one process: of each micro-batch, those that its devices hold."""
 
-    def __init__(self, rows: PackedRows, rows_per_step: int, process: int, processes: int):
-        self.rows, self.rows_per_step, self.local = rows, rows_per_step, rows_per_step // processes
-        self.offset = process * self.local
+    def __init__(self, rows: PackedRows, batch_rows: int, accumulate: int, own: np.ndarray):
+        self.rows, self.batch_rows, self.accumulate, self.own = rows, batch_rows, accumulate, own
 
     def __len__(self) -> int:
-        return len(self.rows) // self.rows_per_step * self.local
+        return len(self.rows) // (self.batch_rows * self.accumulate) * self.accumulate * len(self.own)
 
     def __getitem__(self, index: int):
-        step, row = divmod(int(index), self.local)
-        return self.rows[step * self.rows_per_step + self.offset + row]
+        micro_batch, place = divmod(int(index), len(self.own))
+        return self.rows[micro_batch * self.batch_rows + int(self.own[place])]
 
 
-def make_loader(rows: PackedRows, batch_rows: int, accumulate: int, process: int = 0, processes: int = 1):
-    """A checkpointable iterator over steps: each item is a dict of arrays [accumulate, local batch rows, …].
+def make_loader(rows: PackedRows, batch_rows: int, accumulate: int, own: np.ndarray | None = None):
+    """A checkpointable iterator over steps: each item is a dict of arrays [accumulate, own rows, …].
 
-    Its `get_state()`/`set_state()` go into the checkpoint; state k continues with step k.
+    Its `get_state()`/`set_state()` go into the checkpoint; state k continues with step k, on any number of
+    processes.
 
     Args:
       batch_rows: rows of one micro-batch over all processes.
       accumulate: micro-batches of a step.
+      own: which rows of a micro-batch this process reads (`sqa_jax.parallel.mesh.own_rows`); None is all.
     """
-    per_step = batch_rows * accumulate
-    source = _ProcessRows(rows, per_step, process, processes)
-    local = per_step // processes
+    own = np.arange(batch_rows) if own is None else own
+    count = accumulate * len(own)
 
     def split(batch):
-        return {name: a.reshape(accumulate, local // accumulate, *a.shape[1:]) for name, a in batch.items()}
+        return {name: a.reshape(accumulate, len(own), *a.shape[1:]) for name, a in batch.items()}
 
-    dataset = grain.MapDataset.source(source).batch(local, drop_remainder=True).map(split)
+    source = _OwnRows(rows, batch_rows, accumulate, own)
+    dataset = grain.MapDataset.source(source).batch(count, drop_remainder=True).map(split)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))

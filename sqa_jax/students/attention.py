@@ -8,7 +8,8 @@ import jax.numpy as jnp
 PADDING = 0  # segment of tokens that are not there: they see nothing and nobody sees them
 EVERYWHERE = -1  # segment of keys that every real token sees: a prefix
 
-_BLOCK, _BLOCKS = 64, 8  # least queries of a block, and most blocks of a row: more would compile long and gain little
+# Queries of a row that are worth splitting, least queries of a block, and most blocks, which take long to compile.
+_LONG, _BLOCK, _BLOCKS = 256, 64, 8
 
 
 def visibility(
@@ -71,7 +72,7 @@ def attend_causal(query: jax.Array, key: jax.Array, value: jax.Array, visible: j
     Shapes as in `attend`.
     """
     T, S = query.shape[1], key.shape[1]
-    block = max(_BLOCK, -(-T // _BLOCKS))
+    block = max(_BLOCK, -(-T // _BLOCKS)) if T >= _LONG else T
     outputs = []
     for start in range(0, T, block):
         stop = min(start + block, T)

@@ -15,7 +15,6 @@ import platform
 import shlex
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -34,7 +33,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
       Interrupted: SIGTERM came, or config.train.stop_after; what is done is kept.
     """
     from sqa_jax.data.dataset import load_config_problems
-    from sqa_jax.files import read_json, write_json
+    from sqa_jax.files import local_path, read_json, write_json
     from sqa_jax.study import benchmark, summary
     from sqa_jax.study.execute import Executor
     from sqa_jax.study.explain import explanations
@@ -44,7 +43,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
 
     if not workdir:
         raise UserError("--workdir is needed: where the study's runs, results and report are kept")
-    root = Path(workdir)
+    root = local_path(workdir, "a study")
     runs = runs_of(config)
     problems = load_config_problems(config)
     usable = check(config, runs, problems)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -25,7 +24,7 @@ from sqa_jax import cli
 from sqa_jax.data.sources import ProblemSet, load_problems
 from sqa_jax.data.teacher_records import STATUSES, TeacherRecord, make_records, write_records
 from sqa_jax.errors import UserError
-from sqa_jax.files import write_json
+from sqa_jax.files import local_path, write_json
 from sqa_jax.stop import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.ledger import Ledger
@@ -45,7 +44,7 @@ def teach(config, workdir: str) -> dict[str, Any]:
     """
     if not workdir:
         raise UserError("--workdir is needed: where the replies are kept")
-    settings, root = config.teach, Path(workdir)
+    settings, root = config.teach, local_path(workdir, "a ledger of replies")
     _check(settings)
     data = config.data
     problems = load_problems(data.source, data.path, data.splits, data.images)

@@ -9,25 +9,32 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sqa_jax.bucket import bucket_errors, in_bucket
 from sqa_jax.errors import UserError
-from sqa_jax.files import disk_errors
+from sqa_jax.files import as_path, disk_errors
 from sqa_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """Asynchronous checkpoints under a directory, each whole or not there.
+    """Asynchronous checkpoints under a directory, on a disk or in a bucket, each whole or not there.
 
     `last/` holds train states with the loader's position; `best/` holds the adapter with the lowest
     validation loss so far.
     """
 
     def __init__(self, directory: str | Path):
-        self._root = Path(directory).absolute()
+        root = as_path(directory)
+        self._root = root if in_bucket(root) else root.absolute()
         # orbax logs each failure of each of its threads; the exception says it once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._last, self._best = self._manager("last", max_to_keep=2), self._manager("best", max_to_keep=1)
+
+    def _manager(self, name: str, max_to_keep: int) -> ocp.CheckpointManager:
+        # Both save at once: under one name, their threads would take each other's barriers between processes.
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, multiprocessing_options=barriers)
         with disk_errors(self._root):
-            self._last = ocp.CheckpointManager(self._root / "last", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-            self._best = ocp.CheckpointManager(self._root / "best", options=ocp.CheckpointManagerOptions(max_to_keep=1))
+            return ocp.CheckpointManager(self._root / name, options=options)
 
     def save(self, step: int, state: TrainState, loader_state: dict[str, Any], best_loss: float | None) -> None:
         """Starts to save; the arrays are copied before this returns, so training may go on."""
@@ -77,7 +84,9 @@ class Checkpoints:
 
     def _restore(self, manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         try:
-            return manager.restore(step, args=args)
+            # A bucket that cannot be reached says nothing about the checkpoint.
+            with bucket_errors(self._root):
+                return manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(

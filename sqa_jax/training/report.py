@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from sqa_jax.files import atomic_write, disk_errors
+from sqa_jax.bucket import GrowingObject, in_bucket
+from sqa_jax.files import atomic_write, disk_errors, open_log
+from sqa_jax.parallel.processes import is_main
 
 
 class Reporter:
     """Writes a run's metrics. On resume, what was written of later steps is cut off, so no step is there twice.
 
+    Of several processes the first one writes and speaks; in the others nothing happens.
+
     Args:
       workdir: of the run.
       first, last: the step that this run starts behind, and the run's last one.
+
+    Raises:
+      UserError, from every method that writes: the disk is full, or the disk or the bucket cannot be written.
     """
 
     def __init__(self, workdir: Path, first: int, last: int):
+        self._speaks = is_main()
         self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= first]
-            with atomic_write(self._path) as file:
-                file.writelines(line + "\n" for line in kept)
-        with disk_errors(self._path):
-            self._file = open(self._path, "a", encoding="utf-8")
-            self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=first + 1)
+        if self._speaks:
+            self._open(workdir, first)
         # Where nobody watches, a line now and then is better than a bar.
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
@@ -39,8 +43,18 @@ class Reporter:
             dynamic_ncols=True,
             mininterval=0.5 if self._live else 15.0,
             file=sys.stderr,
+            disable=not self._speaks,
         )
         self._clock, self._seconds, self._tokens, self._rate = time.perf_counter(), 0.0, 0, 0.0
+
+    def _open(self, workdir: Path, first: int) -> None:
+        with disk_errors(self._path):
+            if self._path.exists():
+                kept = [line for line in self._path.read_bytes().decode().split("\n") if _step_of(line) <= first]
+                with atomic_write(self._path) as file:
+                    file.writelines(line + "\n" for line in kept)
+            self._log = open_log(self._path)
+            self._events = _Events(workdir / "tensorboard", first)
 
     def step(self, step: int, metrics: dict[str, float], write: bool) -> None:
         """Reports an optimizer step; `write` also puts it into the files."""
@@ -60,21 +74,65 @@ class Reporter:
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Puts scalars of a step into the files."""
-        with disk_errors(self._path):
-            self._file.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in metrics.items()}}) + "\n")
-            self._file.flush()
-            for name, value in metrics.items():
-                self._events.add_scalar(name, float(value), step)
+        if self._speaks:
+            with disk_errors(self._path):
+                row = {"step": step, **{name: round(float(value), 6) for name, value in metrics.items()}}
+                self._log.write(json.dumps(row) + "\n")
+                self._events.write(step, metrics)
 
     def say(self, text: str) -> None:
         """A line above the live one. The time it took to get here does not count as training."""
-        tqdm.write(text, file=sys.stderr)
+        if self._speaks:
+            tqdm.write(text, file=sys.stderr)
         self._clock = time.perf_counter()
+
+    def flush(self) -> None:
+        """Returns when every line is where it belongs: before a checkpoint, behind which no step is reported again."""
+        if self._speaks:
+            with disk_errors(self._path):
+                self._log.flush()
+                self._events.flush()
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._events.close()
+        if self._speaks:
+            with disk_errors(self._path):
+                self._log.close()
+                self._events.close()
+
+
+class _Events:
+    """TensorBoard's events, in a folder on a disk or in a bucket.
+
+    TensorBoard's writer has its own way into a bucket, and hangs there once an upload has failed. So it writes to this
+    machine's disk, and the file is uploaded as it grows.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        self._temporary = tempfile.TemporaryDirectory() if in_bucket(folder) else None
+        here = Path(self._temporary.name if self._temporary else folder)
+        self._writer = SummaryWriter(str(here), purge_step=first + 1)
+        if self._temporary:
+            self._file = next(here.iterdir())
+            self._object = GrowingObject(folder / self._file.name, self._file.read_bytes)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+        if self._temporary:
+            self._writer.flush()
+            self._object.update()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        if self._temporary:
+            self._object.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+        if self._temporary:
+            self._object.flush()
+            self._temporary.cleanup()
 
 
 def _step_of(line: str) -> float:

@@ -15,7 +15,7 @@ from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import render_target
 from sqa_jax.data.recipes import arm_format
 from sqa_jax.inference.answer import LikelihoodAnswers
-from sqa_jax.parallel.mesh import batch_sharding
+from sqa_jax.parallel.mesh import place_rows, replicated
 from sqa_jax.runtime import Runtime
 from sqa_jax.training.loss import row_losses
 
@@ -41,7 +41,8 @@ class Validator:
         rows = PackedRows(tokens, prompts, [""] * len(tokens), limits, tokenizer.pad_token_id, seed=0)
         self._batches = _batches(rows, config.train.batch_rows)
         self._loss = jax.jit(
-            lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum()
+            lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum(),
+            out_shardings=replicated(runtime.mesh),
         )
         self._answers = LikelihoodAnswers(config, runtime) if fmt.answer_first else None
 
@@ -49,8 +50,7 @@ class Validator:
         """{"val_loss": nats a target token, "val_accuracy": percent (only where the answer comes first)}."""
         total = targets = 0.0
         for batch in self._batches:
-            placed = jax.device_put(batch, batch_sharding(self._mesh))
-            total += float(self._loss(adapter, base, placed))
+            total += float(self._loss(adapter, base, place_rows(batch, self._mesh, len(batch["tokens"]))))
             targets += float(batch["target_mask"].sum())
         metrics = {"val_loss": total / targets}
         if self._answers is not None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqa_jax.bucket import check_access, in_bucket
+from sqa_jax.bucket import bucket_errors, check_access, in_bucket
 from sqa_jax.errors import UserError
 from sqa_jax.files import as_path, read_json, write_json
 
 # Settings that change what a run shows or how it is cut into pieces, never what it computes.
-_PLACE = ("student.path", "student.revision", "student.dtype", "student.remat", "student.attention")  # the fingerprint says what it is
+# Where the student lies (its fingerprint says what it is) and how it is computed.
+_PLACE = ("student.path", "student.revision", "student.dtype", "student.remat", "student.attention")
 _FREE = (
     "data.cache",
     "train.log_every",
@@ -23,6 +24,7 @@ _FREE = (
     "mesh.",
     "study.",
     "teach.",
+    "plan.",
 )
 
 
@@ -50,7 +52,9 @@ def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
     workdir = as_path(workdir)
     mine = {"config": config.to_dict(), **fingerprints}
     file = workdir / "config.json"
-    if not file.exists():
+    with bucket_errors(workdir):
+        there = file.exists()
+    if not there:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir {workdir}: is a file; name a directory")
         write_json(file, mine)
@@ -68,10 +72,11 @@ def check_evaluable(workdir: str | Path, config, student: str) -> None:
     Raises:
       UserError: it is not; the settings that differ are named.
     """
-    trained = read_json(as_path(workdir) / "config.json", "the configuration of this run")
+    workdir = as_path(workdir)
+    trained = read_json(workdir / "config.json", "the configuration of this run")
     asked = {"config": config.to_dict(), "student": student}
     _refuse(
-        as_path(workdir),
+        workdir,
         _differing(
             asked, trained, lambda key: key.startswith(("recipe.", "adapter.", "student")) and key not in _PLACE
         ),
