@@ -1,0 +1,170 @@
+"""The work that both sides are given: the same weights, adapter, examples, learning rates, options and prompts.
+
+Writes, into the benchmark's directory: student/ (a Hugging Face directory, float32, that both sides read), adapter/
+(PEFT's format), and work.json with all that transformers + PEFT need as ids and numbers. The examples of a step
+are those that this package's loader packs into the step's rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.data.dataset import build_or_reuse, encoder_for, load_config_problems
+from sqa_jax.data.loader import packed_rows, steps_of
+from sqa_jax.data.problem import Problem
+from sqa_jax.data.prompts import option_targets
+from sqa_jax.data.recipes import arm_format
+from sqa_jax.errors import UserError
+from sqa_jax.files import read_json, write_json
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.runtime import Runtime, start
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.tokenizer import load_tokenizer
+from sqa_jax.students.weights import save_safetensors
+from sqa_jax.training.checkpoint import Checkpoints, abstract
+from sqa_jax.training.optimizer import make_schedule
+from tests.benchmarks.process import WARM, serve
+
+
+def settings_of(root: Path) -> tuple[Any, dict[str, Any]]:
+    """The benchmark's configuration and its other flags."""
+    saved = read_json(root / "benchmark.json", "the settings of this benchmark")
+    return ConfigDict(saved["config"]), saved
+
+
+def questions_of(config) -> list[Problem]:
+    """The questions that are answered."""
+    return list(load_config_problems(config).split(config.eval.split)[: config.eval.limit or None])
+
+
+def adapter_of(config, run: str, runtime: Runtime) -> Any:
+    """The adapter that both sides start from, in its shards.
+
+    Args:
+      run: workdir of a finished training, whose best adapter it is. "" is a random one: near enough to none that
+        the student still writes text, and far enough that a mistake in an adapter shows in the losses.
+
+    Raises:
+      UserError: the run has no such adapter.
+    """
+
+    def new(base):
+        tree = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed)
+        keys = jax.random.split(jax.random.key(config.seed), len(tree["lora"]))
+        for layer, key in zip(tree["lora"].values(), keys, strict=True):
+            layer["b"] = 0.01 * jax.random.normal(key, layer["b"].shape)
+        return tree
+
+    shape = jax.eval_shape(new, runtime.student.params)
+    placed = shardings(shape, runtime.mesh)
+    if not run:
+        return jax.jit(new, out_shardings=placed)(runtime.student.params)
+    found = None
+    if (Path(run) / "checkpoints").is_dir():
+        checkpoints = Checkpoints(Path(run) / "checkpoints")
+        found = checkpoints.restore_adapter("best", abstract(shape, placed))
+        checkpoints.close()
+    if found is None:
+        raise UserError(f"--run: {run}/checkpoints holds no best adapter; name the workdir of a finished training")
+    return found[1]
+
+
+def prepare(root: Path, _: float) -> dict[str, Any]:
+    """Writes the work; returns the sizes that a reader of the results wants to know."""
+    config, flags = settings_of(root)
+    if tuple(config.adapter.methods) != ("lora",):
+        raise UserError(f"config.adapter.methods is {tuple(config.adapter.methods)}; both sides are compared with lora")
+    runtime = start(config)
+    device = jax.devices()[0]
+    if device.platform not in ("cpu", "gpu") or (device.platform == "gpu" and runtime.mesh.size > 1):
+        raise UserError(
+            f"{runtime.mesh.size} {device.platform} devices; transformers + PEFT are compared on a CPU or on one GPU: "
+            "set JAX_PLATFORMS=cpu or CUDA_VISIBLE_DEVICES=0"
+        )
+    student, words = runtime.student, runtime.student.tokenizer
+    ends = student.eos_ids
+    if flags["tokenizer"]:
+        words = load_tokenizer(flags["tokenizer"])
+        ends = (words.eos_token_id,)
+    save_safetensors(student.params, student.config, root / "student")
+    words.save_pretrained(root / "student")
+    write_json(root / "student" / "generation_config.json", {"eos_token_id": ends, "pad_token_id": words.pad_token_id})
+    _save_peft(adapter_of(config, flags["run"], runtime), config.adapter.lora, student.config, root / "adapter")
+
+    dataset, _ = build_or_reuse(config, words, load_config_problems(config))
+    rows = packed_rows(dataset, config, 0, words.pad_token_id)
+    per_step = config.train.batch_rows * config.train.accumulate
+    steps = steps_of(config, rows)
+    if steps <= WARM:
+        raise UserError(f"config.train.steps is {steps}; measure more than the {WARM} steps before the clock starts")
+
+    def examples(step: int) -> list[dict[str, Any]]:
+        members = [k for row in range(per_step) for k in rows.members(step * per_step + row)]
+        return [{"tokens": rows.tokens[k].tolist(), "prompt_length": int(rows.prompt_lengths[k])} for k in members]
+
+    questions, fmt, encoder = questions_of(config), arm_format(config.recipe), encoder_for(config, words)
+    prompts = [one.tokens for one in encoder.encode(questions, [fmt] * len(questions))]
+    options = [encoder.plain(option_targets(question, "", config.recipe.answer)) for question in questions]
+    schedule = make_schedule(config.optimizer, steps)
+    work = {
+        "device": {"cpu": "cpu", "gpu": "cuda"}[device.platform],
+        "dtype": runtime.decoder.dtype.name,
+        "batches": [examples(step) for step in range(steps)],
+        "rates": [float(schedule(step)) for step in range(steps)],
+        "optimizer": config.optimizer.to_dict(),
+        "prompts": prompts,
+        "options": options,
+        "ends": list(ends),
+        "max_new_tokens": config.eval.max_new_tokens,
+        "batch_questions": config.eval.batch_questions,
+        "batch_options": flags["batch_options"],
+        "products": _products(student.config, config.train.batch_rows, *rows.limits[:2]),
+    }
+    write_json(root / "work.json", work)
+    return {
+        "accelerator": device.device_kind,
+        "dtype": work["dtype"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(student.params)),
+        "steps": steps,
+        "examples_per_step": float(np.mean([len(batch) for batch in work["batches"]])),
+        "tokens_per_example": float(np.mean([len(one["tokens"]) for batch in work["batches"] for one in batch])),
+        "real_tokens_in_rows": rows.real_tokens(),
+        "questions": len(questions),
+        "options_per_question": float(np.mean([len(own) for own in options])),
+        "tokens_per_prompt": float(np.mean([len(prompt) for prompt in prompts])),
+    }
+
+
+def _save_peft(tree: Any, lora, student: DecoderConfig, directory: Path) -> None:
+    """The adapter as PEFT reads it."""
+    tensors = {}
+    for name, layer in tree["lora"].items():
+        module = student.linear_shapes()[name][0]
+        for index in range(student.num_layers):
+            key = f"base_model.model.model.layers.{index}.{module}.{name}"
+            for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
+                tensors[f"{key}.{theirs}.weight"] = np.ascontiguousarray(np.asarray(layer[ours][index]).T)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    described = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora,
+        "lora_dropout": lora.dropout, "target_modules": list(lora.targets),
+    }  # fmt: skip
+    write_json(directory / "adapter_config.json", described)
+
+
+def _products(student: DecoderConfig, batch_rows: int, tokens: int, targets: int) -> list[list[int]]:
+    """The products with weights of a micro-batch's forward pass: [times, N, in, out] of each shape."""
+    linear = [[student.num_layers, batch_rows * tokens, *shape] for _, *shape in student.linear_shapes().values()]
+    return [*linear, [1, batch_rows * targets, student.hidden_size, student.vocab_size]]
+
+
+if __name__ == "__main__":
+    serve({"prepare": prepare})
