@@ -1,6 +1,6 @@
-"""One of several processes that train together; prints as JSON what each adapter's steps gave on each mesh.
+"""One of several processes that train together; prints as JSON what each case, [methods, mesh], gave.
 
-Usage: processes_worker.py HOST:PORT PROCESSES PROCESS MESHES-AS-JSON
+Usage: processes_worker.py HOST:PORT PROCESSES PROCESS CASES-AS-JSON
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from sqa_jax.parallel import processes
 
 
 def main() -> None:
-    coordinator, count, index, meshes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+    coordinator, count, index, cases = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     processes.start(processes.Group(coordinator, count, index, 60, 30))
     import jax
-    from test_step import METHODS, trained
+    from test_step import trained
 
     results = []
-    for methods in METHODS:
-        for mesh in meshes:
-            losses, adapter = trained(methods, mesh)
-            leaves = jax.tree_util.tree_leaves_with_path(adapter)
-            picked = {jax.tree_util.keystr(path): leaf.ravel()[::7].tolist() for path, leaf in leaves}
-            results.append({"methods": methods, "mesh": mesh, "losses": losses, "adapter": picked})
+    for methods, mesh in cases:
+        losses, adapter = trained(methods, mesh)
+        leaves = jax.tree_util.tree_leaves_with_path(adapter)
+        picked = {jax.tree_util.keystr(path): leaf.ravel()[::7].tolist() for path, leaf in leaves}
+        results.append({"losses": losses, "adapter": picked})
     print("RESULT " + json.dumps(results), flush=True)
 
 

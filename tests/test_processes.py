@@ -38,7 +38,9 @@ def port() -> int:
 
 
 def environment(processes: int, devices: int) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices // processes}"
+    flags = (
+        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // processes}"  # the last counts
+    )
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{HERE.parent}:{HERE}", "PYTHONUNBUFFERED": "1"}
 
 
@@ -65,19 +67,21 @@ def ends(started, seconds=240):
     return [(process.returncode, out.read(), err.read()) for process, out, err in started]
 
 
-@pytest.mark.parametrize(("processes", "meshes"), [(2, [[2, 2, 2], [1, 1, 8]]), (4, [[2, 4, 1]])])
-def test_processes_give_the_single_device_result(on_one_device, processes, meshes):  # noqa: F811
-    """Among the meshes is one whose `tensor` axis spans the processes, so that each reads every row."""
-    address = f"127.0.0.1:{port()}"
+# (methods, mesh); in one the `tensor` axis spans the processes, so that each reads every row.
+CASES = {2: [(METHODS[0], (2, 2, 2)), (METHODS[1], (1, 1, 8))], 4: [(METHODS[0], (1, 2, 4)), (METHODS[1], (2, 4, 1))]}
+
+
+@pytest.mark.parametrize("processes", CASES)
+def test_processes_give_the_single_device_result(on_one_device, processes):  # noqa: F811
+    address, cases = f"127.0.0.1:{port()}", CASES[processes]
     started = launch(
-        lambda index: [HERE / "processes_worker.py", address, processes, index, json.dumps(meshes)], processes, 8
+        lambda index: [HERE / "processes_worker.py", address, processes, index, json.dumps(cases)], processes, 8
     )
     for code, out, err in ends(started):
         assert code == 0, err[-2000:]
         results = json.loads(next(line for line in out.splitlines() if line.startswith("RESULT "))[7:])
-        assert len(results) == len(METHODS) * len(meshes)
-        for result in results:
-            losses, adapter = on_one_device[tuple(result["methods"])]
+        for (methods, _), result in zip(cases, results, strict=True):
+            losses, adapter = on_one_device[methods]
             np.testing.assert_allclose(result["losses"], losses, rtol=1e-5)
             leaves = jax.tree_util.tree_leaves_with_path(adapter)
             assert result["adapter"].keys() == {jax.tree_util.keystr(path) for path, _ in leaves}

@@ -32,12 +32,15 @@ def tiny_config(tmp_path, **change):
 
 
 def last_adapter(workdir, config):
-    """The adapter of the last checkpoint as NumPy arrays, read without the code under test."""
+    """The adapter of the last checkpoint as NumPy arrays, on whichever devices it was, read without the code under test."""
+    import jax
     import orbax.checkpoint as ocp
 
     root = workdir / "checkpoints" / "last"
     step = max(int(p.name) for p in root.iterdir() if p.name.isdigit())
-    return step, ocp.StandardCheckpointer().restore(root / str(step) / "state")
+    reader, path = ocp.PyTreeCheckpointer(), root / str(step) / "state"
+    leaves = reader.metadata(path).item_metadata.tree
+    return step, reader.restore(path, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), leaves))
 
 
 def same(a, b):
