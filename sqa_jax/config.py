@@ -151,4 +151,10 @@ def default() -> ConfigDict:
     teach.batch_requests = 500  # questions of one batch job, at most
     teach.poll_seconds = 30.0  # between two looks at a batch job
     teach.replay = ()  # replay: files of recorded replies (JSONL), or ("sample",)
+
+    config.plan = plan = ConfigDict()
+    plan.tokens = 0  # real tokens of an epoch; 0: the dataset's, or about ScienceQA's for a random student
+    plan.prices = (  # (chip, US dollars a chip-hour on demand, spot), list prices in the US: check them; 0 is not known
+        ("v4", 3.22, 0.0), ("v5e", 1.20, 0.0), ("v5p", 4.20, 0.0), ("v6e", 2.70, 0.0),
+    )  # fmt: skip
     return config.lock()

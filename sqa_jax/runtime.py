@@ -55,7 +55,8 @@ def make_decoder(config, student: DecoderConfig, mesh: Mesh) -> Decoder:
     dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
     dtype = resolve_dtype(config.student.dtype, mesh)
     fused = fused_attention(config.student.attention, student, dtype, mesh)
-    return Decoder(student, dtype, config.student.remat, dropout, fused)
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return Decoder(student, dtype, config.student.remat, dropout, fused, shards)
 
 
 def held_dtype(config, mesh: Mesh) -> Any:

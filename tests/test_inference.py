@@ -16,18 +16,23 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
+from sqa_jax.inference.rows import first_fit
+from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.weights import random_params, save_safetensors
 
 CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, tie_embeddings=True, max_positions=256)
+MESH = make_mesh(default().mesh, jax.devices()[:1])
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def base():
-    params = random_params(CONFIG, 0)
-    return jax.tree.map(lambda a: a + 0.05 * jax.random.normal(jax.random.key(1), a.shape), params)
+    """Weights so large that greedy texts do not repeat one token."""
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), random_params(CONFIG, 0))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,7 @@ def reference(model, prompt, option):
 
 
 def test_options_score_as_if_each_were_read_alone(base, model):
-    scorer = LikelihoodScorer(adapter_settings("lora"), Decoder(CONFIG), 48, 2)
+    scorer = LikelihoodScorer(adapter_settings("lora"), Decoder(CONFIG), MESH, 48, 2)
     found = dict(scorer({}, base, CHOICES))
     assert sorted(found) == list(range(len(CHOICES)))
     for index, log_probs in found.items():
@@ -82,8 +87,13 @@ def test_soft_prompts_and_prefixes_are_seen(base, method):
     """Scored in one tree and scored one option a row, with an adapter in front, agree."""
     settings_ = adapter_settings(method)
     tree = adapters.init_adapter(settings_, CONFIG, base, 0)
-    scorer = LikelihoodScorer(settings_, Decoder(CONFIG), 48, 2)
+    scorer = LikelihoodScorer(settings_, Decoder(CONFIG), MESH, 48, 2)
     together = dict(scorer(tree, base, CHOICES))
+    begun = [choice._replace(prompt=[7, 8, 9] * 6 + choice.prompt) for choice in CHOICES[:3]]
+    alone = [option for choice in begun for _, option in scorer(tree, base, [choice])]
+    for ours, theirs in zip([p for _, p in sorted(scorer(tree, base, begun))], alone, strict=True):
+        for together_, alone_ in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(together_, alone_, atol=1e-4)
     for index, choice in enumerate(CHOICES[:3]):
         for k, option in enumerate(choice.options):
             (_, (alone, _)) = next(
@@ -139,26 +149,26 @@ def test_greedy_generation_equals_reference(base, model):
     # An end token that really comes up, so that rows end at different times.
     free = greedy(model, prompts[0], 12, [0])
     eos = (free[5], 0)
-    generator = Generator(adapter_settings("lora"), Decoder(CONFIG), eos, 12, batch=3)
+    generator = Generator(adapter_settings("lora"), Decoder(CONFIG), MESH, eos, 12, batch=3)
     found = dict(generator({}, base, prompts))
     assert found == {k: greedy(model, prompt, 12, list(eos)) for k, prompt in enumerate(prompts)}
     assert len(found[0]) <= 5
 
 
-@pytest.mark.parametrize("methods", [("prefix",), ("prompt",), ("prefix", "prompt", "lora")])
-def test_generation_with_adapters_equals_rereading_everything(base, methods):
-    settings_ = adapter_settings(*methods)
-    tree = jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape),
-        adapters.init_adapter(settings_, CONFIG, base, 0),
-    )
-    virtual = adapters.virtual_tokens(settings_)
-    prompts = ids(5, 11)
-    found = dict(Generator(settings_, Decoder(CONFIG), (63,), 6, batch=2)(tree, base, prompts))
+@pytest.fixture(scope="module")
+def adapted(base):
+    """(settings, adapter) with some of everything."""
+    settings_ = adapter_settings("prefix", "prompt", "lora")
+    tree = adapters.init_adapter(settings_, CONFIG, base, 0)
+    return settings_, jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), tree)
+
+
+def rereading(settings_, tree, base, prompts, eos, count):
+    """Greedy texts, each alone, by reading everything anew for each token."""
 
     @jax.jit
     def next_token(tokens, length):
-        positions = jnp.arange(32)[None]
+        positions = jnp.arange(192)[None]
         out, _ = Decoder(CONFIG).apply(
             {"params": base},
             tokens,
@@ -169,14 +179,102 @@ def test_generation_with_adapters_equals_rereading_everything(base, methods):
         )
         return jnp.argmax(out[0, length - 1])
 
+    texts = {}
     for k, prompt in enumerate(prompts):
-        text = [0] * virtual + prompt
-        for _ in range(6):
-            token = int(next_token(jnp.asarray([text + [0] * (32 - len(text))]), len(text)))
-            if token == 63:
+        read = [0] * (adapters.virtual_tokens(settings_) if "prompt" in tree else 0) + prompt
+        texts[k] = []
+        while len(texts[k]) < count:
+            text = read + texts[k]
+            token = int(next_token(jnp.asarray([text + [0] * (192 - len(text))]), len(text)))
+            if token in eos:
                 break
-            text.append(token)
-        assert found[k] == text[virtual + len(prompt) :]
+            texts[k].append(token)
+    return texts
+
+
+# Lines are shared and rows refilled several times; a text crosses the cache's first 128 places, others start behind.
+MIXED = ids(5, 11, 118, 3, 140, 7, 21, 60, 9, 33)
+BEGUN = [[7, 8, 9] * 6 + prompt for prompt in ids(5, 11, 90, 1, 21)]  # they share a beginning, which is read once
+
+
+@pytest.mark.parametrize("methods", [(), ("prefix",), ("prompt",), ("prefix", "prompt", "lora")])
+def test_generation_equals_rereading_everything(base, adapted, methods):
+    settings_, tree = adapter_settings(*methods), {name: adapted[1][name] for name in methods}
+    free = rereading(settings_, tree, base, MIXED + BEGUN, (), 10)
+    eos = (free[1][0], next(t[4] for t in free.values() if t[4] not in t[:4] and free[1][0] not in t))
+    expected = rereading(settings_, tree, base, MIXED + BEGUN, eos, 10)
+    assert {len(text) for text in expected.values()} >= {0, 4, 10}, "some end at once, on their way, and not at all"
+    for batch in (1, 4):
+        generator = Generator(settings_, Decoder(CONFIG), MESH, eos, 10, batch)
+        assert dict(generator(tree, base, MIXED + BEGUN)) == expected
+    begun = dict(generator(tree, base, BEGUN))
+    assert begun == {k: expected[len(MIXED) + k] for k in range(len(BEGUN))}
+
+
+def test_finished_rows_are_refilled_while_others_go_on(base):
+    """One long text beside many that end at once: the others all go through the other row before it ends."""
+    settings_ = adapter_settings("lora")
+    short, long = ids(*[6] * 7), ids(*[40] * 30)
+    eos = {text[0] for text in rereading(settings_, {}, base, short, (), 1).values()}
+    free = rereading(settings_, {}, base, long, eos, 20)
+    prompts = [long[next(k for k, text in free.items() if len(text) == 20)], *short]
+    order = [
+        index for index, _ in Generator(settings_, Decoder(CONFIG), MESH, tuple(eos), 20, batch=2)({}, base, prompts)
+    ]
+    assert sorted(order) == list(range(8)) and order.index(0) >= 6  # the last of the others ends in the same call
+
+
+def test_mesh_changes_nothing(base, adapted):
+    """Rows over data and fsdp, heads and weights over tensor: texts and likelihoods are those of one device."""
+    settings_, tree = adapted
+    config = default().mesh
+    config.data, config.fsdp, config.tensor = 2, 2, 2
+    mesh = make_mesh(config, jax.devices()[:8])
+    placed = [jax.device_put(t, shardings(t, mesh)) for t in (tree, base)]
+
+    def both(make, *inputs):
+        return [dict(make(at)(*trees, *inputs)) for at, trees in ((MESH, (tree, base)), (mesh, placed))]
+
+    one, eight = both(lambda at: Generator(settings_, Decoder(CONFIG), at, (63,), 8, batch=6), BEGUN * 2)
+    assert one == eight
+    one, eight = both(lambda at: LikelihoodScorer(settings_, Decoder(CONFIG), at, 48, 3), CHOICES)
+    for index, options in one.items():
+        for ours, theirs in zip(options, eight[index], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_loop_from_shapes_alone(base, adapted):
+    """Lowered without an array; the cache is not copied when it goes in and out."""
+    settings_, tree = adapted
+    shapes = jax.eval_shape(lambda: (tree, base))
+    generator = Generator(settings_, Decoder(CONFIG), MESH, (63,), 8, batch=4)
+    memory = generator.lower_decode(*shapes, prompt_width=100).compile().memory_analysis()
+    cache = 4 * CONFIG.num_layers * 2 * 4 * 128 * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert memory.alias_size_in_bytes >= cache > memory.temp_size_in_bytes
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sequences=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), max_size=40),
+    length=st.integers(40, 90),
+    room=st.integers(5, 12),
+)
+def test_first_fit(sequences, length, room):
+    """Every sequence is in one row, rows hold no more than they can, and none was opened without need."""
+    sizes, counts = [size for size, _ in sequences], [count for _, count in sequences]
+    rows = first_fit(sizes, counts, length, room)
+    assert sorted(index for row in rows for index in row) == list(range(len(sequences)))
+    full = [(sum(sizes[k] for k in row), sum(counts[k] for k in row)) for row in rows]
+    assert all(size <= length and count <= room for size, count in full)
+    for later, row in enumerate(rows):
+        for size, count in full[:later]:
+            assert size + sizes[row[0]] > length or count + counts[row[0]] > room
+
+
+def test_packed_prompts_are_nearly_all_real_tokens():
+    sizes = np.random.default_rng(1).integers(60, 300, 400).tolist()  # as ScienceQA's in SmolLM2's tokens
+    rows = first_fit(sizes, [1] * 400, 512, 16)
+    assert sum(sizes) >= 0.95 * 512 * len(rows)
 
 
 def test_sampling_is_a_function_of_seed_and_question(base):
@@ -184,7 +282,7 @@ def test_sampling_is_a_function_of_seed_and_question(base):
 
     def sample(seed, batch):
         return dict(
-            Generator(adapter_settings("lora"), Decoder(CONFIG), (0,), 8, batch, temperature=1.0, seed=seed)(
+            Generator(adapter_settings("lora"), Decoder(CONFIG), MESH, (0,), 8, batch, temperature=1.0, seed=seed)(
                 {}, base, prompts
             )
         )
@@ -195,10 +293,10 @@ def test_sampling_is_a_function_of_seed_and_question(base):
 
 def test_too_long_is_refused(base):
     with pytest.raises(UserError, match="256 positions"):
-        list(Generator(adapter_settings("lora"), Decoder(CONFIG), (0,), 200, 1)({}, base, ids(80)))
+        list(Generator(adapter_settings("lora"), Decoder(CONFIG), MESH, (0,), 200, 1)({}, base, ids(80)))
     with pytest.raises(UserError, match="256 positions"):
         list(
-            LikelihoodScorer(adapter_settings("lora"), Decoder(CONFIG), 48, 1)(
+            LikelihoodScorer(adapter_settings("lora"), Decoder(CONFIG), MESH, 48, 1)(
                 {}, base, [Choice(ids(300)[0], [[1], [2]])]
             )
         )

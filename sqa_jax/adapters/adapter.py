@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from sqa_jax.adapters import lora, prefix, prompt
 from sqa_jax.errors import UserError
 from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Adaptation, Decoder, init_cache
+from sqa_jax.students.decoder import Adaptation, Decoder, read
 
 METHODS = ("lora", "prefix", "prompt", "full")
 Tree = dict[str, Any]
@@ -62,11 +62,10 @@ def init_adapter(settings, student: DecoderConfig, base: Tree, seed: int) -> Tre
 def _activations(student: DecoderConfig, base: Tree, length: int, key: jax.Array) -> Tree:
     """Keys and values [L, P, K·d] that the base computes for P tokens drawn from its vocabulary."""
     tokens = jax.random.randint(key, (1, length), min(512, student.vocab_size // 2), student.vocab_size)
-    cache = init_cache(student, 1, length, Adaptation())
     positions, segments = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
-    _, cache = Decoder(student).apply({"params": base}, tokens, positions, segments, cache=cache)
+    _, key, value = read(Decoder(student), base, tokens, positions, segments, Adaptation())
     shape = (student.num_layers, length, student.num_kv_heads * student.head_dim)
-    return {"key": cache.key.reshape(shape), "value": cache.value.reshape(shape)}
+    return {"key": key.reshape(shape), "value": value.reshape(shape)}
 
 
 def weights(tree: Tree, base: Tree) -> Tree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
 from sqa_jax.metrics.answers import parse_answer
-from sqa_jax.parallel.mesh import batch_sharding, check_rows
+from sqa_jax.parallel.mesh import check_rows
 from sqa_jax.runtime import Runtime
 
 
@@ -52,7 +53,7 @@ class LikelihoodAnswers:
         self._format = arm_format(config.recipe)
         self._encoder = encoder_for(config, runtime.student.tokenizer)
         self._scorer = LikelihoodScorer(
-            config.adapter, runtime.decoder, settings.row_length, settings.batch_rows, batch_sharding(runtime.mesh)
+            config.adapter, runtime.decoder, runtime.mesh, settings.row_length, settings.batch_rows
         )
 
     def __call__(
@@ -77,8 +78,8 @@ class GeneratedAnswers:
         self._format, self._tokenizer = arm_format(config.recipe), student.tokenizer
         self._encoder = encoder_for(config, student.tokenizer)
         self._generator = Generator(
-            config.adapter, runtime.decoder, student.eos_ids, settings.max_new_tokens, settings.batch_questions,
-            settings.temperature, config.seed,
+            config.adapter, runtime.decoder, runtime.mesh, student.eos_ids, settings.max_new_tokens,
+            settings.batch_questions, settings.temperature, config.seed,
         )  # fmt: skip
 
     def __call__(self, adapter: Any, base: Any, problems: Sequence[Problem]) -> Iterator[Answered]:
@@ -99,16 +100,17 @@ class ReasonedAnswers:
     def __init__(self, config, runtime: Runtime):
         settings = config.eval
         self._generated, self._chosen = GeneratedAnswers(config, runtime), LikelihoodAnswers(config, runtime)
-        self._at_once = 4 * settings.batch_questions  # so that an interrupted evaluation loses little
+        self._at_once = (
+            4 * settings.batch_questions
+        )  # texts that are judged together, and at most lost when interrupted
 
     def __call__(self, adapter: Any, base: Any, problems: Sequence[Problem]) -> Iterator[Answered]:
-        for start in range(0, len(problems), self._at_once):
-            part = problems[start : start + self._at_once]
-            generated = {one.index: one for one in self._generated(adapter, base, part)}
-            reasons = [_before_answer(generated[index].text) for index in range(len(part))]
-            for one in self._chosen(adapter, base, part, reasons):
-                before = generated[one.index]
-                yield one._replace(index=start + one.index, read=before.read + one.read, written=before.written)
+        generated = self._generated(adapter, base, problems)
+        while part := list(itertools.islice(generated, self._at_once)):
+            reasons = [_before_answer(one.text) for one in part]
+            for one in self._chosen(adapter, base, [problems[text.index] for text in part], reasons):
+                text = part[one.index]
+                yield one._replace(index=text.index, read=text.read + one.read, written=text.written)
 
 
 def _before_answer(text: str) -> str:

@@ -6,8 +6,9 @@ A row for one question with prompt p0 p1 p2 and options "x y", "x z", whose comm
     positions    0  1  2  3 |  4 |  4
     branches     0  0  0  0 |  1 |  2
 
-Several questions share a row as segments. The log-probability of an option is the sum over its own tokens;
-the common beginning adds the same to all of them and is left out.
+Several questions share a row as segments; what all of them begin with is not in the rows but read once, beforehand.
+The log-probability of an option is the sum over its own tokens;
+the common beginning of the options adds the same to all of them and is left out.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.errors import UserError
+from sqa_jax.inference.beginning import Beginning, adapt, common_length
+from sqa_jax.inference.rows import first_fit
+from sqa_jax.parallel.mesh import place_rows, replicated
 from sqa_jax.students.decoder import Decoder
 from sqa_jax.training.loss import target_log_probs
 
@@ -63,45 +68,33 @@ def layout(choice: Choice, virtual: int) -> _Tree:
     return _Tree(*(np.asarray(a, np.int32) for a in arrays))
 
 
-def _rows(trees: Sequence[_Tree], length: int, scored: int) -> Iterator[list[int]]:
-    """Indices of the questions of each row: first fit in the given order of decreasing size."""
-    rows: list[tuple[list[int], int, int]] = []
-    for index in sorted(range(len(trees)), key=lambda k: -len(trees[k].tokens)):
-        n, m = len(trees[index].tokens), len(trees[index].targets)
-        for place, (row, free, room) in enumerate(rows):
-            if free >= n and room >= m:
-                row.append(index)
-                rows[place] = (row, free - n, room - m)
-                break
-        else:
-            rows.append(([index], length - n, scored - m))
-    return (row for row, _, _ in rows)
-
-
 class LikelihoodScorer:
-    """Scores options with one compiled forward pass of fixed shape.
+    """Scores options with one compiled forward pass.
 
     Args:
       settings: `config.adapter`.
+      mesh: rows lie over its data axes.
       row_length: tokens of a row; grown to the longest question where that needs more.
-      batch_rows: rows of one forward pass.
+      batch_rows: most rows of one forward pass; rounded up to what the mesh's data axes divide.
     """
 
-    def __init__(self, settings, decoder: Decoder, row_length: int, batch_rows: int, batch_sharding=None):
-        self.settings, self.decoder = settings, decoder
-        self.row_length, self.batch_rows, self.sharding = row_length, batch_rows, batch_sharding
+    def __init__(self, settings, decoder: Decoder, mesh: Mesh, row_length: int, batch_rows: int):
+        self.settings, self.decoder, self.mesh = settings, decoder, mesh
+        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.row_length, self.batch_rows = row_length, -(-batch_rows // self._shards) * self._shards
         self.virtual = adapters.virtual_tokens(settings)
         self._scored = 0  # grows with what is asked, so that later calls of like size compile nothing
-        self._forward = jax.jit(self._log_probs)
+        self._beginning = Beginning(settings, decoder, mesh)
+        self._forward = jax.jit(self._log_probs, out_shardings=replicated(mesh))  # so that every process can read it
 
-    def _log_probs(self, adapter: Any, base: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def _log_probs(self, adapter: Any, base: Any, beginning: Any, batch: dict[str, jax.Array]) -> jax.Array:
         weights = adapters.weights(adapter, base)
         hidden, _ = self.decoder.apply(
             {"params": weights},
             batch["tokens"],
             batch["positions"],
             batch["segments"],
-            adapters.activate(self.settings, adapter, self.decoder.config),
+            adapt(self.settings, adapter, self.decoder.config, beginning),
             branches=batch["branches"],
         )
         return target_log_probs(self.decoder, weights, hidden, batch["predicting"], batch["targets"])
@@ -112,26 +105,33 @@ class LikelihoodScorer:
         Raises:
           UserError: a question is longer than the student's positions.
         """
+        if not choices:
+            return
         virtual = self.virtual if "prompt" in adapter else 0
-        trees = [layout(choice, virtual) for choice in choices]
-        longest = max((len(tree.tokens) for tree in trees), default=0)
+        prompts = [[0] * virtual + list(choice.prompt) for choice in choices]
+        begun = common_length(prompts, virtual)
+        trees = [
+            layout(Choice(prompt[begun:], choice.options), 0) for prompt, choice in zip(prompts, choices, strict=True)
+        ]
+        longest = max(len(tree.tokens) for tree in trees)
         limit = self.decoder.config.max_positions
-        if any(int(tree.positions.max()) >= limit for tree in trees):
+        if any(begun + int(tree.positions.max()) >= limit for tree in trees):
             raise UserError(
                 f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt"
             )
         length = self.row_length = max(self.row_length, -(-longest // 128) * 128)
         # Room for scored tokens in the questions' own proportion, so that it seldom closes a row early.
-        share = sum(len(t.targets) for t in trees) / max(1, sum(len(t.tokens) for t in trees))
+        share = sum(len(t.targets) for t in trees) / sum(len(t.tokens) for t in trees)
         scored = max([self._scored, int(1.3 * share * length)] + [len(t.targets) for t in trees])
         scored = self._scored = -(-scored // 16) * 16
-        rows = list(_rows(trees, length, scored))
-        for start in range(0, len(rows), self.batch_rows):
-            batch_rows = rows[start : start + self.batch_rows]
-            batch = self._pack([[trees[k] for k in row] for row in batch_rows], length, scored)
-            if self.sharding is not None:
-                batch = jax.device_put(batch, self.sharding)
-            log_probs = np.asarray(self._forward(adapter, base, batch))
+        beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
+        rows = first_fit([len(t.tokens) for t in trees], [len(t.targets) for t in trees], length, scored)
+        at_once = min(self.batch_rows, -(-len(rows) // self._shards) * self._shards)  # few questions take few rows
+        for start in range(0, len(rows), at_once):
+            batch_rows = rows[start : start + at_once]
+            batch = _pack([[trees[k] for k in row] for row in batch_rows], at_once, length, scored)
+            batch = place_rows(batch, self.mesh, at_once)
+            log_probs = np.asarray(self._forward(adapter, base, beginning, batch))
             for row, members in enumerate(batch_rows):
                 place = 0
                 for index in members:
@@ -140,22 +140,24 @@ class LikelihoodScorer:
                     place += len(tree.targets)
                     yield index, [own[tree.option == k] for k in range(len(choices[index].options))]
 
-    def _pack(self, rows: list[list[_Tree]], length: int, scored: int) -> dict[str, np.ndarray]:
-        names = ("tokens", "positions", "segments", "branches")
-        batch = {name: np.zeros((self.batch_rows, length), np.int32) for name in names}
-        batch |= {name: np.zeros((self.batch_rows, scored), np.int32) for name in ("predicting", "targets")}
-        for row, members in enumerate(rows):
-            place = target = 0
-            for segment, tree in enumerate(members, start=1):
-                span, own = slice(place, place + len(tree.tokens)), slice(target, target + len(tree.targets))
-                batch["tokens"][row, span] = tree.tokens
-                batch["positions"][row, span] = tree.positions
-                batch["branches"][row, span] = tree.branches
-                batch["segments"][row, span] = segment
-                batch["predicting"][row, own] = tree.predicting + place
-                batch["targets"][row, own] = tree.targets
-                place, target = span.stop, own.stop
-        return batch
+
+def _pack(rows: list[list[_Tree]], count: int, length: int, scored: int) -> dict[str, np.ndarray]:
+    """The arrays of `count` rows, of which the last ones may be empty."""
+    names = ("tokens", "positions", "segments", "branches")
+    batch = {name: np.zeros((count, length), np.int32) for name in names}
+    batch |= {name: np.zeros((count, scored), np.int32) for name in ("predicting", "targets")}
+    for row, members in enumerate(rows):
+        place = target = 0
+        for segment, tree in enumerate(members, start=1):
+            span, own = slice(place, place + len(tree.tokens)), slice(target, target + len(tree.targets))
+            batch["tokens"][row, span] = tree.tokens
+            batch["positions"][row, span] = tree.positions
+            batch["branches"][row, span] = tree.branches
+            batch["segments"][row, span] = segment
+            batch["predicting"][row, own] = tree.predicting + place
+            batch["targets"][row, own] = tree.targets
+            place, target = span.stop, own.stop
+    return batch
 
 
 def choose(log_probs: list[np.ndarray], normalize: str) -> int:

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, attend_causal, rotary_angles, rotate, visibility
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.fused_attention import SAVED, FusedAttention
 
-# What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of
-# matrix products with weights and of fused attention; "none" keeps everything.
+LINEAR = "linear"  # name of a linear layer's result, LoRA included: one array, where the two products would be two
+
+# What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of the linear
+# layers and of fused attention; "none" keeps everything.
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -60,7 +60,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens read so far.
 
     Attributes:
-      key, value: [L, B, S, K, d].
+      key, value: [L, B, K, S, d], as attention's products want them.
       segments: [B, S], as in `visibility`; slots not yet written are `PADDING`.
       length: [B], slots in use: where the row's next token goes.
     """
@@ -74,13 +74,15 @@ class Cache(NamedTuple):
 def init_cache(config: DecoderConfig, rows: int, slots: int, adaptation: Adaptation, dtype=jnp.float32) -> Cache:
     """An empty cache for `slots` tokens a row; a prefix, where there is one, lies in front of them."""
     P = adaptation.prefix_length
-    shape = (config.num_layers, rows, P + slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, rows, config.num_kv_heads, P + slots, config.head_dim)
     key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
     segments = jnp.full((rows, P + slots), PADDING, jnp.int32)
     if adaptation.prefix is not None:
         heads = (config.num_layers, 1, P, config.num_kv_heads, config.head_dim)
-        key = key.at[:, :, :P].set(adaptation.prefix["key"].reshape(heads).astype(dtype))
-        value = value.at[:, :, :P].set(adaptation.prefix["value"].reshape(heads).astype(dtype))
+        key, value = (
+            empty.at[..., :P, :].set(adaptation.prefix[name].reshape(heads).swapaxes(2, 3).astype(dtype))
+            for name, empty in (("key", key), ("value", value))
+        )
         segments = segments.at[:, :P].set(EVERYWHERE)
     return Cache(key, value, segments, jnp.full((rows,), P, jnp.int32))
 
@@ -132,7 +134,7 @@ class Linear(nn.Module):
             dropped = nn.Dropout(self.lora_dropout, deterministic=not self.has_rng("dropout"))(x)
             low = narrow_product(dropped, lora["a"].astype(self.dtype))
             y += narrow_product(low, lora["b"].astype(self.dtype))
-        return y.reshape(*leading, self.features)
+        return checkpoint_name(y, LINEAR).reshape(*leading, self.features)
 
 
 class RMSNorm(nn.Module):
@@ -168,13 +170,17 @@ class Attention(nn.Module):
         query = rotate(heads("q_proj", c.num_heads, x), sin, cos)
         key = rotate(heads("k_proj", c.num_kv_heads, x), sin, cos)
         value = heads("v_proj", c.num_kv_heads, x)
+        self.sow("read", "key", key)
+        self.sow("read", "value", value)
         if cache is not None:
-            rows = jnp.arange(B)[:, None]
-            cache = (
-                cache[0].at[layer, rows, slots].set(key.astype(cache[0].dtype), mode="drop"),
-                cache[1].at[layer, rows, slots].set(value.astype(cache[1].dtype), mode="drop"),
+            rows, kv_heads, places = jnp.arange(B)[:, None, None], jnp.arange(c.num_kv_heads)[:, None], slots[:, None]
+            cache = tuple(
+                old.at[layer, rows, kv_heads, places].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")
+                for old, new in zip(cache, (key, value), strict=True)
             )
-            key, value = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(self.dtype) for c in cache)
+            key, value = (
+                jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(self.dtype).swapaxes(1, 2) for c in cache
+            )
         elif adaptation.prefix is not None:
 
             def before(name, tail):
@@ -240,6 +246,8 @@ class Decoder(nn.Module):
       lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
       fused: attention of packed rows in one kernel, used where neither a prefix, a cache nor branches ask for more
         than segments.
+      data_shards: parts of the mesh over which a batch's rows lie; what is done a piece at a time takes as much of
+        each.
     """
 
     config: DecoderConfig
@@ -247,6 +255,7 @@ class Decoder(nn.Module):
     remat: str = "none"
     lora_dropout: float = 0.0
     fused: FusedAttention | None = None
+    data_shards: int = 1
 
     def setup(self):
         c = self.config
@@ -259,7 +268,7 @@ class Decoder(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "read": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
@@ -331,3 +340,20 @@ class Decoder(nn.Module):
         """Logits of every position, [B, T, V]: for small inputs; training asks only where there is a target."""
         hidden, cache = self(*args, **kwargs)
         return self.unembed(hidden), cache
+
+
+def read(
+    decoder: Decoder, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Reads packed rows, and gives what later tokens need of them.
+
+    Args:
+      weights: parameters of the decoder.
+      tokens, positions, segments, adaptation: as `Decoder.__call__`.
+
+    Returns:
+      Normed hidden states [B, T, D], and keys and values of all layers [L, B, T, K, d], without a prefix's.
+    """
+    (hidden, _), kept = decoder.apply({"params": weights}, tokens, positions, segments, adaptation, mutable=["read"])
+    (key,), (value,) = (kept["read"]["layers"]["self_attn"][name] for name in ("key", "value"))
+    return hidden, key, value

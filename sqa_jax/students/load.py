@@ -94,6 +94,21 @@ def load_student(
     return _student(path, config, params, vocabulary, ends, [sha256_file(file) for file in files])
 
 
+def student_config(path: str, revision: str = "") -> DecoderConfig:
+    """The decoder's shape and options alone, for a path as in `load_student`: no weights are fetched or read.
+
+    Raises:
+      UserError: nothing is there, or it is damaged or not supported.
+    """
+    if path.startswith("random:"):
+        return _random_config(path.removeprefix("random:"))
+    where = locate(path, revision, weights=False)
+    if where.is_dir():
+        return from_hf(read_hf_config(where), f"{where}/config.json")
+    gguf = GGUFSource(where)
+    return from_gguf(gguf.metadata, gguf.shapes, path)
+
+
 def _student(path: str, config: DecoderConfig, params: Any, vocabulary: Any, ends: list[int], identity: Any) -> Student:
     eos_ids = tuple(dict.fromkeys([vocabulary.eos_token_id, *ends]))
     parts = [dataclasses.asdict(config), identity, tokenizers.fingerprint(vocabulary)]

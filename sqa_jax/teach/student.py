@@ -42,7 +42,7 @@ class StudentTeacher:
         self._template = Template(runtime.student.tokenizer, chat=True)
 
     def ask_all(self, requests: Sequence[Request]) -> Generates[list[tuple[Request, Reply]], None, None]:
-        """Yields one batch of replies at a time, short prompts first.
+        """Yields replies as their texts end, `config.teach.concurrency` at a time.
 
         Raises:
           UserError: a prompt and its reply are longer than the student's positions.
@@ -64,8 +64,8 @@ class StudentTeacher:
         # Sampling is a function of the seed and the prompt's place in the list, which is another after a restart:
         # with the same seed, a second sample of a question could be drawn with the first one's random numbers.
         generate = Generator(
-            self._adapter, self._runtime.decoder, student.eos_ids, settings.max_output_tokens, settings.concurrency,
-            settings.temperature, seed=int(requests[0].hash[:7], 16),
+            self._adapter, self._runtime.decoder, self._runtime.mesh, student.eos_ids, settings.max_output_tokens,
+            settings.concurrency, settings.temperature, seed=int(requests[0].hash[:7], 16),
         )  # fmt: skip
         chunk: list[tuple[Request, Reply]] = []
         for index, ids in generate({}, student.params, prompts):

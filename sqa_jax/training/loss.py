@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.students.decoder import Decoder
 
-CHUNK = 1024  # target positions whose logits exist at one time; [CHUNK, V] is the largest array of the loss
+CHUNK = 1024  # target positions of a data shard whose logits exist at one time: the loss' largest array is [CHUNK, V]
 
 
 def target_log_probs(
@@ -28,7 +28,7 @@ def target_log_probs(
     """
     B, M = targets.shape
     picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    width = max(1, min(M, CHUNK // B))
+    width = max(1, min(M, CHUNK * decoder.data_shards // B))
     chunks = -(-M // width)
     pad = chunks * width - M
 

@@ -1,0 +1,71 @@
+"""What all prompts begin with is read once: a soft prompt, and the first lines of a chat template.
+
+Its keys and values then lie in front of every prompt, as a trained prefix does.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.parallel.mesh import replicated
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.decoder import Adaptation, Decoder, read
+
+_STEP = 8  # its length is a multiple of this, so that few shapes are compiled
+
+
+def common_length(prompts: Sequence[Sequence[int]], virtual: int) -> int:
+    """Tokens of the common beginning of all prompts, each of which keeps some of its own.
+
+    Args:
+      virtual: places for a soft prompt in front of each; all of them are in the beginning, or there is none.
+    """
+    if len(prompts) < 2:
+        return 0
+    common = len(os.path.commonprefix([list(prompt) for prompt in prompts]))
+    length = min(common, min(map(len, prompts)) - 1) // _STEP * _STEP
+    return length if length >= virtual else 0
+
+
+class Beginning:
+    """Reads the common beginning of prompts; `adapt` takes what it returns.
+
+    Args:
+      settings: `config.adapter`.
+    """
+
+    def __init__(self, settings, decoder: Decoder, mesh: Mesh):
+        self._settings = settings
+        self._decoder = decoder.clone(fused=None)  # it is one short row
+        self._run = jax.jit(self._read, out_shardings=replicated(mesh))
+
+    def __call__(self, adapter: Any, base: Any, tokens: Sequence[int]) -> dict[str, jax.Array]:
+        """Keys and values [L, n, K·d] of n tokens."""
+        return self._run(adapter, base, np.asarray([tokens], np.int32))
+
+    def _read(self, adapter: Any, base: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        adaptation = adapters.activate(self._settings, adapter, self._decoder.config)
+        positions = jnp.arange(tokens.shape[1])[None]
+        weights = adapters.weights(adapter, base)
+        _, key, value = read(self._decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
+        flat = (key.shape[0], key.shape[2], -1)
+        return {"key": key.reshape(flat), "value": value.reshape(flat)}
+
+
+def adapt(settings, adapter: Any, student: DecoderConfig, beginning: dict[str, jax.Array] | None) -> Adaptation:
+    """The adapter in the form that the decoder uses, behind which prompts go on where their beginning ends."""
+    adaptation = adapters.activate(settings, adapter, student)
+    if beginning is None:
+        return adaptation
+    prefix = beginning
+    if adaptation.prefix is not None:
+        prefix = {name: jnp.concatenate([adaptation.prefix[name], beginning[name]], axis=1) for name in beginning}
+    return adaptation._replace(prefix=prefix, prompt=None)

@@ -1,0 +1,26 @@
+"""Dealing what is to be read to packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def first_fit(sizes: Sequence[int], counts: Sequence[int], length: int, room: int) -> list[list[int]]:
+    """Indices of the sequences of each row, each in exactly one: first fit, largest first (Johnson 1974).
+
+    Args:
+      sizes: tokens of each sequence, at most `length`.
+      counts: what each takes of a second, scarce thing, at most `room`.
+      length, room: of a row.
+    """
+    rows: list[list[int]] = []
+    left: list[tuple[int, int]] = []
+    for index in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
+        size, count = sizes[index], counts[index]
+        place = next((k for k, (free, spare) in enumerate(left) if free >= size and spare >= count), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append((length, room))
+        rows[place].append(index)
+        left[place] = (left[place][0] - size, left[place][1] - count)
+    return rows

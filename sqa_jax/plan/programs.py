@@ -1,0 +1,179 @@
+"""What a configuration runs on a slice, from shapes alone: the training step and the loop that generates."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.data.packing import Limits, choose_limits, pack_row
+from sqa_jax.inference.generate import Generator
+from sqa_jax.parallel.mesh import check_rows
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.plan.communication import expected_bytes
+from sqa_jax.runtime import held_dtype, make_decoder
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.flops import forward_flops, training_flops
+from sqa_jax.students.weights import shapes
+from sqa_jax.training.optimizer import make_optimizer
+from sqa_jax.training.step import compile_step, init_state, make_step
+
+# ScienceQA's 12,726 training questions as configs/study.py words them (QCM-AE), in SmolLM2's tokens: 146 tokens a
+# question, half of them to be learned, measured on 540 questions.
+_SCIENCEQA_TOKENS, _MEAN_LENGTH, _TARGET_SHARE = 12_726 * 146, 146, 0.5
+
+
+class Data(NamedTuple):
+    """What one epoch holds.
+
+    Attributes:
+      tokens: without padding.
+      mean_length: tokens of a sequence.
+      target_share: part of the tokens that is learned.
+      limits: shape of a packed row.
+      source: where these numbers come from.
+    """
+
+    tokens: float
+    mean_length: float
+    target_share: float
+    limits: Limits
+    source: str
+
+
+class Step(NamedTuple):
+    """A program and what is known of it before it is traced and compiled.
+
+    Attributes:
+      lower: traces it, to be compiled.
+      arguments: bytes on one chip: parameters, state and batch.
+      state: of them, those of the state, which is donated.
+      parameters, trained: numbers of the student and of the adapter.
+      tokens: places in the rows of one step.
+      expected: bytes that a chip sends in one step, see `sqa_jax.plan.communication`.
+      model_flops: of one step on all chips, see `sqa_jax.students.flops`.
+    """
+
+    lower: Callable[[], jax.stages.Lowered]
+    arguments: int
+    state: int
+    parameters: int
+    trained: int
+    tokens: int
+    model_flops: float
+    expected: dict[str, float]
+
+
+def data_of(config) -> Data:
+    """The epoch of a configuration: of its dataset, which is built if it is not there, as training does.
+
+    Raises:
+      UserError: the data cannot be read; `config.plan.tokens` does without them.
+    """
+    from sqa_jax.data.dataset import build_or_reuse, load_config_problems
+    from sqa_jax.data.loader import packed_rows
+    from sqa_jax.students.tokenizer import load_tokenizer
+
+    virtual, length = adapters.virtual_tokens(config.adapter), config.train.row_length
+    if config.plan.tokens or config.student.path.startswith("random:"):
+        tokens = config.plan.tokens or _SCIENCEQA_TOKENS
+        one = np.array([min(_MEAN_LENGTH, length - virtual)])
+        limits = choose_limits(one, np.ceil(_TARGET_SHARE * one).astype(int), length, virtual, [""])
+        source = "config.plan.tokens" if config.plan.tokens else "about ScienceQA's training questions"
+        return Data(tokens, _MEAN_LENGTH, _TARGET_SHARE, limits, source)
+    tokenizer = load_tokenizer(config.student.path, config.student.revision)
+    dataset, _ = build_or_reuse(config, tokenizer, load_config_problems(config))
+    rows = packed_rows(dataset, config, virtual, tokenizer.pad_token_id)
+    tokens, prompts = sum(map(len, rows.tokens)), int(np.sum(rows.prompt_lengths))
+    return Data(tokens, tokens / len(rows.tokens), 1 - prompts / tokens, rows.limits, str(dataset.path))
+
+
+def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Step:
+    """The step that `sqa_jax.train` runs, for the mesh's devices, which need not be here.
+
+    Raises:
+      UserError: the configuration, the mesh, the batch and the student do not fit each other.
+    """
+    settings = config.train
+    check_rows(settings.batch_rows, mesh, "train.batch_rows")
+    decoder = make_decoder(config, student, mesh)
+    base, adapter = _trees(config, student, mesh)
+    optimizer = make_optimizer(config.optimizer, 1000)  # steps of the run, which do not change the program
+    state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
+    row = pack_row([], [], data.limits, 0)
+    batch = {
+        name: jax.ShapeDtypeStruct((settings.accumulate, settings.batch_rows, *a.shape), a.dtype)
+        for name, a in row.items()
+    }
+    step = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), state, base, mesh)
+    tokens = settings.accumulate * settings.batch_rows * data.limits.tokens
+    held = bytes_on_chip(state, mesh)
+    sent = sum(a.size * a.dtype.itemsize for a in batch.values()) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    targets = data.target_share * tokens
+    return Step(
+        functools.partial(step.lower, state, base, batch),
+        held + bytes_on_chip(base, mesh) + sent,
+        held,
+        _size(base or adapter),
+        _size(adapter),
+        tokens,
+        training_flops(student, tuple(config.adapter.methods), _size(adapter), tokens, data.mean_length / 2, targets),
+        expected_bytes(student, base, adapter, mesh, settings, data.limits.targets, decoder.dtype),
+    )
+
+
+def decode_loop(config, student: DecoderConfig, mesh: Mesh) -> tuple[jax.stages.Lowered, int, float, int]:
+    """The loop that writes `config.eval.max_new_tokens` tokens of `config.eval.batch_questions` texts.
+
+    Returns:
+      The lowered program; bytes of parameters on a chip; model operations of all chips; tokens written.
+
+    Raises:
+      UserError: the configuration, the mesh and the student do not fit each other.
+    """
+    settings, virtual = config.eval, adapters.virtual_tokens(config.adapter)
+    base, adapter = _trees(config, student, mesh)
+    decoder = make_decoder(config, student, mesh)
+    any_end = (0,)  # which token ends a text does not change the program
+    generator = Generator(
+        config.adapter, decoder, mesh, any_end, settings.max_new_tokens, settings.batch_questions, settings.temperature
+    )
+    width = config.recipe.max_prompt + virtual
+    tokens = generator.batch * settings.max_new_tokens
+    return (
+        generator.lower_decode(adapter, base, width),
+        bytes_on_chip(base, mesh) + bytes_on_chip(adapter, mesh),
+        forward_flops(student, tokens, width + settings.max_new_tokens / 2, tokens),
+        tokens,
+    )
+
+
+def _trees(config, student: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """Shapes of the base, which is empty where the adapter is the whole model, and of the adapter."""
+    adapters.check_methods(config.adapter.methods)
+    base = shapes(student, held_dtype(config, mesh))
+    adapter = jax.eval_shape(lambda base: adapters.init_adapter(config.adapter, student, base, config.seed), base)
+    return {} if "full" in config.adapter.methods else base, adapter
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def bytes_on_chip(tree: Any, mesh: Mesh) -> int:
+    """Bytes of a tree of shapes on one device of the mesh.
+
+    Raises:
+      UserError: as `sqa_jax.parallel.rules.spec_for`.
+    """
+    placed = shardings(tree, mesh)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(placed), strict=True)
+    )
