@@ -7,8 +7,8 @@ A row for one question with prompt p0 p1 p2 and options "x y", "x z", whose comm
     branches     0  0  0  0 |  1 |  2
 
 Several questions share a row as segments; what all of them begin with is not in the rows but read once, beforehand.
-The log-probability of an option is the sum over its own tokens;
-the common beginning of the options adds the same to all of them and is left out.
+The log-probability of an option is the sum over its own tokens; the common beginning of the options adds the same to
+all of them and is left out.
 """
 
 from __future__ import annotations
@@ -120,9 +120,10 @@ class LikelihoodScorer:
                 f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt"
             )
         length = self.row_length = max(self.row_length, -(-longest // 128) * 128)
-        # Room for scored tokens in the questions' own proportion, so that it seldom closes a row early.
+        # Twice the questions' own proportion of scored tokens: room costs little, and a row closed early much. (Short
+        # questions, which share rows, have more than their proportion.)
         share = sum(len(t.targets) for t in trees) / sum(len(t.tokens) for t in trees)
-        scored = max([self._scored, int(1.3 * share * length)] + [len(t.targets) for t in trees])
+        scored = max([self._scored, int(2 * share * length)] + [len(t.targets) for t in trees])
         scored = self._scored = -(-scored // 16) * 16
         beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
         rows = first_fit([len(t.tokens) for t in trees], [len(t.targets) for t in trees], length, scored)
