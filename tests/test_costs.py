@@ -19,7 +19,7 @@ from sqa_jax.students.weights import random_params
 from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
 from sqa_jax.training.loss import row_losses
 
-T = 256
+T = 192  # short enough that attention is not done in blocks, which skip what the mask hides
 SHAPE = dict(vocab_size=260, tie_embeddings=True, hidden_size=256, intermediate_size=512, num_heads=4, num_kv_heads=2, head_dim=64)  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def batch():
 
 
 def counted(function, *arguments) -> float:
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+    lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile({"xla_backend_optimization_level": 3}).cost_analysis()["flops"]  # as users compile it
 
 
 def test_a_forward_pass_is_what_the_compiler_counts(student):
