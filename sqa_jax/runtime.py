@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sqa_jax.errors import UserError
-from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.parallel.mesh import make_mesh, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import REMAT_POLICIES, Decoder
@@ -55,8 +55,7 @@ def make_decoder(config, student: DecoderConfig, mesh: Mesh) -> Decoder:
     dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
     dtype = resolve_dtype(config.student.dtype, mesh)
     fused = fused_attention(config.student.attention, student, dtype, mesh)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return Decoder(student, dtype, config.student.remat, dropout, fused, shards)
+    return Decoder(student, dtype, config.student.remat, dropout, fused, row_shards(mesh))
 
 
 def held_dtype(config, mesh: Mesh) -> Any:

@@ -28,7 +28,7 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.errors import UserError
 from sqa_jax.inference.beginning import Beginning, adapt, common_length
 from sqa_jax.inference.rows import first_fit
-from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated
+from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.decoder import Cache, Decoder, init_cache, read
 
@@ -86,7 +86,7 @@ class Generator:
     ):
         self.settings, self.decoder, self.mesh = settings, decoder, mesh
         self.eos_ids, self.max_new_tokens = tuple(eos_ids), max_new_tokens
-        self.lines = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.lines = row_shards(mesh)
         self.batch = -(-batch // self.lines) * self.lines
         self.temperature, self.seed = temperature, seed
         self._places = self._line = 0  # grow with what is asked, so that later calls of like size compile nothing

@@ -25,7 +25,7 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.errors import UserError
 from sqa_jax.inference.beginning import Beginning, adapt, common_length
 from sqa_jax.inference.rows import first_fit
-from sqa_jax.parallel.mesh import place_rows, replicated
+from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 from sqa_jax.students.decoder import Decoder
 from sqa_jax.training.loss import target_log_probs
 
@@ -80,7 +80,7 @@ class LikelihoodScorer:
 
     def __init__(self, settings, decoder: Decoder, mesh: Mesh, row_length: int, batch_rows: int):
         self.settings, self.decoder, self.mesh = settings, decoder, mesh
-        self._shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._shards = row_shards(mesh)
         self.row_length, self.batch_rows = row_length, -(-batch_rows // self._shards) * self._shards
         self.virtual = adapters.virtual_tokens(settings)
         self._scored = 0  # grows with what is asked, so that later calls of like size compile nothing

@@ -54,6 +54,11 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH))
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Parts into which a batch's rows are dealt."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
     """Of a batch's rows, those that the devices of this process hold, ascending; `tensor` may hold them twice."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
@@ -91,7 +96,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:
     """Raises `UserError` unless `rows`, which config key `key` set, can be dealt over the data axes."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     if rows % shards:
         raise UserError(
             f"config.{key} is {rows}, which the mesh's data × fsdp = {shards} does not divide; use a multiple of {shards}"

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sqa_jax.errors import UserError
-from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.parallel.mesh import make_mesh, row_shards
 from sqa_jax.plan.chips import CHIPS, GIB
 from sqa_jax.plan.programs import Data, Step, training_step
 from sqa_jax.students.config import DecoderConfig
@@ -28,7 +28,7 @@ def advice(
     memory = _USABLE * CHIPS[kind].memory
     found = []
     if temporaries is not None and step.arguments < memory:
-        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        shards = row_shards(mesh)
         rows = config.train.batch_rows // shards
         # Temporaries are activations above all, which grow with the rows.
         fit = (memory - step.arguments) / temporaries * rows

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.data.packing import Limits, choose_limits, pack_row
 from sqa_jax.inference.generate import Generator
-from sqa_jax.parallel.mesh import check_rows
+from sqa_jax.parallel.mesh import check_rows, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.plan.communication import expected_bytes
 from sqa_jax.runtime import held_dtype, make_decoder
@@ -114,7 +114,7 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
     step = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), state, base, mesh)
     tokens = settings.accumulate * settings.batch_rows * data.limits.tokens
     held = bytes_on_chip(state, mesh)
-    sent = sum(a.size * a.dtype.itemsize for a in batch.values()) // (mesh.shape["data"] * mesh.shape["fsdp"])
+    sent = sum(a.size * a.dtype.itemsize for a in batch.values()) // row_shards(mesh)
     targets = data.target_share * tokens
     return Step(
         functools.partial(step.lower, state, base, batch),

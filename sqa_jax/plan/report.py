@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqa_jax.parallel.mesh import AXES, make_mesh
+from sqa_jax.parallel.mesh import AXES, make_mesh, row_shards
 from sqa_jax.plan.advice import advice
 from sqa_jax.plan.chips import CHIPS
 from sqa_jax.plan.measure import measure
@@ -25,7 +25,7 @@ def plan(config: Any, student: DecoderConfig, kind: str, devices: list[Any], dat
     """
     mesh = make_mesh(config.mesh, devices)
     step = training_step(config, student, mesh, data)
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     row: dict[str, Any] = {
         "mesh": {axis: mesh.shape[axis] for axis in AXES},
         "batch": {
