@@ -79,11 +79,11 @@ def test_one_command_measures_in_processes_of_their_own(tmp_path):
 def test_a_process_that_fails_is_quoted(tmp_path):
     write_json(tmp_path / "benchmark.json", {"config": {"adapter": {"methods": ["prompt"]}}})
     with pytest.raises(UserError, match="^config.adapter.methods is .* lora$"):
-        process.measure("tests.benchmarks.work", "prepare", tmp_path, "mistake")
+        process.measure("tests.benchmarks.work", "prepare", True, tmp_path, "mistake")
     with pytest.raises(
         UserError, match=r"^defect ended with exit code 1 \(KeyError: 'nothing'\); all of it is in .*log$"
     ):
-        process.measure("tests.benchmarks.work", "nothing", tmp_path, "defect")
+        process.measure("tests.benchmarks.work", "nothing", False, tmp_path, "defect")
 
 
 def test_other_files_are_not_touched(tmp_path):
@@ -106,6 +106,7 @@ def results(ours_losses=(2.0, 1.5), dtype="float32"):
         "ours": runs(4.0, 9.0, losses=ours_losses),
         "theirs": runs(2.0, 3.0, losses=(2.0, 1.5)),
         "theirs_grouped": runs(8.0, 9.0, losses=(2.1, 1.4)),
+        "theirs_large_pages": runs(16.0, 18.0, losses=(2.1, 1.4)),
     }
     account = {
         "parts": [{"seconds": {"forward": 2.0, "whole step": 8.0}, "flops": {"forward": 3e9, "whole step": 6e9}}],

@@ -11,7 +11,8 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.students.attention import attend, attend_causal, visibility
+from sqa_jax.students.attention import attend, visibility
+from sqa_jax.students.block_attention import attend_causal
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.fused_attention import fused_attention

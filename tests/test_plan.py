@@ -161,7 +161,7 @@ def test_operations_are_those_of_the_model(plans):
     expected = tokens * (
         2 * 2 * layers * kernels  # forward, and gradients of the inputs
         + 2 * 3 * layers * RANK * (D + heads)  # LoRA: gradients of its weights, too
-        + 2 * 3 * D * V // 2  # logits at every second place: forward, again, and gradients of the inputs
+        + 2 * 2 * D * V // 2  # logits at every second place: forward, and gradients of the inputs
         + 2 * 7 * layers * heads * 256  # a block of scores: two products forward, five backward
     )
     for row in plans.values():

@@ -7,7 +7,7 @@ each; one that reduces them sends twice that (Thakur et al. 2005, section 4).
 
     weights      f  A · 2 · (f-1)/f · c · (kernels of all layers) / t       forward, and again backward
                  f  A · (1 + 2 k) · (f-1)/f · c · V · D / t                 table, and the output layer in each of the
-                                                                            loss' k chunks, forward and backward
+                                                                            loss' k chunks, for logits and gradients
                  f  A · 2 · (f-1)/f · c · (adapter leaves that f splits)
     gradients       A · 2 · (n-1)/n · c · (adapter leaves that f does not split) / t        n = d · f
                  f  A · 2 · ((f-1)/f + (d-1)/d / f) · c · (those that it splits) / t
@@ -52,7 +52,7 @@ def expected_bytes(
     d, f, t = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     A, B, T, M = train.accumulate, train.batch_rows, train.row_length, targets
     b, c, D, L = B // (d * f), jnp.dtype(dtype).itemsize, student.hidden_size, student.num_layers
-    chunks = -(-M // max(1, min(M, CHUNK * d * f // B)))
+    chunks = -(-B * M // (CHUNK * d * f))
     tables = ("embed_tokens/embedding", "lm_head/kernel")
 
     kernels = table = 0.0

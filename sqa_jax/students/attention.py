@@ -8,9 +8,6 @@ import jax.numpy as jnp
 PADDING = 0  # segment of tokens that are not there: they see nothing and nobody sees them
 EVERYWHERE = -1  # segment of keys that every real token sees: a prefix
 
-# Queries of a row that are worth splitting, least queries of a block, and most blocks, which take long to compile.
-_LONG, _BLOCK, _BLOCKS = 256, 64, 8
-
 
 def visibility(
     query_segments: jax.Array,
@@ -63,22 +60,6 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = sin[:, :, None, :], cos[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attend_causal(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """`attend` where the queries are the last T of the S places and none sees a later one.
-
-    Blocks of queries leave out the keys behind them: half the work of long rows, in the backward pass too.
-    Shapes as in `attend`.
-    """
-    T, S = query.shape[1], key.shape[1]
-    block = max(_BLOCK, -(-T // _BLOCKS)) if T >= _LONG else T
-    outputs = []
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        seen = S - T + stop
-        outputs.append(attend(query[:, start:stop], key[:, :seen], value[:, :seen], visible[:, start:stop, :seen]))
-    return jnp.concatenate(outputs, axis=1)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:

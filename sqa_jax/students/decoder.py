@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, attend_causal, rotary_angles, rotate, visibility
+from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, rotary_angles, rotate, visibility
+from sqa_jax.students.block_attention import SAVED, attend_causal
 from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.fused_attention import SAVED, FusedAttention
+from sqa_jax.students.fused_attention import FusedAttention
 
 LINEAR = "linear"  # name of a linear layer's result, LoRA included: one array, where the two products would be two
 

@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import BATCH
+from sqa_jax.students.block_attention import SAVED
 from sqa_jax.students.config import DecoderConfig
 
 # (query [B, T, H, d], key, value [B, T, K, d], segments [B, T], visible [B, T, T]) → [B, T, H, d]
 FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-SAVED = "attention"  # name under which splash attention's results are kept for the backward pass
 _LANES, _BLOCK = 128, 512  # width of a TPU's vector registers, and the longest block of queries or keys
 KERNELS = ("auto", "plain", "splash", "cudnn")
 

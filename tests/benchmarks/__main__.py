@@ -4,7 +4,8 @@ Both sides get the same weights, adapter, examples of each step, learning rates,
 or the accelerator. Each measurement is a process of its own, the two sides in turn; what is reported are medians,
 and the ratios of neighbouring runs with their range. The losses, answers and texts of both are compared, too.
 
-  train        real tokens/s of LoRA training, time to the first step, peak memory; their examples also dealt by length
+  train        real tokens/s of LoRA training, time to the first step, peak memory; their examples also dealt by
+               length, and theirs with the allocator settings of launch/environment.sh, too
   likelihood   questions/s where the options' likelihood answers, peak memory
   generate     greedy tokens/s, peak memory
   account      where this package's training step spends its time, against the machine's rate of matrix products
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -36,17 +37,32 @@ from tests.benchmarks.process import measure
 from tests.benchmarks.report import disagreement, machine, markdown
 
 OURS, THEIRS = "tests.benchmarks.ours", "tests.benchmarks.theirs"
-# measurement → side → (module, task)
+
+
+class Side(NamedTuple):
+    """A process to measure; with `large_pages`, the allocator settings of the launch scripts are left to it."""
+
+    module: str
+    task: str
+    large_pages: bool = False
+
+
+# measurement → side → its process. Theirs is started as its users start it, and trains with our settings, too.
 SIDES = {
-    "train": {"ours": (OURS, "train"), "theirs": (THEIRS, "train"), "theirs_grouped": (THEIRS, "train_grouped")},
-    "likelihood": {"ours": (OURS, "likelihood"), "theirs": (THEIRS, "likelihood")},
-    "generate": {"ours": (OURS, "generate"), "theirs": (THEIRS, "generate")},
-    "account": {
-        "parts": ("tests.benchmarks.account", "account"),
-        "ours": ("tests.benchmarks.account", "products"),
-        "theirs": (THEIRS, "products"),
+    "train": {
+        "ours": Side(OURS, "train", True),
+        "theirs": Side(THEIRS, "train"),
+        "theirs_grouped": Side(THEIRS, "train_grouped"),
+        "theirs_large_pages": Side(THEIRS, "train", True),
     },
-    "loader": {"ours": (OURS, "loader")},
+    "likelihood": {"ours": Side(OURS, "likelihood", True), "theirs": Side(THEIRS, "likelihood")},
+    "generate": {"ours": Side(OURS, "generate", True), "theirs": Side(THEIRS, "generate")},
+    "account": {
+        "parts": Side("tests.benchmarks.account", "account", True),
+        "ours": Side("tests.benchmarks.account", "products", True),
+        "theirs": Side(THEIRS, "products", True),
+    },
+    "loader": {"ours": Side(OURS, "loader", True)},
 }
 
 
@@ -71,16 +87,16 @@ def benchmark(config, workdir: str, measures: list[str], repeats: int, **other: 
     config.data.cache = str(root / "datasets")
     write_json(root / "benchmark.json", {"config": config.to_dict(), **other})
     results: dict[str, Any] = {"machine": machine(), "config": config.to_dict(), "flags": other}
-    results["work"] = measure("tests.benchmarks.work", "prepare", root, "prepare")
+    results["work"] = measure("tests.benchmarks.work", "prepare", True, root, "prepare")
     shutil.rmtree(root / "compiled", ignore_errors=True)  # the first run compiles anew
     for name in measures:
         results[name] = {side: [] for side in SIDES[name]}
         for repeat in range(repeats):
-            for side, (module, task) in SIDES[name].items():
-                result = measure(module, task, root, f"{name}-{side}-{repeat + 1}")
-                results[name][side].append(result)
+            for name_of_side, side in SIDES[name].items():
+                result = measure(*side, root, f"{name}-{name_of_side}-{repeat + 1}")
+                results[name][name_of_side].append(result)
                 rate = f": {result['rate']:.4g}/s" if "rate" in result else ""
-                print(f"{name}, {side}, {repeat + 1} of {repeats}{rate}", flush=True)
+                print(f"{name}, {name_of_side}, {repeat + 1} of {repeats}{rate}", flush=True)
         write_json(root / "results.json", results)
     text = markdown(results)
     (root / "results.md").write_text(text, encoding="utf-8")

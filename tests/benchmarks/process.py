@@ -19,10 +19,11 @@ WARM = 2  # training steps before the clock of the rate starts
 PRODUCTS = 4  # matrix products that are timed together, so that starting them on an accelerator does not count
 
 
-def measure(module: str, task: str, root: Path, name: str) -> dict[str, Any]:
+def measure(module: str, task: str, large_pages: bool, root: Path, name: str) -> dict[str, Any]:
     """Runs `task` of `module`'s `serve` in a new process, and returns its result.
 
     Args:
+      large_pages: False takes the settings of the C library's allocator, where there are any, out of its environment.
       root: the benchmark's directory. The result is kept as ROOT/runs/NAME.json, what was printed as NAME.log.
 
     Raises:
@@ -31,6 +32,8 @@ def measure(module: str, task: str, root: Path, name: str) -> dict[str, Any]:
     log, result = root / "runs" / f"{name}.log", root / "runs" / f"{name}.json"
     log.parent.mkdir(exist_ok=True)
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"), "TOKENIZERS_PARALLELISM": "false"}
+    if not large_pages:
+        environment.pop("GLIBC_TUNABLES", None)
     with open(log, "w", encoding="utf-8") as file:
         command = [sys.executable, "-m", module, task, str(root), str(result), str(time.time())]
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode

@@ -80,6 +80,7 @@ def _sides(results: dict[str, Any]) -> str:
         rows.append(_row(title, ours, theirs, "rate"))
         if grouped := results[name].get("theirs_grouped"):
             rows.append(_row("… theirs dealt by length", ours, grouped, "rate"))
+            rows.append(_row("… theirs with our allocator settings", ours, results[name]["theirs_large_pages"], "rate"))
             rows.append(_row("first step from the process's start, s", ours[:1], theirs[:1], "first_step_s"))
             if len(ours) > 1:
                 rows.append(_row("… ours compiled before, s", ours[1:], theirs[1:], "first_step_s"))
