@@ -16,6 +16,7 @@ def default() -> ConfigDict:
     data.splits = "pid_splits.json"  # dir: which file deals the pids to splits
     data.images = "ignore"  # ignore: only whether there is one | check: every image must open
     data.teacher = ()  # files of recorded teacher replies (JSONL), or ("sample",)
+    data.traces = ()  # conversations with tools to learn from, in place of recipe.arm: python -m sqa_jax.agent --traces
     data.train_split = "train"
     data.subjects = ()  # train only on these subjects, such as ("natural science",); () is all
     data.train_limit = 0  # use only so many training questions, drawn with the seed; 0 is all
@@ -112,6 +113,7 @@ def default() -> ConfigDict:
     study.resample = "questions"  # what intervals resample: questions | questions_and_seeds
     study.explanations = 0  # explanations of each system that are compared with the data's; 0 is none
     study.benchmark = ()  # replies of existing models (JSONL), to be scored beside the students; ("sample",)
+    study.agent = ""  # what python -m sqa_jax.agent left (WORKDIR/<split>), to be a part of the report
     study.device_price = 0.0  # US dollars an hour of the training machine
 
     config.teach = teach = ConfigDict()
@@ -151,6 +153,26 @@ def default() -> ConfigDict:
     teach.batch_requests = 500  # questions of one batch job, at most
     teach.poll_seconds = 30.0  # between two looks at a batch job
     teach.replay = ()  # replay: files of recorded replies (JSONL), or ("sample",)
+
+    config.agent = agent = ConfigDict()
+    agent.tools = ("describe_image", "retrieve")  # or "module:function", see sqa_jax/agent/tools.py
+    agent.retrieval = "oracle"  # oracle: the question's own lecture | bm25: the best match among the training lectures
+    # never | always | random | oracle | constrained | free, and only:TOOL; see sqa_jax/agent/policies.py
+    agent.policies = ("never", "always", "random", "oracle", "constrained", "free")
+    agent.adapter = ""  # workdir of a training whose adapter the student has; "" is the bare student
+    agent.context = 640  # tokens of a conversation; a tool's result that does not fit is shortened
+    agent.batch = 32  # conversations under way at one time
+    agent.most_calls = 2  # of one conversation
+    agent.most_mistakes = 2  # free: unusable texts of one conversation before it has to answer
+    agent.max_new_tokens = 48  # free: of one turn
+    agent.tool_timeout = 30.0  # seconds that a tool may take
+    agent.calibrate = 200  # constrained: training questions that thresholds are chosen by; 0 is a threshold of 0
+    agent.evidence = "student"  # what traces call a useful call by: student | records, see sqa_jax/agent/evidence.py
+    agent.gain = 0.05  # by how much a call has to raise the right answer's probability (student)
+    agent.chip = (
+        "v5e",
+        0.4,
+    )  # the students' price: a chip of config.plan.prices, and the part of its peak that is used
 
     config.plan = plan = ConfigDict()
     plan.tokens = 0  # real tokens of an epoch; 0: the dataset's, or about ScienceQA's for a random student

@@ -15,6 +15,7 @@ from sqa_jax.data.recipes import Example, Unusable, check_recipe, examples
 from sqa_jax.data.sources import ProblemSet, load_problems
 from sqa_jax.data.teacher_records import KINDS, TeacherRecord, load_records, make_records
 from sqa_jax.data.tokenize import Encoded, Encoder
+from sqa_jax.data.traces import read_traces, trace_rows
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
 from sqa_jax.students.tokenizer import fingerprint as tokenizer_fingerprint
@@ -129,6 +130,9 @@ def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[st
     for path in files:
         if not Path(path).is_file():
             raise UserError(f"config.data.teacher: {path} not found; name files of recorded replies, or ('sample',)")
+    for path in config.data.traces:
+        if not Path(path).is_file():
+            raise UserError(f"config.data.traces: {path} not found; python -m sqa_jax.agent --traces makes it")
     return {
         "format": FORMAT,
         "version": sqa_jax.__version__,
@@ -140,6 +144,7 @@ def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[st
         "problems": problems.fingerprint,
         "teacher": [sha256_file(path) for path in files] + ["sample"] * ("sample" in config.data.teacher),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        **({"traces": [*map(sha256_file, traces), config.agent.context]} if (traces := config.data.traces) else {}),
     }
 
 
@@ -168,15 +173,37 @@ def training_problems(config, problems: ProblemSet) -> Sequence[Problem]:
 def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, list], dict[str, Any]]:
     by_pid = records_by_pid(config_records(config, problems))
     encoder, recipe = encoder_for(config, tokenizer), config.recipe
+    arm = "tools" if config.data.traces else recipe.arm
     chosen = training_problems(config, problems)
     rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length")}
     dropped: dict[str, list[str]] = collections.defaultdict(list)
     shortened: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     texts: set[str] = set()  # plain texts so far: many questions share a lecture, which is learned once
-    for start in range(0, len(chosen), _BATCH):
+
+    def add(pid: str, source: str, row: Encoded) -> None:
+        if not row.fits:
+            dropped["question and choices longer than max_prompt"].append(pid)
+        elif len(row.tokens) - row.prompt_length > recipe.max_target:
+            dropped["target longer than max_target"].append(pid)
+        else:
+            values = (pid, arm, source, row.tokens, row.prompt_length)
+            for name, value in zip(rows, values, strict=True):
+                rows[name].append(value)
+            for part, count in row.shortened.items():
+                shortened[part].append((pid, count))
+
+    if config.data.traces:
+        traces = read_traces(config.data.traces, {problem.pid: problem for problem in chosen})
+        dropped["no trace"] = [problem.pid for problem in chosen if problem.pid not in traces]
+        for problem, source, row in trace_rows(tokenizer, recipe, config.agent.context, chosen, traces):
+            add(problem.pid, source, row)
+        by_recipe = []
+    else:
+        by_recipe = chosen
+    for start in range(0, len(by_recipe), _BATCH):
         made = [
             e
-            for problem in chosen[start : start + _BATCH]
+            for problem in by_recipe[start : start + _BATCH]
             for e in examples(problem, by_pid.get(problem.pid, {}), recipe)
         ]
         usable = [e for e in made if not isinstance(e, Unusable)]
@@ -184,24 +211,14 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
             if isinstance(one, Unusable):
                 dropped[one.reason].append(one.pid)
         for example, row in _encode(encoder, usable, recipe.max_target, texts):
-            pid = example.problem.pid
-            if not row.fits:
-                dropped["question and choices longer than max_prompt"].append(pid)
-            elif len(row.tokens) - row.prompt_length > recipe.max_target:
-                dropped["target longer than max_target"].append(pid)
-            else:
-                values = (pid, recipe.arm, example.source, row.tokens, row.prompt_length)
-                for name, value in zip(rows, values, strict=True):
-                    rows[name].append(value)
-                for part, count in row.shortened.items():
-                    shortened[part].append((pid, count))
+            add(example.problem.pid, example.source, row)
     if not rows["pid"]:
         reasons = "; ".join(f"{reason}: {len(pids)}" for reason, pids in dropped.items()) or "the split is empty"
         raise UserError(
-            f"split {config.data.train_split!r} of {problems.name} makes no training row for arm {recipe.arm} ({reasons})"
+            f"split {config.data.train_split!r} of {problems.name} makes no training row for arm {arm} ({reasons})"
         )
     return rows, {
-        "arm": recipe.arm,
+        "arm": arm,
         "questions": len(chosen),
         "rows": len(rows["pid"]),
         "rows_by_source": dict(collections.Counter(rows["source"])),
@@ -211,7 +228,7 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
             part: {"rows": len(cuts), "tokens": sum(n for _, n in cuts), "pids": [pid for pid, _ in cuts[:_NAMED]]}
             for part, cuts in shortened.items()
         },
-        "dropped": {reason: {"rows": len(pids), "pids": pids[:_NAMED]} for reason, pids in dropped.items()},
+        "dropped": {reason: {"rows": len(pids), "pids": pids[:_NAMED]} for reason, pids in dropped.items() if pids},
     }
 
 

@@ -38,14 +38,19 @@ class Encoder:
       max_prompt: most tokens of a prompt, whatever its target: what a prompt looks like must not depend on it.
       chat: use the tokenizer's chat template where it has one.
       caption: image captions are context.
+      around: the text in front of the prompt and between prompt and target, in place of the template's.
     """
 
-    def __init__(self, tokenizer: Any, max_prompt: int, chat: bool, caption: bool):
+    def __init__(
+        self, tokenizer: Any, max_prompt: int, chat: bool, caption: bool, around: tuple[str, str] | None = None
+    ):
         self.tokenizer, self.max_prompt, self.caption = tokenizer, max_prompt, caption
-        template = Template(tokenizer, chat)
-        self._before, self._after = self._control([template.before, template.after])
+        if around is None:
+            template = Template(tokenizer, chat)
+            around = template.before, template.after
+        self._before, self._after = self.control(around)
 
-    def _control(self, texts: Sequence[str]) -> list[list[int]]:
+    def control(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of text in which special tokens are meant."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 

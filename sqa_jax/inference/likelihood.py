@@ -50,14 +50,14 @@ class _Tree(NamedTuple):
 
 def layout(choice: Choice, virtual: int) -> _Tree:
     """The tree of one question, with `virtual` places for a soft prompt in front."""
-    shared = len(os.path.commonprefix([list(option) for option in choice.options]))
+    shared = list(os.path.commonprefix([list(option) for option in choice.options]))
     # An option that is the beginning of another keeps its last token, so that each has something to score.
-    shared = min(shared, min(len(option) for option in choice.options) - 1)
-    trunk = [0] * virtual + list(choice.prompt) + list(choice.options[0][:shared])
+    shared = shared[: min((len(option) - 1 for option in choice.options), default=0)]
+    trunk = [0] * virtual + list(choice.prompt) + shared
     tokens, positions, branches = list(trunk), list(range(len(trunk))), [0] * len(trunk)
     predicting, targets, owners = [], [], []
     for number, option in enumerate(choice.options):
-        own = list(option[shared:])
+        own = list(option[len(shared) :])
         # The last token of an option predicts nothing that is scored, so it is not read.
         places = [len(trunk) - 1] + [len(tokens) + k for k in range(len(own) - 1)]
         tokens += own[:-1]

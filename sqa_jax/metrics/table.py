@@ -27,7 +27,7 @@ def comparison(problems: Sequence[Problem], systems: Mapping[str, Mapping[str, i
         )
     counts = score(problems, {}, "")["n"]
     rows.append(["n", *(str(counts[column]) for column in COLUMNS), "", ""])
-    text = _markdown(header, rows) if markdown else _plain(header, rows)
+    text = markdown_table(header, rows) if markdown else plain_table(header, rows)
     if len(systems) > 1:
         (first, a), (last, b) = list(systems.items())[0], list(systems.items())[-1]
         before, after = correctness(problems, a, first), correctness(problems, b, last)
@@ -39,7 +39,7 @@ def comparison(problems: Sequence[Problem], systems: Mapping[str, Mapping[str, i
     return text
 
 
-def _plain(header: list[str], rows: list[list[str]]) -> str:
+def plain_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
 
     def line(cells: list[str]) -> str:
@@ -50,6 +50,6 @@ def _plain(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])

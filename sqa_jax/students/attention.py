@@ -14,7 +14,8 @@ def visibility(
     key_segments: jax.Array,
     query_slots: jax.Array,
     key_slots: jax.Array,
-    branches: jax.Array | None = None,
+    query_branches: jax.Array | None = None,
+    key_branches: jax.Array | None = None,
 ) -> jax.Array:
     """The one rule of who sees whom: same segment, not later, not in a sister branch.
 
@@ -27,7 +28,7 @@ def visibility(
       key_segments: [B, S] segment of each key; `EVERYWHERE` is seen by all.
       query_slots: [B, T] place of each query in the row (with a cache: in the cache).
       key_slots: [B, S] place of each key; an `EVERYWHERE` key has a place before all queries.
-      branches: [B, T] branch of each token, for S = T only.
+      query_branches, key_branches: [B, T] and [B, S] branch of each, both or neither.
 
     Returns:
       [B, T, S] booleans.
@@ -35,9 +36,9 @@ def visibility(
     query, key = query_segments[:, :, None], key_segments[:, None, :]
     visible = ((key == query) | (key == EVERYWHERE)) & (query != PADDING)
     visible &= key_slots[:, None, :] <= query_slots[:, :, None]
-    if branches is not None:
-        padded = jnp.pad(branches, ((0, 0), (key_segments.shape[1] - branches.shape[1], 0)))
-        visible &= (padded[:, None, :] == 0) | (padded[:, None, :] == branches[:, :, None])
+    if query_branches is not None:
+        key_branches = key_branches[:, None, :]
+        visible &= (key_branches == 0) | (key_branches == query_branches[:, :, None])
     return visible
 
 

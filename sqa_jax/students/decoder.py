@@ -180,7 +180,10 @@ class Attention(nn.Module):
                 for old, new in zip(cache, (key, value), strict=True)
             )
             key, value = (
-                jax.lax.dynamic_index_in_dim(c, layer, keepdims=False).astype(self.dtype).swapaxes(1, 2) for c in cache
+                jax.lax.dynamic_index_in_dim(own, layer, keepdims=False)[:, :, : visible.shape[-1]]
+                .astype(self.dtype)
+                .swapaxes(1, 2)
+                for own in cache
             )
         elif adaptation.prefix is not None:
 
@@ -286,6 +289,7 @@ class Decoder(nn.Module):
         adaptation: Adaptation = NO_ADAPTATION,
         cache: Cache | None = None,
         branches: jax.Array | None = None,
+        extent: int | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
 
@@ -297,7 +301,9 @@ class Decoder(nn.Module):
           adaptation: what the adapters add.
           cache: what the rows have read before; the new tokens go behind it. Made by `init_cache` with the
             same adaptation. A row that has no room left drops its tokens.
-          branches: [B, T] forks of a segment (see `visibility`), without a cache only.
+          branches: [B, T] forks of a segment (see `visibility`). Only their trunk may stay in a cache: the caller
+            sets its `length` back to the trunk's end.
+          extent: places of the cache, a prefix included, that attention looks at; behind them must be nothing.
 
         Returns:
           Normed hidden states [B, T, D], and the cache with the new tokens in it.
@@ -318,7 +324,11 @@ class Decoder(nn.Module):
             slots = cache.length[:, None] + jnp.arange(T)
             key_segments = cache.segments.at[jnp.arange(B)[:, None], slots].set(segments, mode="drop")
         key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
-        visible = visibility(segments, key_segments, slots, key_slots, branches)
+        key_branches = None
+        if branches is not None:  # what was read before is trunk
+            key_branches = jnp.zeros_like(key_segments)
+            key_branches = key_branches.at[jnp.arange(B)[:, None], slots].set(branches, mode="drop")
+        visible = visibility(segments, key_segments, slots, key_slots, branches, key_branches)[..., :extent]
         # A prefix takes the first P positions, as it does in PEFT.
         sin, cos = rotary_angles(positions + P, c.head_dim, c.rope_theta)
 

@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -48,6 +49,11 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
     problems = load_config_problems(config)
     usable = check(config, runs, problems)
     existing = benchmark.existing_models(config, problems)  # before hours are spent: it reads files that may be missing
+    agent = None
+    if config.study.agent:
+        agent = read_json(
+            Path(config.study.agent) / "results.json", "what python -m sqa_jax.agent left (config.study.agent)"
+        )
     executor = Executor(config, root, problems)
     for run in runs:
         executor.done(run)
@@ -84,6 +90,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
         "baselines": {"chance": 100 * benchmark.chance(test), "bag_of_words": 100 * sum(words) / len(words)},
         "benchmark": [{name: value for name, value in row.items() if name != "records"} for row in existing],
         "explanations": explanations(config, runs, records, root, problems, existing),
+        "agent": agent,
         "published": [row._asdict() for row in PUBLISHED],
         "runs": [{name: record.get(name) for name in ("student", "arm", "adapter", "seed", "status", "error", "seconds")} for record in records],
     }  # fmt: skip

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from sqa_jax.metrics.figures import INK, axes_of
+
 Results = dict[str, Any]
-_INK, _GRID = "#1f2933", "#d9dee4"
 _COLOURS = (
     "#3366cc",
     "#dc7d1f",
@@ -39,17 +39,6 @@ def label(row: dict[str, Any], results: Results) -> str:
     return ", ".join(parts)
 
 
-def _figure(width: float, height: float):
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_GRID)
-    axes.tick_params(colors=_INK, length=0)
-    axes.grid(color=_GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
 def _colour(row: dict[str, Any], results: Results) -> str:
     arms = list(dict.fromkeys(r["arm"] for r in results["systems"]))
     return _COLOURS[arms.index(row["arm"]) % len(_COLOURS)]
@@ -57,13 +46,13 @@ def _colour(row: dict[str, Any], results: Results) -> str:
 
 def accuracy_by_arm(results: Results) -> Figure:
     rows = finished(results)
-    figure, axes = _figure(7.5, 0.9 + 0.36 * len(rows))
+    figure, axes = axes_of(7.5, 0.9 + 0.36 * len(rows))
     for place, row in enumerate(reversed(rows)):
         mean = row["columns"]["AVG"]
         axes.plot(
             [row["low"], row["high"]], [place, place], color=_colour(row, results), linewidth=2, solid_capstyle="round"
         )
-        axes.plot(row["by_seed"], [place] * len(row["by_seed"]), "|", color=_INK, markersize=7)
+        axes.plot(row["by_seed"], [place] * len(row["by_seed"]), "|", color=INK, markersize=7)
         axes.plot(mean, place, "o", color=_colour(row, results), markersize=7)
         axes.annotate(
             f"{mean:.1f}",
@@ -71,7 +60,7 @@ def accuracy_by_arm(results: Results) -> Figure:
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
-            color=_INK,
+            color=INK,
             fontsize=9,
         )
     for style, (name, value) in zip((":", "--"), results["baselines"].items(), strict=True):
@@ -87,7 +76,7 @@ def accuracy_by_arm(results: Results) -> Figure:
 
 def accuracy_against_tokens(results: Results) -> Figure:
     """Validation accuracy during training where the arm has one, else validation loss is left to results.json."""
-    figure, axes = _figure(7.5, 4.4)
+    figure, axes = axes_of(7.5, 4.4)
     seen = set()
     for curve in results["curves"]:
         points = [(p["tokens"], p["val_accuracy"]) for p in curve["points"] if p["val_accuracy"] is not None]
@@ -108,7 +97,7 @@ def accuracy_against_tokens(results: Results) -> Figure:
     axes.set_xlabel("training tokens")
     axes.set_ylabel("accuracy, %")
     axes.set_title(
-        "lines: validation questions during training; stars: test questions at the end", fontsize=9, color=_INK
+        "lines: validation questions during training; stars: test questions at the end", fontsize=9, color=INK
     )
     if seen:
         figure.legend(fontsize=8, frameon=False, loc="outside right upper")
@@ -117,7 +106,7 @@ def accuracy_against_tokens(results: Results) -> Figure:
 
 def accuracy_against_cost(results: Results) -> Figure:
     """Students by the operations of an answer. Of a model behind a service only the price is known: a line."""
-    figure, axes = _figure(7.5, 4.4)
+    figure, axes = axes_of(7.5, 4.4)
     for row in finished(results):
         axes.plot(
             row["inference"]["flops"],
@@ -147,7 +136,7 @@ def differences_by_subject(results: Results) -> Figure:
     rows = results["differences"]
     subjects = [s for s in dict.fromkeys(row["subject"] for row in rows) if s]
     names = list(dict.fromkeys(label(row, results) for row in rows))
-    figure, axes = _figure(7.5, 1.0 + 0.3 * max(1, len(names)) * max(1, len(subjects)) / 1.4)
+    figure, axes = axes_of(7.5, 1.0 + 0.3 * max(1, len(names)) * max(1, len(subjects)) / 1.4)
     for k, subject in enumerate(subjects):
         own = {label(row, results): row for row in rows if row["subject"] == subject}
         places = [names.index(name) + 0.22 * (k - (len(subjects) - 1) / 2) for name in own]
@@ -159,7 +148,7 @@ def differences_by_subject(results: Results) -> Figure:
         axes.errorbar(
             values, places, xerr=errors, fmt="o", markersize=4, linewidth=1.3, color=_COLOURS[k], label=subject
         )
-    axes.axvline(0, color=_INK, linewidth=0.8)
+    axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(f"points above {results['config']['study']['reference']} (95 % interval)")
@@ -175,17 +164,17 @@ def answer_agreement(results: Results) -> Figure:
     ]
     share = results["agreement"]["share"]
     size = 1.6 + 0.55 * len(names)
-    figure, axes = _figure(size + 1, size)
+    figure, axes = axes_of(size + 1, size)
     axes.grid(visible=False)
     axes.imshow(share, vmin=0, vmax=1, cmap="Blues")
     for i, row in enumerate(share):
         for j, value in enumerate(row):
             axes.text(
-                j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else _INK
+                j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color="white" if value > 0.6 else INK
             )
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set_title("same option chosen, % of test questions", fontsize=9, color=_INK)
+    axes.set_title("same option chosen, % of test questions", fontsize=9, color=INK)
     return figure
 
 
@@ -196,14 +185,3 @@ PLOTS: dict[str, tuple[str, Callable[[Results], Figure]]] = {
     "differences_by_subject": ("Differences by subject", differences_by_subject),
     "answer_agreement": ("Agreement of answers", answer_agreement),
 }
-
-
-def svg(figure: Figure) -> str:
-    """A figure as an SVG element, the same for the same results."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "sqa_jax", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

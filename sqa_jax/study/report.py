@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sqa_jax.agent import report as agent_report
 from sqa_jax.files import atomic_write
+from sqa_jax.metrics.cells import cell, count, duration, money, percent, points
+from sqa_jax.metrics.figures import svg
 from sqa_jax.metrics.leaderboard import COLUMNS
-from sqa_jax.study.plots import PLOTS, label, svg
+from sqa_jax.study.plots import PLOTS, label
 
 Results = dict[str, Any]
 
@@ -21,6 +24,8 @@ def write_report(results: Results, root: Path) -> None:
         if any(row["seeds"] for row in results["systems"])
         else {}
     )
+    if agent := results.get("agent"):
+        drawn["agent"] = ("Accuracy against cost, with tools", svg(agent_report.accuracy_against_cost(agent)))
     for name, (_, text) in drawn.items():
         with atomic_write(root / "plots" / f"{name}.svg") as file:
             file.write(text)
@@ -42,9 +47,12 @@ def write_report(results: Results, root: Path) -> None:
         explanation_table(results),
         published_table(results),
     ]
+    if agent:
+        tables += [(f"agent_{name}", *table) for name, table in agent_report.tables(agent).items()]
     context = {
         "r": results,
-        "plots": drawn,
+        "plots": {name: plot for name, plot in drawn.items() if name != "agent"},
+        "agent_plot": drawn.get("agent"),
         "tables": {name: (header, rows) for name, header, rows in tables},
         "verdicts": verdicts(results),
         "label": lambda row: label(row, results),
@@ -203,35 +211,3 @@ def verdicts(results: Results) -> list[dict[str, str]]:
         }
         for row in results["hypotheses"]
     ]
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def points(share: float) -> str:
-    return f"{100 * share:+.1f}"
-
-
-def count(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def money(value: float | None) -> str:
-    return "unknown" if value is None else f"${value:.2f}" if value >= 1 or value == 0 else f"${value:.2g}"
-
-
-def cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

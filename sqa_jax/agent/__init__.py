@@ -1,0 +1,1 @@
+"""A small student that may use tools before it answers."""

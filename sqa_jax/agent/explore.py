@@ -1,0 +1,152 @@
+"""What a student would answer after every sequence of calls, and what follows: thresholds, the oracle, traces.
+
+Each order of all the tools is one conversation, weighed at every turn; what it says before the first call, after one,
+after two, is what the student would say had it stopped there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sqa_jax.agent.policies import decide
+from sqa_jax.data.problem import Problem
+from sqa_jax.errors import UserError
+
+MOST_ORDERS = 6
+_GRID = 25  # thresholds that are tried for each tool
+
+
+class State(NamedTuple):
+    """What the student weighed after a sequence of calls.
+
+    Attributes:
+      answers: log-likelihood of each option.
+      margins: as `Turn.margins`.
+      results: what the calls gave.
+    """
+
+    answers: tuple[float, ...]
+    margins: Mapping[str, float]
+    results: tuple[str, ...]
+
+    @property
+    def answer(self) -> int:
+        return int(np.argmax(self.answers))
+
+    def probability(self, option: int) -> float:
+        """Of an option, among all of them."""
+        weights = np.exp(np.asarray(self.answers) - max(self.answers))
+        return float(weights[option] / weights.sum())
+
+
+States = dict[tuple[str, ...], State]  # of one question, by the calls that led there
+
+
+def orders(tools: Sequence[str], most_calls: int) -> list[tuple[str, ...]]:
+    """The conversations that visit every state.
+
+    Raises:
+      UserError: there are too many.
+    """
+    found = list(itertools.permutations(tools, min(most_calls, len(tools))))
+    if len(found) > MOST_ORDERS:
+        raise UserError(
+            f"{len(tools)} tools can be called in {len(found)} orders, too many to try all; use fewer tools, or leave out "
+            "oracle and calibration (--config.agent.calibrate=0)"
+        )
+    return found
+
+
+def states_of(runs: Iterable[Mapping[str, Any]]) -> States:
+    """The states that the conversations about one question visited.
+
+    Args:
+      runs: a record of each order.
+    """
+    states: States = {}
+    for record in runs:
+        calls: tuple[str, ...] = ()
+        results: tuple[str, ...] = ()
+        for turn in record["turns"]:
+            if "answers" in turn:
+                states[calls] = State(tuple(turn["answers"]), turn.get("margins", {}), results)
+            else:
+                calls, results = (*calls, turn["tool"]), (*results, turn["result"])
+    return states
+
+
+def follow(states: States, thresholds: Mapping[str, float]) -> tuple[str, ...]:
+    """The calls that a student with these thresholds makes."""
+    calls: tuple[str, ...] = ()
+    while (tool := decide(states[calls].margins, thresholds)) is not None and (*calls, tool) in states:
+        calls = (*calls, tool)
+    return calls
+
+
+def helpful(problem: Problem, states: States) -> tuple[str, ...]:
+    """The oracle: the fewest calls behind which the answer is right, none where it never is."""
+    right = [calls for calls, state in states.items() if state.answer == problem.answer]
+    return min(right, key=len, default=())
+
+
+def most_helpful(problem: Problem, states: States, gain: float) -> tuple[str, ...]:
+    """The calls behind which the right answer is most probable; a further call has to add `gain` to it.
+
+    As in Toolformer (Schick et al. 2023, arXiv:2302.04761, section 2), where a call is kept that makes what follows
+    more probable.
+    """
+    best: tuple[str, ...] = ()
+    for calls in sorted(states, key=len):
+        ahead = states[calls].probability(problem.answer) - states[best].probability(problem.answer)
+        if ahead > 0 and ahead >= gain * (len(calls) - len(best)):
+            best = calls
+    return best
+
+
+class Calibration(NamedTuple):
+    """Thresholds, with what they gave on the questions that they were chosen by."""
+
+    thresholds: dict[str, float]
+    accuracy: float
+    never: float
+    calls: float
+    n: int
+
+
+def calibrate(problems: Sequence[Problem], states: Mapping[str, States], tools: Sequence[str]) -> Calibration:
+    """The thresholds of the highest accuracy; of equally accurate ones those with the fewest calls.
+
+    Tried are, for each tool, quantiles of its margins, never and always; tools are searched in turn until nothing
+    changes (coordinate ascent), each start from "never" and "always" alike.
+
+    Args:
+      states: by pid.
+    """
+    margins = {
+        name: [s.margins[name] for p in problems for s in states[p.pid].values() if name in s.margins] for name in tools
+    }
+    grids = {
+        name: [float("inf"), *np.quantile(own, np.linspace(1, 0, _GRID)).tolist()] if own else [float("inf")]
+        for name, own in margins.items()
+    }
+
+    def value(thresholds: Mapping[str, float]) -> tuple[float, float]:
+        followed = [(p, follow(states[p.pid], thresholds)) for p in problems]
+        right = sum(states[p.pid][calls].answer == p.answer for p, calls in followed)
+        return right / len(problems), -sum(len(calls) for _, calls in followed) / len(problems)
+
+    best, reached = {}, (-1.0, 0.0)
+    for first in (0, -1):
+        chosen, own = {name: grid[first] for name, grid in grids.items()}, (-1.0, 0.0)
+        while (now := value(chosen)) > own:
+            own = now
+            for name in tools:
+                chosen[name] = max(grids[name], key=lambda t, name=name: value({**chosen, name: t}))
+        if own > reached:
+            best, reached = dict(chosen), own
+    never = sum(states[p.pid][()].answer == p.answer for p in problems) / len(problems)
+    return Calibration(best, reached[0], never, -reached[1], len(problems))

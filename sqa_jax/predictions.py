@@ -1,0 +1,103 @@
+"""A split's predictions on disk: they grow question by question, survive a stop, and are never mixed with others."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqa_jax.data.problem import Problem
+from sqa_jax.files import atomic_write, disk_errors, open_log, read_json, set_aside, sha256_json, write_json
+from sqa_jax.parallel.processes import is_main, main_first, meet
+
+
+class Predictions:
+    """FOLDER/predictions.jsonl, one row a question in split order, and metrics.json beside it.
+
+    Until all are there they lie in partial-<identity>.jsonl. What decides the predictions is hashed into the
+    identity; a folder that holds others is moved aside.
+
+    Args:
+      made_of: all that decides the predictions.
+
+    Attributes:
+      identity: hash of `made_of`.
+      metrics: what an earlier run left, where it made the same predictions and finished; else None.
+      known: rows by pid.
+    """
+
+    def __init__(self, folder: Path, made_of: Any):
+        self.folder, self.identity = folder, sha256_json(made_of)
+        self.file, self._metrics = folder / "predictions.jsonl", folder / "metrics.json"
+        self._partial = folder / f"partial-{self.identity[:16]}.jsonl"
+        self.metrics: dict[str, Any] | None = None
+        self.known: dict[str, dict[str, Any]] = {}
+        with main_first(), disk_errors(self._partial):
+            if self.file.exists():
+                what = "the metrics of these predictions"
+                before = read_json(self._metrics, what) if self._metrics.exists() else {}
+                if before.get("fingerprint") == self.identity:
+                    if is_main():
+                        print(f"reused {self.file}")
+                    self.metrics = before
+                    return
+                name = f"{folder.name}.{before.get('fingerprint', 'unknown')[:8]}-{int(time.time())}"
+                set_aside(folder, folder.with_name(name))
+            folder.mkdir(parents=True, exist_ok=True)
+            self.known = _read_partial(self._partial)
+        meet()  # from here on, the file grows
+
+    def missing(self, problems: Sequence[Problem]) -> list[Problem]:
+        return [problem for problem in problems if problem.pid not in self.known]
+
+    def collect(self, rows: Iterable[dict[str, Any]], total: int) -> None:
+        """Adds rows, each with its pid, as they come; `total` is how many there will be in all."""
+        from tqdm import tqdm
+
+        bar = tqdm(total=total, initial=len(self.known), unit="question", dynamic_ncols=True, disable=not is_main())
+        with self._log() as file, bar:
+            for row in rows:
+                self.known[row["pid"]] = row
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                bar.update()
+
+    @contextmanager
+    def _log(self) -> Iterator[Any]:
+        with disk_errors(self._partial), open_log(self._partial) if is_main() else open(os.devnull, "a") as file:
+            yield file
+
+    def write(self, problems: Sequence[Problem]) -> None:
+        """Writes predictions.jsonl; every question must be known."""
+        with main_first():
+            if is_main():
+                with atomic_write(self.file) as file:
+                    file.writelines(json.dumps(self.known[p.pid], ensure_ascii=False) + "\n" for p in problems)
+
+    def finish(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Writes metrics.json, which says that all is there; returns it."""
+        metrics = {**metrics, "fingerprint": self.identity}
+        if is_main():
+            write_json(self._metrics, metrics)
+            self._partial.unlink(missing_ok=True)
+        return metrics
+
+
+def _read_partial(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of an interrupted run by pid; a half-written last line is cut off."""
+    if not path.exists():
+        return {}
+    rows, whole = {}, []
+    for line in path.read_bytes().decode().split("\n"):  # as in `read_jsonl`
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        rows[row["pid"]] = row
+        whole.append(line)
+    with atomic_write(path) as file:
+        file.writelines(line + "\n" for line in whole)
+    return rows

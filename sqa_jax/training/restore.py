@@ -1,0 +1,41 @@
+"""A finished run's adapter, back in its shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.errors import UserError
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.runtime import Runtime
+from sqa_jax.training.checkpoint import Checkpoints, abstract
+from sqa_jax.training.optimizer import make_optimizer
+from sqa_jax.training.step import init_state
+
+
+def restore_adapter(config, root: Path, runtime: Runtime) -> tuple[int | None, Any]:
+    """(step, adapter) of the checkpoint of ROOT that `config.eval.checkpoint` asks for; (None, {}) for the bare student.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    which = config.eval.checkpoint
+    if which == "none":
+        return None, {}
+
+    def new(base):
+        adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed)
+        return adapter if which == "best" else init_state(adapter, make_optimizer(config.optimizer, 1))
+
+    shape = jax.eval_shape(new, runtime.student.params)
+    checkpoints = Checkpoints(root / "checkpoints")
+    found = checkpoints.restore_adapter(which, abstract(shape, shardings(shape, runtime.mesh)))
+    checkpoints.close()
+    if found is None:
+        raise UserError(
+            f"{root}/checkpoints: holds no {which} checkpoint yet; train longer, or choose --config.eval.checkpoint"
+        )
+    return found

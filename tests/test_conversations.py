@@ -1,0 +1,167 @@
+"""Conversations in one cache: what is read in parts, weighed and written equals reading everything anew."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.config import default
+from sqa_jax.inference.conversations import Conversations
+from sqa_jax.inference.generate import Generator
+from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.decoder import Decoder
+from sqa_jax.students.weights import random_params
+
+CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, tie_embeddings=True, max_positions=512)
+MESH = make_mesh(default().mesh, jax.devices()[:1])
+PLACES, MOST = 200, 9
+DECODER = Decoder(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def base():
+    """Weights so large that greedy texts do not repeat one token."""
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda a: a + 0.2 * jax.random.normal(next(keys), a.shape), random_params(CONFIG, 0))
+
+
+def adapted(base, *methods):
+    """Settings and a tree that changes every result."""
+    config = default().adapter
+    config.methods = methods
+    config.lora.rank, config.prefix.length, config.prefix.reparametrize, config.prompt.length = 4, 3, False, 4
+    tree = adapters.init_adapter(config, CONFIG, base, 0)
+    keys = iter(jax.random.split(jax.random.key(2), 100))
+    return config, jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), tree)
+
+
+def ids(rng, *sizes):
+    return [rng.integers(1, 64, n).tolist() for n in sizes]
+
+
+class Reference:
+    """The same conversation, of which every question is asked with all its tokens, in a batch of its own."""
+
+    def __init__(self, config, tree, base):
+        self.tree, self.base = tree, base
+        self._score = LikelihoodScorer(config, DECODER, MESH, 256, 1)
+        self._write = Generator(config, DECODER, MESH, (3,), MOST, 1)
+
+    def weigh(self, tokens, options):
+        return dict(self._score(self.tree, self.base, [Choice(tokens, options)]))[0]
+
+    def write(self, tokens):
+        return dict(self._write(self.tree, self.base, [tokens]))[0]
+
+
+def read_all(conversations):
+    found = {}
+    while conversations.waiting:
+        for row, own in conversations.step():
+            assert row not in found
+            found[row] = own
+    return found
+
+
+@pytest.mark.parametrize("methods", [(), ("lora",), ("lora", "prefix", "prompt")])
+def test_a_continued_cache_weighs_as_reading_anew(base, methods):
+    """Three rows of other lengths, told at other times, one read in parts, options with and without a common beginning."""
+    rng = np.random.default_rng(0)
+    config, tree = adapted(base, *methods) if methods else (default().adapter, {})
+    conversations, reference = (
+        Conversations(config, DECODER, MESH, 3, PLACES + 80, (3,), MOST),
+        Reference(config, tree, base),
+    )
+    common = ids(rng, 16)[0]
+    said = {row: common + own for row, own in enumerate(ids(rng, 5, 120, 31))}
+    begun = conversations.start(tree, base, list(said.values()))
+    assert conversations.begun >= 16
+    pending = dict(enumerate(begun))
+    for _ in range(4):
+        asked = {}
+        for row in pending:
+            asked[row] = [*ids(rng, *rng.integers(1, 6, 3)), [7, 8, 9], [7, 8]]
+            conversations.tell(row, pending[row], asked[row])
+        found = read_all(conversations)
+        assert set(found) == set(asked)
+        for row, own in found.items():
+            for ours, theirs in zip(own, reference.weigh(said[row], asked[row]), strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=2e-4)
+        # Not every row goes on in every round.
+        pending = {row: more for row, more in enumerate(ids(rng, 3, 20, 1)) if rng.random() < 0.7}
+        for row, more in pending.items():
+            said[row] = said[row] + more
+
+
+def test_rows_are_used_again_and_see_nothing_of_what_was_there(base):
+    rng = np.random.default_rng(1)
+    settings_, tree = adapted(base, "lora")
+    conversations, reference = (
+        Conversations(settings_, DECODER, MESH, 1, PLACES, (3,), MOST),
+        Reference(settings_, tree, base),
+    )
+    for opening in conversations.start(tree, base, ids(rng, 90, 6, 40)):
+        conversations.open(0)
+        options = ids(rng, 3, 4)
+        conversations.tell(0, opening, options)
+        (own,) = read_all(conversations).values()
+        for ours, theirs in zip(own, reference.weigh(opening, options), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_written_text_is_what_generation_writes_and_is_gone_on_from(base):
+    rng = np.random.default_rng(2)
+    settings_, tree = adapted(base, "lora")
+    conversations, reference = (
+        Conversations(settings_, DECODER, MESH, 3, PLACES, (3,), MOST),
+        Reference(settings_, tree, base),
+    )
+    said = dict(enumerate(ids(rng, 30, 12, 55)))
+    conversations.start(tree, base, list(said.values()))
+    for row, tokens in said.items():
+        conversations.tell(row, tokens[:-1])
+    assert read_all(conversations) == {0: [], 1: [], 2: []}
+    texts = conversations.write({row: tokens[-1] for row, tokens in said.items()})
+    kept = {0: len(texts[0]), 1: min(2, len(texts[1])), 2: 0}  # all, some, none of it
+    for row, text in texts.items():
+        assert text == reference.write(said[row])
+        conversations.keep(row, text, kept[row])
+        said[row] = said[row] + text[: kept[row]] + [11, 12]
+        conversations.tell(row, [11, 12], [[5, 6], [8]])
+    for row, own in read_all(conversations).items():
+        for ours, theirs in zip(own, reference.weigh(said[row], [[5, 6], [8]]), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_writing_stops_at_the_last_place(base):
+    conversations = Conversations(default().adapter, DECODER, MESH, 1, 24, (), 100)
+    conversations.start({}, base, [list(range(1, 21))])
+    conversations.tell(0, list(range(1, 20)))
+    read_all(conversations)
+    (text,) = conversations.write({0: 20}).values()
+    assert len(text) == 4 and conversations.room(0) == 0  # the newest is not read yet
+
+
+def test_what_does_not_fit_is_refused(base):
+    conversations = Conversations(default().adapter, DECODER, MESH, 1, 10, (3,), MOST)
+    conversations.start({}, base, [[1, 2, 3]])
+    with pytest.raises(ValueError, match="do not fit"):
+        conversations.tell(0, [1] * 8, [[1, 2], [3]])
+    with pytest.raises(ValueError, match="at least one token"):
+        conversations.tell(0, [], [[1, 2], [3]])
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_every_step_reads_something(sizes):
+    """The width that a step chooses is never too small for what must be in one step, nor reads nothing."""
+    from sqa_jax.inference.conversations import _width
+
+    least = min(sizes)
+    assert _width(sizes, least, len(sizes)) >= least
