@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from fractions import Fraction
 
@@ -19,6 +20,14 @@ from sqa_jax.study.statistics import (
     paired_test,
     smallest_difference,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """statsmodels collects garbage at every call: what other tests have left need not be looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pair(only_first: int, only_second: int, both: int = 3, neither: int = 2) -> tuple[np.ndarray, np.ndarray]:

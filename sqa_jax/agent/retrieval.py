@@ -6,6 +6,7 @@ library would: it may be wrong, and of some questions it does not hold the lectu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from sqa_jax.agent.tools import Request, Tool
@@ -27,6 +28,7 @@ class Index:
     def __init__(self, problems: Sequence[Problem]):
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self.lectures = list(dict.fromkeys(p.lecture.strip() for p in problems if p.lecture.strip()))
         if not self.lectures:
             raise UserError("config.agent.retrieval is 'bm25', and the training split has no lectures; use oracle")
