@@ -2,7 +2,8 @@
 
 Two compiled programs do all of it. One reads what each row has to read next and, behind it, weighs continuations as
 branches that leave nothing in the cache; what is long is read in parts, so that rows of all lengths share a step
-(Agrawal et al. 2023, arXiv:2308.16369). The other writes: it continues rows greedily until each has ended.
+(Agrawal et al. 2023, arXiv:2308.16369), and the tokens of all rows lie packed: only attention works row by row. The
+other writes: it continues rows greedily until each has ended.
 
     row 0   q q q q q q  c c r r r r        | a a |  b b b     a question, a call and its result, two continuations
     row 1   q q q q                         | a | b b
@@ -13,7 +14,7 @@ Shapes in comments: B rows, S places of a row, T tokens read in a step, M tokens
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +27,12 @@ from sqa_jax.inference.beginning import Beginning, adapt, common_length
 from sqa_jax.inference.generate import trim
 from sqa_jax.inference.likelihood import Choice, layout
 from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
-from sqa_jax.students.decoder import Cache, Decoder, init_cache
+from sqa_jax.students.decoder import Cache, Decoder, Grid, init_cache
 from sqa_jax.training.loss import target_log_probs
 
-_WIDTHS = (16, 32, 64, 128, 256)  # tokens of a row that a step may read
+_WIDTHS = (16, 64, 256)  # tokens of a row that a step reads: attention works on so many of each
+_WIDEST, _MOST = 256, 4096  # most of one row where not more must be in one step, and most of all rows
 _EXTENT = 256  # the part of the cache that a step looks at is a multiple of this
-_OVERHEAD = 256  # what a step costs besides its tokens, in tokens: the weights must be read
 
 
 class _Row(NamedTuple):
@@ -78,7 +79,6 @@ class Conversations:
         self._write = jax.jit(
             self._write_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, (seen, seen))
         )
-        self._weighed = 0  # grows with what is asked, so that later steps of like size compile nothing
         self._own = [_Row()] * self.rows
 
     def start(self, adapter: Any, base: Any, openings: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -124,36 +124,71 @@ class Conversations:
           Of each row that has now read everything: (row, log-probabilities of each continuation's own tokens; what
           all of them begin with is left out).
         """
-        asked = {row: own for row, own in enumerate(self._own) if own.options is not None}
-        trees = {row: layout(Choice(own.tokens, own.options), 0) for row, own in asked.items()}
+        asked, trees = self._next()
         sizes = {row: len(tree.tokens) for row, tree in trees.items()}
         # The hidden state of the last token weighs the first ones behind it: both are in one step.
-        width = _width(sizes.values(), max(sizes[row] - len(own.tokens) + 1 for row, own in asked.items()), self.rows)
+        width = max([_WIDEST] + [sizes[row] - len(own.tokens) + 1 for row, own in asked.items()])
         done = [row for row in asked if sizes[row] <= width]
-        weighed = max([1, self._weighed] + [len(trees[row].targets) for row in done])
-        self._weighed = -(-weighed // 16) * 16
-        batch = {name: np.zeros((self.rows, width), np.int32) for name in ("tokens", "positions", "segments", "branches")}  # fmt: skip
-        batch |= {name: np.zeros((self.rows, self._weighed), np.int32) for name in ("predicting", "targets")}
-        batch["length"] = np.asarray([own.length for own in self._own], np.int32)
+        parts = {}
         for row, own in asked.items():
-            if row in done:
-                tree, read, options = trees[row], len(own.tokens), None
-            else:
-                read, options = min(width, len(own.tokens) - 1), own.options
-                tree = layout(Choice(own.tokens[:read], ()), 0)
-            here, scored = slice(0, len(tree.tokens)), slice(0, len(tree.targets))
-            batch["tokens"][row, here], batch["positions"][row, here] = tree.tokens, own.length + tree.positions
-            batch["segments"][row, here], batch["branches"][row, here] = 1, tree.branches
-            batch["predicting"][row, scored], batch["targets"][row, scored] = tree.predicting, tree.targets
+            read, options = (len(own.tokens), None) if row in done else (min(width, len(own.tokens) - 1), own.options)
+            parts[row] = trees[row] if row in done else layout(Choice(own.tokens[:read], ()), 0)
             self._own[row] = _Row(own.length + read, own.tokens[read:], options)
-        extent = _extent(max(own.length for own in asked.values()) + width, self.places)
-        placed = place_rows(batch, self.mesh, self.rows)
-        self._cache, log_probs = self._read(*self._trees, self._cache, placed, extent=extent)
+        batch, scored = self._packed(parts, {row: own.length for row, own in asked.items()})
+        self._cache, log_probs = self._read(*self._trees, self._cache, batch, extent=self._extent_of(asked, parts))
         log_probs = np.asarray(log_probs) if done else None
-        return [
-            (row, [log_probs[row, : len(trees[row].targets)][trees[row].option == k] for k in range(len(asked[row].options))])
-            for row in done
-        ]  # fmt: skip
+        found = {row: log_probs[scored[row]] for row in done}
+        return [(row, [found[row][trees[row].option == k] for k in range(len(asked[row].options))]) for row in done]
+
+    def _next(self) -> tuple[dict[int, _Row], dict[int, Any]]:
+        """The rows that read in the next step, as many as it takes, and what each has to read."""
+        asked, trees, total = {}, {}, 0
+        for row, own in enumerate(self._own):
+            if own.options is not None:
+                tree = layout(Choice(own.tokens, own.options), 0)
+                total += min(len(tree.tokens), _WIDEST)
+                if asked and total > _MOST:
+                    break
+                asked[row], trees[row] = own, tree
+        return asked, trees
+
+    def _extent_of(self, asked: Mapping[int, _Row], parts: Mapping[int, Any]) -> int:
+        longest = max(own.length + len(parts[row].tokens) for row, own in asked.items())
+        return _extent(longest, self.places)
+
+    def _packed(self, parts: Mapping[int, Any], lengths: Mapping[int, int]) -> tuple[dict[str, Any], dict[int, Any]]:
+        """The arrays of a step, and where in its log-probabilities those of each row are.
+
+        Tokens lie packed in lines, a line for each data shard; the grid says to which row each belongs.
+        """
+        lines = row_shards(self.mesh)
+        line_of = {row: row * lines // self.rows for row in parts}
+        counts, targets = np.zeros(lines, int), np.zeros(lines, int)
+        for row, part in parts.items():
+            counts[line_of[row]] += len(part.tokens)
+            targets[line_of[row]] += len(part.targets)
+        N, M = _round_up(int(counts.max())), _round_up(max(1, int(targets.max())))
+        A = min(self.rows, 1 << (len(parts) - 1).bit_length())
+        W = next(w for w in (*_WIDTHS, *range(2 * _WIDEST, 10**6, _WIDEST)) if w >= max(len(p.tokens) for p in parts.values()))  # fmt: skip
+        batch = {name: np.zeros((lines, N), np.int32) for name in ("tokens", "positions", "segments", "branches")}
+        batch |= {name: np.zeros((lines, M), np.int32) for name in ("predicting", "targets")}
+        rows, places = np.full(A, self.rows, np.int32), np.full((A, W), lines * N, np.int32)
+        back = np.full(lines * N, A * W, np.int32)
+        length, scored = np.zeros(self.rows, np.int32), {}
+        starts, weighed = np.zeros(lines, int), np.zeros(lines, int)
+        for place, (row, part) in enumerate(parts.items()):
+            line = line_of[row]
+            start, first = int(starts[line]), int(weighed[line])
+            here, own = slice(start, start + len(part.tokens)), slice(first, first + len(part.targets))
+            batch["tokens"][line, here], batch["positions"][line, here] = part.tokens, lengths[row] + part.positions
+            batch["segments"][line, here], batch["branches"][line, here] = 1, part.branches
+            batch["predicting"][line, own], batch["targets"][line, own] = start + part.predicting, part.targets
+            rows[place], length[row], scored[row] = row, lengths[row], (line, own)
+            where = line * N + np.arange(here.start, here.stop)
+            places[place, : len(where)], back[where] = where, place * W + np.arange(len(where))
+            starts[line], weighed[line] = here.stop, own.stop
+        placed = place_rows(batch, self.mesh, lines)
+        return {**placed, "grid": Grid(rows, places, back), "length": length}, scored
 
     def write(self, begun: Mapping[int, int]) -> dict[int, list[int]]:
         """Continues rows greedily, each until an end token, `most_written` tokens, or its last place.
@@ -198,9 +233,9 @@ class Conversations:
         weights = adapters.weights(adapter, base)
         P = adaptation.prefix_length
         cache = cache._replace(length=P + batch["length"])
-        rows = (batch[name] for name in ("tokens", "positions", "segments"))
+        packed = (batch[name] for name in ("tokens", "positions", "segments"))
         hidden, cache = self.decoder.apply(
-            {"params": weights}, *rows, adaptation, cache, batch["branches"], extent=P + extent
+            {"params": weights}, *packed, adaptation, cache, batch["branches"], extent=P + extent, grid=batch["grid"]
         )
         return cache, target_log_probs(self.decoder, weights, hidden, batch["predicting"], batch["targets"])
 
@@ -232,10 +267,10 @@ class Conversations:
         return cache, (out, written)
 
 
-def _width(sizes: Collection[int], least: int, rows: int) -> int:
-    """Tokens a row to read in a step: those that are of most use for what the step costs."""
-    widths = [width for width in _WIDTHS if width >= least] or [-(-least // _WIDTHS[-1]) * _WIDTHS[-1]]
-    return max(widths, key=lambda width: sum(min(size, width) for size in sizes) / (rows * width + _OVERHEAD))
+def _round_up(count: int) -> int:
+    """A little more, so that few sizes are compiled: an eighth on average."""
+    step = max(16, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
 
 
 def _extent(places: int, most: int) -> int:

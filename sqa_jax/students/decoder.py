@@ -72,6 +72,29 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
+class Grid(NamedTuple):
+    """How packed tokens lie in the rows of a cache, so that only attention works row by row.
+
+    Attributes:
+      rows: [A] rows of the cache that read something; the cache's number of rows for none.
+      places: [A, W] which of the N packed tokens are read, in order; N for none.
+      back: [N] where in `places`, flat, each token is; A·W for none.
+    """
+
+    rows: jax.Array
+    places: jax.Array
+    back: jax.Array
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[B, T, …] of packed tokens → [A, W, …]."""
+        return x.reshape(-1, *x.shape[2:]).at[self.places].get(mode="fill", fill_value=0)
+
+    def packed(self, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """[A, W, …] → [B, T, …] of packed tokens, `shape` being (B, T)."""
+        flat = x.reshape(-1, *x.shape[2:]).at[self.back].get(mode="fill", fill_value=0)
+        return flat.reshape(*shape, *x.shape[2:])
+
+
 def init_cache(config: DecoderConfig, rows: int, slots: int, adaptation: Adaptation, dtype=jnp.float32) -> Cache:
     """An empty cache for `slots` tokens a row; a prefix, where there is one, lies in front of them."""
     P = adaptation.prefix_length
@@ -158,7 +181,7 @@ class Attention(nn.Module):
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, x, layer, adaptation: Adaptation, cache, sin, cos, visible, slots, segments):
+    def __call__(self, x, layer, adaptation: Adaptation, cache, sin, cos, visible, slots, segments, grid: Grid | None):
         c, lora = self.config, adaptation.lora or {}
         B, T, _ = x.shape
 
@@ -174,17 +197,23 @@ class Attention(nn.Module):
         self.sow("read", "key", key)
         self.sow("read", "value", value)
         if cache is not None:
-            rows, kv_heads, places = jnp.arange(B)[:, None, None], jnp.arange(c.num_kv_heads)[:, None], slots[:, None]
+            rows = jnp.arange(B)
+            if grid is not None:
+                rows, (query, key, value) = grid.rows, map(grid.spread, (query, key, value))
+            kv_heads, places = jnp.arange(c.num_kv_heads)[:, None], slots[:, None]
             cache = tuple(
-                old.at[layer, rows, kv_heads, places].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")
+                old.at[layer, rows[:, None, None], kv_heads, places].set(
+                    new.swapaxes(1, 2).astype(old.dtype), mode="drop"
+                )
                 for old, new in zip(cache, (key, value), strict=True)
             )
-            key, value = (
-                jax.lax.dynamic_index_in_dim(own, layer, keepdims=False)[:, :, : visible.shape[-1]]
-                .astype(self.dtype)
-                .swapaxes(1, 2)
-                for own in cache
-            )
+
+            def known(own):
+                own = jax.lax.dynamic_index_in_dim(own, layer, keepdims=False)[:, :, : visible.shape[-1]]
+                own = own if grid is None else own.at[rows].get(mode="clip")
+                return own.astype(self.dtype).swapaxes(1, 2)
+
+            key, value = map(known, cache)
         elif adaptation.prefix is not None:
 
             def before(name, tail):
@@ -196,6 +225,8 @@ class Attention(nn.Module):
             out = self.fused(query, key, value, segments, visible)
         else:
             out = (attend_causal if cache is None else attend)(query, key, value, visible)
+        if grid is not None:
+            out = grid.packed(out, (B, T))
         out = out.reshape(B, T, c.num_heads * c.head_dim)
         return linear("o_proj", c.hidden_size)(out, lora.get("o_proj")), cache
 
@@ -290,6 +321,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         branches: jax.Array | None = None,
         extent: int | None = None,
+        grid: Grid | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
 
@@ -303,6 +335,7 @@ class Decoder(nn.Module):
             same adaptation. A row that has no room left drops its tokens.
           branches: [B, T] forks of a segment (see `visibility`). Only their trunk may stay in a cache: the caller
             sets its `length` back to the trunk's end.
+          grid: with a cache, tokens of any of its rows are packed into [B, T], and lie in the cache as it says.
           extent: places of the cache, a prefix included, that attention looks at; behind them must be nothing.
 
         Returns:
@@ -317,17 +350,27 @@ class Decoder(nn.Module):
             x = jnp.where((positions < P)[..., None], virtual, x)
 
         P = adaptation.prefix_length
+        key_branches = None
         if cache is None:
             slots = jnp.broadcast_to(jnp.arange(P, P + T), (B, T))
             key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=EVERYWHERE)
+            if branches is not None:
+                key_branches = jnp.pad(branches, ((0, 0), (P, 0)))
         else:
-            slots = cache.length[:, None] + jnp.arange(T)
-            key_segments = cache.segments.at[jnp.arange(B)[:, None], slots].set(segments, mode="drop")
+            rows = jnp.arange(B)
+            if grid is not None:
+                rows, segments = grid.rows, grid.spread(segments)
+                branches = None if branches is None else grid.spread(branches)
+            slots = cache.length.at[rows].get(mode="clip")[:, None] + jnp.arange(segments.shape[1])
+
+            def entered(known, new):  # (all rows, those that read)
+                known = known.at[rows[:, None], slots].set(new, mode="drop")
+                return known, known if grid is None else known.at[rows].get(mode="clip")
+
+            all_segments, key_segments = entered(cache.segments, segments)
+            if branches is not None:  # what was read before is trunk
+                _, key_branches = entered(jnp.zeros_like(cache.segments), branches)
         key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
-        key_branches = None
-        if branches is not None:  # what was read before is trunk
-            key_branches = jnp.zeros_like(key_segments)
-            key_branches = key_branches.at[jnp.arange(B)[:, None], slots].set(branches, mode="drop")
         visible = visibility(segments, key_segments, slots, key_slots, branches, key_branches)[..., :extent]
         # A prefix takes the first P positions, as it does in PEFT.
         sin, cos = rotary_angles(positions + P, c.head_dim, c.rope_theta)
@@ -335,11 +378,11 @@ class Decoder(nn.Module):
         carry = (x, None if cache is None else (cache.key, cache.value))
         inputs = (jnp.arange(c.num_layers), adaptation._replace(prompt=None))
         plain = self.fused is None or cache is not None or branches is not None or adaptation.prefix is not None
-        (x, kv), _ = self.layers(carry, inputs, (sin, cos, visible, slots, None if plain else segments))
+        (x, kv), _ = self.layers(carry, inputs, (sin, cos, visible, slots, None if plain else segments, grid))
         if cache is not None:
             # Trailing padding is not kept: the row's next token overwrites it.
-            used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, T + 1), 0), axis=1)
-            cache = Cache(*kv, key_segments, cache.length + used)
+            used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, segments.shape[1] + 1), 0), axis=1)
+            cache = Cache(*kv, all_segments, cache.length.at[rows].add(used, mode="drop"))
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
