@@ -160,7 +160,7 @@ def test_operations_are_counted_token_by_token(runtime, problems):
     policy = Plan(lambda p: ("retrieve",))
     (row,) = own(policy, {}, runtime.student.params, problems[:1])
     (opening,) = own.dialogue.openings(problems[:1])
-    call = own.dialogue.call(own._whole("retrieve", type("T", (), {"problem": problems[0]})))
+    call = own.dialogue.call(own._tools["retrieve"].call_for(problems[0]))
     result, _ = own.dialogue.result(problems[0].lecture, 10_000)
     trunk, options = len(opening.tokens) + len(call) + len(result), [len(o) for o in own.dialogue.answers(problems[0])]
     seen = list(range(1, trunk + 1)) + [trunk + k for size in options for k in range(1, size)]
@@ -344,7 +344,7 @@ def test_the_whole_life(tmp_path):
     learned.eval.val_limit, learned.eval.row_length, learned.eval.batch_rows = 2, 1024, 1
     train(learned, str(tmp_path / "lora"))
     trained = small(policies=("never", "constrained"), calibrate=0, adapter=str(tmp_path / "lora"))
-    found = agent(config_with_adapter(trained, []), str(tmp_path / "trained"), "test")
+    found = agent(config_with_adapter(trained), str(tmp_path / "trained"), "test")
     assert [row["policy"] for row in found["systems"]] == ["never", "constrained"]
     assert found["adapter"] == str(tmp_path / "lora")
 
@@ -395,7 +395,7 @@ def test_settings_that_cannot_be(tmp_path, changes, message):
     config = small(tmp_path, policies=("never",))
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        agent(config_with_adapter(config, []), str(tmp_path / "agent"), "test")
+        agent(config_with_adapter(config), str(tmp_path / "agent"), "test")
 
 
 def test_traces_that_cannot_be_learned(tmp_path, runtime):

@@ -18,8 +18,7 @@ Examples:
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,7 @@ def _root(workdir: str) -> Path:
     return local_path(workdir, "--workdir")
 
 
-def config_with_adapter(config, argv: Sequence[str]):
+def config_with_adapter(config):
     """The configuration with recipe, adapter and student of the training that `config.agent.adapter` names."""
     if not config.agent.adapter:
         return config
@@ -116,7 +115,7 @@ def config_with_adapter(config, argv: Sequence[str]):
 
 def main() -> None:
     given = flags.FLAGS
-    config = config_with_adapter(given.config, sys.argv)
+    config = config_with_adapter(given.config)
     split = given.split or config.eval.split
     if given.show:
         print(show(config, given.workdir, split, given.show))

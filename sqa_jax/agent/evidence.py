@@ -10,12 +10,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sqa_jax.agent.explore import States, most_helpful
 from sqa_jax.agent.tools import Tool, call_tools
-from sqa_jax.data.dialogue import Call
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.teacher_records import TeacherRecord
 
@@ -45,24 +44,13 @@ def traces(
     Args:
       plans: by pid, the tools to call in order.
     """
-    specs = [{"name": t.spec.name, "description": t.spec.description, "parameters": t.spec.parameters} for t in tools.values()]  # fmt: skip
+    specs = [dataclasses.asdict(tool.spec) for tool in tools.values()]
     for start in range(0, len(problems), _AT_ONCE):
         batch = problems[start : start + _AT_ONCE]
-        asked = [
-            (p, Call(name, " ".join(tools[name].argument_for(p).split()) if tools[name].spec.argument else ""))
-            for p in batch
-            for name in plans[p.pid]
-            if name in tools
-        ]
+        asked = [(p, tools[name].call_for(p)) for p in batch for name in plans[p.pid] if name in tools]
         turns: dict[str, list[dict[str, str]]] = {p.pid: [] for p in batch}
         for (problem, call), result in zip(asked, call_tools(dict(tools), asked, timeout), strict=True):
             if result.status in ("ok", "empty"):
                 turns[problem.pid].append({"tool": call.tool, "argument": call.argument, "result": result.text})
         for problem in batch:
             yield {"pid": problem.pid, "tools": specs, "turns": turns[problem.pid]}
-
-
-def plans_by_student(
-    problems: Sequence[Problem], states: Mapping[str, States], gain: float
-) -> dict[str, Sequence[str]]:
-    return {problem.pid: most_helpful(problem, states[problem.pid], gain) for problem in problems}

@@ -26,12 +26,10 @@ class State(NamedTuple):
     Attributes:
       answers: log-likelihood of each option.
       margins: as `Turn.margins`.
-      results: what the calls gave.
     """
 
     answers: tuple[float, ...]
     margins: Mapping[str, float]
-    results: tuple[str, ...]
 
     @property
     def answer(self) -> int:
@@ -70,12 +68,11 @@ def states_of(runs: Iterable[Mapping[str, Any]]) -> States:
     states: States = {}
     for record in runs:
         calls: tuple[str, ...] = ()
-        results: tuple[str, ...] = ()
         for turn in record["turns"]:
             if "answers" in turn:
-                states[calls] = State(tuple(turn["answers"]), turn.get("margins", {}), results)
+                states[calls] = State(tuple(turn["answers"]), turn.get("margins", {}))
             else:
-                calls, results = (*calls, turn["tool"]), (*results, turn["result"])
+                calls = (*calls, turn["tool"])
     return states
 
 

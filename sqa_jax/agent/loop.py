@@ -145,13 +145,11 @@ class Agent:
             return []
         called = {call.tool for call in talk.calls}
         legal = [name for name in self._tools if name not in called]
-        sizes = [len(self.dialogue.call(self._whole(name, talk))) + self.dialogue.around_result for name in legal]
+        sizes = [
+            len(self.dialogue.call(self._tools[name].call_for(talk.problem))) + self.dialogue.around_result
+            for name in legal
+        ]
         return [name for name, size in zip(legal, sizes, strict=True) if size < self._room(row, talk)]
-
-    def _whole(self, name: str, talk: Talk) -> Call:
-        """The call that a policy makes which chooses among whole actions."""
-        tool = self._tools[name]
-        return Call(name, " ".join(tool.argument_for(talk.problem).split()) if tool.spec.argument else "")
 
     def _tell(self, row: int, talk: Talk) -> Call | None:
         """Gives the row what to read and to weigh; or returns the call that a plan makes without asking."""
@@ -163,7 +161,7 @@ class Agent:
         elif self._policy.weighs and legal:
             talk.asks, options = "decision", [*self.dialogue.heads(legal), *answers]
         elif (name := self._policy.next(Turn(talk.problem, _names(talk), tuple(legal), {}))) is not None:
-            return self._whole(name, talk)
+            return self._tools[name].call_for(talk.problem)
         else:
             talk.asks, options = "answer", answers
         talk.unread = []
@@ -189,7 +187,7 @@ class Agent:
         if tool is None:
             ended[row] = int(np.argmax(answers))
         else:
-            calls[row] = self._whole(tool, talk)
+            calls[row] = self._tools[tool].call_for(talk.problem)
 
     def _write(self, talks: Mapping[int, Talk], calls: dict, ended: dict, due: set) -> None:
         """Lets all conversations write, and does what they say."""

@@ -24,7 +24,7 @@ from sqa_jax.agent.tools import make_tools
 from sqa_jax.data.dataset import config_records, load_config_problems, training_problems
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
-from sqa_jax.files import write_json
+from sqa_jax.files import read_jsonl, write_json
 from sqa_jax.metrics.leaderboard import read_predictions, score
 from sqa_jax.predictions import Predictions
 from sqa_jax.runtime import start
@@ -101,8 +101,6 @@ class Runs:
 
     def rows(self, name: str, split: str) -> dict[str, dict[str, Any]]:
         """A finished policy's rows by pid."""
-        from sqa_jax.files import read_jsonl
-
         file = self.root / split / name.replace(":", "-") / "predictions.jsonl"
         return {row["pid"]: row for row in read_jsonl(file, "predictions")}
 

@@ -38,6 +38,10 @@ class Tool:
     run: Callable[[Sequence[Request]], Sequence[str]]
     argument_for: Callable[[Problem], str] = lambda problem: problem.question
 
+    def call_for(self, problem: Problem) -> Call:
+        """The call that a policy makes which chooses among whole actions, on one line."""
+        return Call(self.spec.name, " ".join(self.argument_for(problem).split()) if self.spec.argument else "")
+
 
 class Result(NamedTuple):
     """What came of a call.

@@ -22,16 +22,7 @@ SAVED = "attention"  # name under which attention's results are kept for the bac
 
 
 def attend_causal(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """`attention.attend` where the queries are the last T of the S places and none sees a later one.
-
-    Args:
-      query: [B, T, H, d].
-      key, value: [B, S, K, d] with H = G·K.
-      visible: [B, T, S]; a query that sees nothing (padding) gets the mean of the values, which nobody reads.
-
-    Returns:
-      [B, T, H, d].
-    """
+    """`attention.attend` where the queries are the last T of the S places and none sees a later one. Shapes as there."""
     B, T, H, d = query.shape
     K = key.shape[2]
     q = (query * d**-0.5).reshape(B, T, K, H // K, d).swapaxes(1, 2).reshape(B, K, -1, d)
