@@ -207,7 +207,7 @@ def test_whatever_a_student_writes_every_question_is_answered(runtime, problems,
     policy = Free()
     turn_of = {}
 
-    def write(begun):
+    def write(begun, pause):
         texts, talk_of = {}, own._conversations
         for row in begun:
             first, *_, last = current(row).choices

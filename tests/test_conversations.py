@@ -48,10 +48,10 @@ def ids(rng, *sizes):
 class Reference:
     """The same conversation, of which every question is asked with all its tokens, in a batch of its own."""
 
-    def __init__(self, config, tree, base):
+    def __init__(self, config, tree, base, ends=(3,)):
         self.tree, self.base = tree, base
         self._score = LikelihoodScorer(config, DECODER, MESH, 256, 1)
-        self._write = Generator(config, DECODER, MESH, (3,), MOST, 1)
+        self._write = Generator(config, DECODER, MESH, ends, MOST, 1)
 
     def weigh(self, tokens, options):
         return dict(self._score(self.tree, self.base, [Choice(tokens, options)]))[0]
@@ -137,6 +137,31 @@ def test_written_text_is_what_generation_writes_and_is_gone_on_from(base):
     for row, own in read_all(conversations).items():
         for ours, theirs in zip(own, reference.weigh(said[row], [[5, 6], [8]]), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+def test_rows_begin_to_write_while_others_are_writing(base):
+    """With a pause, rows that have ended make way for others; every text is what it would be alone."""
+    rng = np.random.default_rng(5)
+    settings_, tree = adapted(base, "lora")
+    ends = tuple(range(3, 15))
+    conversations = Conversations(settings_, DECODER, MESH, 3, PLACES, ends, MOST)
+    reference = Reference(settings_, tree, base, ends)
+    coming = iter(ids(rng, 30, 12, 55, 20, 9, 41, 17, 33, 8, 26))
+    conversations.start(tree, base, [[1], [2]])
+    said, free, done, paused = {}, {0, 1, 2}, 0, False
+    while done < 10:
+        begun = {row: tokens for row in free if (tokens := next(coming, None)) is not None}
+        for row, tokens in begun.items():
+            conversations.open(row)
+            conversations.tell(row, tokens[:-1])
+        read_all(conversations)
+        said |= begun
+        texts = conversations.write({row: tokens[-1] for row, tokens in begun.items()}, pause=2)
+        assert texts
+        for row, text in texts.items():
+            assert text == reference.write(said[row])
+        free, done, paused = set(texts), done + len(texts), paused or len(texts) < 3
+    assert paused
 
 
 def test_writing_stops_at_the_last_place(base):

@@ -24,7 +24,8 @@ class Talk:
 
     Attributes:
       unread: tokens that come next.
-      asks: what the row was told last: a "decision" between calls and answer, an "answer", or a "text" to write.
+      asks: what the row was told last: a "decision" between calls and answer, an "answer", or a "text", which it is
+        "writing" once it has begun.
       calls, turns: calls that were made; what was decided, with what was weighed for it and what a tool said.
       mistakes: what was wrong with texts that were neither an allowed call nor an answer.
       shortened: tokens that were left out, by part.
@@ -124,7 +125,7 @@ class Agent:
             if not calls and conversations.waiting:
                 for row, log_probs in conversations.step():
                     self._weighed(row, talks[row], log_probs, calls, ended)
-            elif not calls:  # every conversation is to be written on
+            elif not calls:
                 self._write(talks, calls, ended, due)
             due |= self._call(talks, calls)
             for row, answer in ended.items():
@@ -190,8 +191,11 @@ class Agent:
             calls[row] = self._tools[tool].call_for(talk.problem)
 
     def _write(self, talks: Mapping[int, Talk], calls: dict, ended: dict, due: set) -> None:
-        """Lets all conversations write, and does what they say."""
-        texts = self._conversations.write({row: talk.last for row, talk in talks.items() if talk.asks == "text"})
+        """Lets conversations write until a quarter of them have ended, and does what these say."""
+        begun = {row: talk.last for row, talk in talks.items() if talk.asks == "text"}
+        for row in begun:
+            talks[row].asks = "writing"
+        texts = self._conversations.write(begun, pause=3 * len(talks) // 4)
         for row, ids in texts.items():
             talk = talks[row]
             length = talk.length

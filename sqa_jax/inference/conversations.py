@@ -3,7 +3,7 @@
 Two compiled programs do all of it. One reads what each row has to read next and, behind it, weighs continuations as
 branches that leave nothing in the cache; what is long is read in parts, so that rows of all lengths share a step
 (Agrawal et al. 2023, arXiv:2308.16369), and the tokens of all rows lie packed: only attention works row by row. The
-other writes: it continues rows greedily until each has ended.
+other writes: it continues rows greedily, and pauses when so many have ended that others should take their places.
 
     row 0   q q q q q q  c c r r r r        | a a |  b b b     a question, a call and its result, two continuations
     row 1   q q q q                         | a | b b
@@ -42,11 +42,15 @@ class _Row(NamedTuple):
       length: tokens of it that are in the cache, the common beginning aside.
       tokens: to be read.
       options: to be weighed behind them; None where nothing is asked.
+      text: the token that the row writes on from and what it has written, of which the newest is not read yet.
+      most: tokens that it may write.
     """
 
     length: int = 0
     tokens: tuple[int, ...] = ()
     options: tuple[tuple[int, ...], ...] | None = None
+    text: tuple[int, ...] = ()
+    most: int = 0
 
 
 class Conversations:
@@ -77,7 +81,7 @@ class Conversations:
         self._empty = jax.jit(self._make_empty, out_shardings=cache)
         self._read = jax.jit(self._read_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, seen))
         self._write = jax.jit(
-            self._write_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, (seen, seen))
+            self._write_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, (seen, seen, seen))
         )
         self._own = [_Row()] * self.rows
 
@@ -190,30 +194,39 @@ class Conversations:
         placed = place_rows(batch, self.mesh, lines)
         return {**placed, "grid": Grid(rows, places, back), "length": length}, scored
 
-    def write(self, begun: Mapping[int, int]) -> dict[int, list[int]]:
+    def write(self, begun: Mapping[int, int], pause: int = 0) -> dict[int, list[int]]:
         """Continues rows greedily, each until an end token, `most_written` tokens, or its last place.
 
         Args:
-          begun: of each row the token that it goes on from, which is read first. There must be room for it and one more.
+          begun: of each row that begins to write, the token that it goes on from, which is read first. There must be
+            room for it and one more.
+          pause: returns as soon as no more than so many go on; a later call continues these, too.
 
         Returns:
-          Of each row what it wrote, without an end token. All of it is in the row; `keep` takes some back.
+          Of each row that has ended what it wrote, without an end token. All of it is in the row; `keep` takes some
+          back.
         """
-        token, most = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
         for row, first in begun.items():
-            token[row], most[row] = first, min(self.most_written, self.room(row) - 1)
+            self._own[row] = self._own[row]._replace(text=(first,), most=min(self.most_written, self.room(row) - 1))
+        token, most = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
+        under_way = {row: own for row, own in enumerate(self._own) if own.text}
+        for row, own in under_way.items():
+            token[row], most[row] = own.text[-1], own.most - (len(own.text) - 1)
         length = np.asarray([own.length for own in self._own], np.int32)
         extent = _extent(int((length + most).max()), self.places)
         placed = place_rows({"token": token, "most": most, "length": length}, self.mesh, self.rows)
-        self._cache, report = self._write(*self._trees, self._cache, placed, extent=extent)
-        out, written = map(np.asarray, report)
+        pause = np.int32(min(pause, len(under_way) - 1))
+        self._cache, report = self._write(*self._trees, self._cache, placed, pause, extent=extent)
+        out, written, going = map(np.asarray, report)
         texts = {}
-        for row in begun:
-            ids = trim(out[row, : written[row]], self.ends)
-            # The newest token is not read yet, be it an end token or not.
-            read = min(len(ids), int(written[row]) - 1)
-            texts[row] = ids
-            self._own[row] = _Row(int(length[row]) + 1 + read, tuple(ids[read:]))
+        for row, own in under_way.items():
+            text = own.text + tuple(out[row, : written[row]].tolist())
+            now = own.length + int(written[row])
+            if going[row]:
+                self._own[row] = own._replace(length=now, text=text)
+            else:
+                texts[row] = ids = trim(np.asarray(text[1:]), self.ends)
+                self._own[row] = _Row(now, tuple(ids[len(text) - 2 :]))  # the newest token is not read yet
         return texts
 
     def keep(self, row: int, ids: Sequence[int], count: int) -> None:
@@ -239,14 +252,14 @@ class Conversations:
         )
         return cache, target_log_probs(self.decoder, weights, hidden, batch["predicting"], batch["targets"])
 
-    def _write_rows(self, adapter, base, beginning, cache: Cache, batch: dict[str, jax.Array], extent: int):
-        """The cache, new tokens [B, N], and how many of them each row has written, [B]."""
+    def _write_rows(self, adapter, base, beginning, cache: Cache, batch: dict[str, jax.Array], pause, extent: int):
+        """The cache, new tokens [B, N], how many of them each row has written, and which go on, [B]."""
         adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
         weights = adapters.weights(adapter, base)
         P, B = adaptation.prefix_length, self.rows
 
         def unfinished(state):
-            return state[-1].any()
+            return state[-1].sum() > pause
 
         def advance(state):
             cache, token, out, written, going = state
@@ -263,8 +276,8 @@ class Conversations:
 
         out = jnp.zeros((B, self.most_written), jnp.int32)
         start = (cache._replace(length=P + batch["length"]), batch["token"], out, jnp.zeros(B, jnp.int32), batch["most"] > 0)  # fmt: skip
-        cache, _, out, written, _ = jax.lax.while_loop(unfinished, advance, start)
-        return cache, (out, written)
+        cache, _, out, written, going = jax.lax.while_loop(unfinished, advance, start)
+        return cache, (out, written, going)
 
 
 def _round_up(count: int) -> int:
