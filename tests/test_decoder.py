@@ -1,8 +1,9 @@
-"""The decoder against transformers' PyTorch Llama: logits, cache, padding, packing, branches."""
+"""The decoder against transformers' PyTorch models of every family: logits, cache, padding, packing, branches."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,45 +12,72 @@ import pytest
 import torch
 import transformers
 
-from sqa_jax.students.config import from_hf
 from sqa_jax.students.decoder import Adaptation, Decoder, init_cache
+from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.layout import build, leaves
 from sqa_jax.students.load import load_student
+from sqa_jax.students.safetensors_source import read_hf_config
 from sqa_jax.students.sources import SafetensorsSource
 from sqa_jax.students.weights import read_params, save_safetensors
 
-VARIANTS = {
-    "tied, grouped": dict(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True),
-    "untied, multi-head": dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False),
-    "biases, one kv head": dict(
-        num_attention_heads=4, num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=24
-    ),
-}
+SIZES = dict(
+    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)  # fmt: skip
+# Windows of five keys, shorter than every sequence here, and layers of each kind.
+WINDOWED = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+FAMILIES = {
+    "llama, tied": ("llama", dict(tie_word_embeddings=True, rope_theta=5000.0)),
+    "llama, multi-head": ("llama", dict(num_key_value_heads=4, tie_word_embeddings=False)),
+    "llama, biases, one kv head": ("llama", dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=24)),
+    "llama 3": ("llama", dict(rope_parameters=LLAMA3_ROPE)),
+    "llama, linear rope": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0))),
+    "smollm3": ("smollm3", dict(no_rope_layer_interval=2)),
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
+    "qwen2, windows": ("qwen2", dict(use_sliding_window=True, max_window_layers=1, sliding_window=5)),
+    "qwen3": ("qwen3", dict(head_dim=16)),
+    "gemma": ("gemma", dict(num_key_value_heads=1, head_dim=16)),
+    "gemma2": ("gemma2", dict(head_dim=16, query_pre_attn_scalar=40, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **WINDOWED)),
+    "gemma3": ("gemma3_text", dict(head_dim=16, query_pre_attn_scalar=20, **WINDOWED)),
+    "gemma3, linear rope": ("gemma3_text", dict(head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention", "full_attention"],
+        rope_parameters={"full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0), "sliding_attention": dict(rope_type="default", rope_theta=1e4)})),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS.keys())
+FEW = pytest.mark.parametrize(
+    "pair", [FAMILIES["llama, tied"], FAMILIES["gemma2"]], ids=["llama, tied", "gemma2"], indirect=True
+)  # what no option of a family can change is tried on the plainest and on one of the richest
+
+
+def make_model(family: str, **options) -> torch.nn.Module:
+    """A random PyTorch model, away from the uniform start, so that a mix-up of two tensors shows."""
+    torch.manual_seed(0)
+    config = transformers.CONFIG_MAPPING[family](**SIZES | options)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.2 if "norm" in name or "bias" in name else 0.05))
+    return model
+
+
+@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
 def pair(request, tmp_path_factory):
     """A random PyTorch model and our reading of the files that it saves."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, max_position_embeddings=128, rope_theta=5000.0,
-        **request.param,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():  # away from the uniform start, so that a mix-up of two tensors shows
-            p.add_(torch.randn_like(p) * (0.2 if "norm" in name else 0.05))
-    directory = tmp_path_factory.mktemp("llama")
+    family, options = request.param
+    model = make_model(family, **options)
+    directory = tmp_path_factory.mktemp(family)
     model.save_pretrained(directory)
-    ours = from_hf(config.to_dict(), "config")
+    ours = from_hf(read_hf_config(directory), "config")
     params = read_params(SafetensorsSource(directory), ours)
     return model, Decoder(ours), params
 
 
+@partial(jax.jit, static_argnums=0)
 def run(decoder, params, tokens, positions, segments, **kwargs):
-    return decoder.apply(
-        {"params": params}, *map(jnp.asarray, (tokens, positions, segments)), method="logits", **kwargs
-    )
+    return decoder.apply({"params": params}, tokens, positions, segments, method="logits", **kwargs)
 
 
 def reference(model, tokens, positions=None, mask=None):
@@ -76,13 +104,14 @@ def test_cache_reads_in_pieces(pair):
     expected = reference(model, tokens)
     cache = init_cache(decoder.config, 2, 20, Adaptation())
     pieces = []
-    for start, stop in [(0, 7), (7, 8), (8, 13), (13, 16)]:
+    for start, stop in [(0, 11), *((k, k + 1) for k in range(11, 16))]:
         positions = np.tile(np.arange(start, stop), (2, 1))
         logits, cache = run(decoder, params, tokens[:, start:stop], positions, np.ones_like(positions), cache=cache)
         pieces.append(logits)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-4)
 
 
+@FEW
 def test_left_padding_and_cache_equal_reference_with_padding(pair):
     model, decoder, params = pair
     tokens = np.random.default_rng(2).integers(0, 97, (2, 12))
@@ -97,6 +126,7 @@ def test_left_padding_and_cache_equal_reference_with_padding(pair):
     np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], atol=1e-4)
 
 
+@FEW
 def test_right_padded_rows_continue_where_each_ends(pair):
     """What generation does: rows of different length in one cache, each continued behind its own end."""
     model, decoder, params = pair
@@ -139,6 +169,7 @@ def test_branches_see_the_trunk_and_themselves(pair):
     np.testing.assert_allclose(ours[0, 9:], reference(model, np.concatenate([trunk, two])[None])[0, 6:], atol=1e-4)
 
 
+@FEW
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_nothing(pair, remat):
     _, decoder, params = pair
@@ -153,6 +184,7 @@ def test_remat_changes_nothing(pair, remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, again)
 
 
+@FEW
 def test_module_initialises_the_tree_that_files_are_read_into(pair):
     _, decoder, params = pair
     one = jnp.ones((1, 1), int)

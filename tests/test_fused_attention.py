@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.students.attention import attend, visibility
+from sqa_jax.students.attention import attend, near, visibility
 from sqa_jax.students.block_attention import attend_causal
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import Decoder
@@ -55,23 +58,32 @@ def outputs_and_gradients(attention, query, key, value, segments):
     return [out, *gradients]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_splash_equals_plain_attention(shape):
+@pytest.mark.parametrize(
+    ("shape", "softcap", "windowed"), [((1, 1, 1), 0.0, False), ((2, 2, 2), 1.5, False), ((2, 2, 2), 0.0, True)]
+)
+def test_splash_equals_plain_attention(shape, softcap, windowed):
+    """Also where scores are bounded, and in a layer with a sliding window."""
     query, key, value, segments = packed(4)
-    visible = seen(segments)
+    student = dataclasses.replace(CONFIG, attention_softcap=softcap, window=10)
+    visible, places = seen(segments), jnp.broadcast_to(jnp.arange(T), segments.shape)
+    if windowed:
+        visible &= near(places, places, student.window)
     devices = mesh(shape, jax.devices()[: np.prod(shape)])
-    splash = fused_attention("splash", CONFIG, jnp.float32, devices)
-    ours = outputs_and_gradients(lambda *qkv: splash(*qkv, segments, visible), query, key, value, segments)
-    plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible), query, key, value, segments)
+    splash = fused_attention("splash", student, jnp.float32, devices)
+    ours = outputs_and_gradients(
+        lambda *qkv: splash(*qkv, segments, None, jnp.asarray(windowed)), query, key, value, segments
+    )
+    plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible, softcap), query, key, value, segments)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_blocks_of_queries_change_nothing():
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_blocks_of_queries_change_nothing(softcap):
     query, key, value, segments = packed(2)
     visible = seen(segments)
-    ours = outputs_and_gradients(lambda *qkv: attend_causal(*qkv, visible), query, key, value, segments)
-    plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible), query, key, value, segments)
+    ours = outputs_and_gradients(lambda *qkv: attend_causal(*qkv, visible, softcap), query, key, value, segments)
+    plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible, softcap), query, key, value, segments)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -111,7 +123,7 @@ def test_splash_compiles_for_a_tpu(monkeypatch):
     shapes = [jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in (query, key, value)]
 
     def loss(query, key, value, segments):
-        return splash(query, key, value, segments, None).astype(jnp.float32).sum()
+        return splash(query, key, value, segments, None, False).astype(jnp.float32).sum()
 
     placed = jax.sharding.NamedSharding(mesh((2, 1, 2), devices), jax.sharding.PartitionSpec())
     compiled = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=placed).lower(*shapes, segments).compile()
@@ -129,7 +141,7 @@ def test_cudnn_is_called_with_the_mask_as_its_bias(monkeypatch):
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
     shapes = [jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
     visible = jax.ShapeDtypeStruct((2, 256, 256), bool)
-    gradient = jax.grad(lambda *a: _cudnn(*a[:3], None, a[3]).astype(jnp.float32).sum(), (0, 1, 2))
+    gradient = jax.grad(lambda *a: _cudnn(*a[:3], None, a[3], False).astype(jnp.float32).sum(), (0, 1, 2))
     text = jax.jit(gradient).trace(*shapes, visible).lower(lowering_platforms=("cuda",)).as_text()
     assert "@__cudnn$fmhaScaleBiasSoftmax(" in text and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
 
@@ -141,3 +153,9 @@ def test_attention_that_cannot_be_had_is_refused():
         fused_attention("flash", CONFIG, jnp.float32, here)
     with pytest.raises(UserError, match="needs a GPU and bfloat16, and this is float32 on cpu"):
         fused_attention("cudnn", CONFIG, jnp.dtype("float32"), here)
+    capped = dataclasses.replace(CONFIG, attention_softcap=50.0)
+    gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    assert fused_attention("auto", CONFIG, jnp.bfloat16, gpu) is not None
+    assert fused_attention("auto", capped, jnp.bfloat16, gpu) is None
+    with pytest.raises(UserError, match="cannot bound scores by 50"):
+        fused_attention("cudnn", capped, jnp.bfloat16, gpu)

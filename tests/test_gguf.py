@@ -144,8 +144,8 @@ def test_reads_what_was_written(tmp_path, kind):
             gguf.dequantize(gguf.quants.quantize(values, quantization), quantization) if values.ndim == 2 else values
         )
         np.testing.assert_array_equal(loaded(student.params, name), expected, err_msg=name)
-    assert student.config.tie_embeddings and student.config.attention_bias and not student.config.mlp_bias
-    assert (student.config.head_dim, student.config.rope_theta, student.config.num_kv_heads) == (
+    assert student.config.tie_embeddings and student.config.qkv_bias and not student.config.mlp_bias
+    assert (student.config.head_dim, student.config.rope.theta, student.config.num_kv_heads) == (
         HEAD,
         50000.0,
         KV_HEADS,

@@ -27,7 +27,8 @@ from sqa_jax.plan.programs import Data
 from sqa_jax.plan.report import epoch, plan, plan_generation
 from sqa_jax.plan.sweep import sweep
 from sqa_jax.plan.work import count
-from sqa_jax.students.config import DecoderConfig, to_hf
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.hf_config import to_hf
 from sqa_jax.students.load import student_config
 
 use_compiler_only()

@@ -22,7 +22,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
     (r"(o|down)_proj/bias", P(None, "fsdp")),
-    (r"\w+_layernorm/scale", P(None, None)),
+    (r"(\w+_layernorm|[qk]_norm)/scale", P(None, None)),
     (r"norm/scale", P(None)),
     (r"lora/(q|k|v|gate|up)_proj/a", P(None, "fsdp", None)),
     (r"lora/(q|k|v|gate|up)_proj/b", P(None, None, "tensor")),

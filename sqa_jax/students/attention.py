@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sqa_jax.students.config import Rope
 
 PADDING = 0  # segment of tokens that are not there: they see nothing and nobody sees them
 EVERYWHERE = -1  # segment of keys that every real token sees: a prefix
@@ -42,16 +45,29 @@ def visibility(
     return visible
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def near(query_places: jax.Array, key_places: jax.Array, window: int) -> jax.Array:
+    """Which keys a sliding window shows: the query's own place and `window` - 1 before it.
+
+    Args:
+      query_places, key_places: [B, T] and [B, S] positions within the same sequence.
+
+    Returns:
+      [B, T, S] booleans, to be joined with `visibility`.
+    """
+    return query_places[:, :, None] - key_places[:, None, :] < window
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, rope: Rope | None) -> tuple[jax.Array, jax.Array]:
     """Sines and cosines of rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 15).
 
     Args:
       positions: [B, T] integers.
+      rope: None turns nothing.
 
     Returns:
       Two float32 arrays [B, T, head_dim / 2].
     """
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    frequencies = np.zeros(head_dim // 2, np.float32) if rope is None else rope.frequencies(head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.sin(angles), jnp.cos(angles)
 
@@ -63,7 +79,7 @@ def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float = 0.0) -> jax.Array:
     """Grouped-query scaled dot-product attention, softmax in float32 (Ainslie et al. 2023, arXiv:2305.13245).
 
     The G query heads that share a key head are laid out as rows of one matrix product, so that keys and
@@ -73,6 +89,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Arra
       query: [B, T, H, d].
       key, value: [B, S, K, d] with H = G·K.
       visible: [B, T, S]; a query that sees nothing (padding) gets the mean of the values, which nobody reads.
+      softcap: as `DecoderConfig.attention_softcap`.
 
     Returns:
       [B, T, H, d].
@@ -83,8 +100,13 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Arra
     q = query.reshape(B, T, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, d)
     k, v = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     scores = jnp.einsum("bkrd,bksd->bkrs", q, k, preferred_element_type=jnp.float32) * d**-0.5
-    scores = scores.reshape(B, K, G, T, S)
+    scores = capped(scores, softcap).reshape(B, K, G, T, S)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, G * T, S)
     out = jnp.einsum("bkrs,bksd->bkrd", weights, v)
     return out.reshape(B, K, G, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, H, d)
+
+
+def capped(x: jax.Array, softcap: float) -> jax.Array:
+    """c · tanh(x / c), which lies between ±c; x itself for c = 0 (Gemma 2, arXiv:2408.00118, section 2)."""
+    return softcap * jnp.tanh(x / softcap) if softcap else x

@@ -11,22 +11,27 @@ of each, d head width. Queries lie as [B, K, T·G, d], so that a block of them i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from sqa_jax.students.attention import capped
 
 # Queries of a row that are worth splitting, least queries of a block, and most blocks, which take long to compile.
 _LONG, _BLOCK, _BLOCKS = 256, 64, 8
 SAVED = "attention"  # name under which attention's results are kept for the backward pass
 
 
-def attend_causal(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
+def attend_causal(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float = 0.0
+) -> jax.Array:
     """`attention.attend` where the queries are the last T of the S places and none sees a later one. Shapes as there."""
     B, T, H, d = query.shape
     K = key.shape[2]
     q = (query * d**-0.5).reshape(B, T, K, H // K, d).swapaxes(1, 2).reshape(B, K, -1, d)
-    out = _attend(q, key.swapaxes(1, 2), value.swapaxes(1, 2), visible)
+    out = _attend(q, key.swapaxes(1, 2), value.swapaxes(1, 2), visible, softcap)
     return out.reshape(B, K, T, H // K, d).swapaxes(1, 2).reshape(B, T, H, d)
 
 
@@ -41,23 +46,23 @@ def _blocks(q: jax.Array, visible: jax.Array) -> Iterator[tuple[slice, int, jax.
         yield slice(start * G, stop * G), seen, visible[:, None, start:stop, None, :seen]
 
 
-def _scores(q: jax.Array, key: jax.Array, visible: jax.Array) -> jax.Array:
+def _scores(q: jax.Array, key: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
     """[B, K, t·G, s] in float32."""
-    scores = jnp.einsum("bkrd,bksd->bkrs", q, key, preferred_element_type=jnp.float32)
+    scores = capped(jnp.einsum("bkrd,bksd->bkrs", q, key, preferred_element_type=jnp.float32), softcap)
     B, K, rows, s = scores.shape
     split = scores.reshape(B, K, visible.shape[2], -1, s)
     return jnp.where(visible, split, jnp.finfo(jnp.float32).min).reshape(scores.shape)
 
 
-@jax.custom_vjp
-def _attend(q: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    return _forward(q, key, value, visible)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
+    return _forward(q, key, value, visible, softcap)[0]
 
 
-def _forward(q, key, value, visible):
+def _forward(q, key, value, visible, softcap):
     outs, sums = [], []
     for rows, seen, sight in _blocks(q, visible):
-        scores = _scores(q[:, :, rows], key[:, :, :seen], sight)
+        scores = _scores(q[:, :, rows], key[:, :, :seen], sight, softcap)
         most = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - most)
         total = weights.sum(axis=-1, keepdims=True)
@@ -69,15 +74,19 @@ def _forward(q, key, value, visible):
     return out, (q, key, value, visible, out, log_sum)
 
 
-def _backward(saved, d_out):
+def _backward(softcap, saved, d_out):
     q, key, value, visible, out, log_sum = saved
     own = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
     d_q, d_key, d_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
     for rows, seen, sight in _blocks(q, visible):
         k, v, d_o = key[:, :, :seen], value[:, :, :seen], d_out[:, :, rows]
-        weights = jnp.exp(_scores(q[:, :, rows], k, sight) - log_sum[:, :, rows])
+        scores = _scores(q[:, :, rows], k, sight, softcap)
+        weights = jnp.exp(scores - log_sum[:, :, rows])
         d_weights = jnp.einsum("bkrd,bksd->bkrs", d_o, v, preferred_element_type=jnp.float32)
-        d_scores = (weights * (d_weights - own[:, :, rows])).astype(key.dtype)
+        d_scores = weights * (d_weights - own[:, :, rows])
+        if softcap:  # the derivative of the cap, from what it gave; hidden keys, far below it, have no weight
+            d_scores *= 1 - (jnp.maximum(scores, -softcap) / softcap) ** 2
+        d_scores = d_scores.astype(key.dtype)
         d_q.append(jnp.einsum("bkrs,bksd->bkrd", d_scores, k))
         d_key = d_key.at[:, :, :seen].add(jnp.einsum("bkrs,bkrd->bksd", d_scores, q[:, :, rows]))
         d_value = d_value.at[:, :, :seen].add(jnp.einsum("bkrs,bkrd->bksd", weights.astype(value.dtype), d_o))

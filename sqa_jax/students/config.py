@@ -1,4 +1,4 @@
-"""The options of the decoder, read from the formats in which models are published."""
+"""The options of the decoder: all that tells one family of models from another."""
 
 from __future__ import annotations
 
@@ -6,10 +6,50 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
+
 from sqa_jax.errors import UserError
 
-# Architectures of Hugging Face's config.json and of GGUF files that this decoder computes exactly.
-SUPPORTED = ("llama",)
+ROPES = ("default", "linear", "llama3")
+FULL, WINDOW, NOPE = "full", "window", "nope"  # a layer sees all, sees near keys only, or knows no positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies.
+
+    Attributes:
+      theta: their base.
+      kind: "default"; "linear", where positions count for 1/`factor` of themselves (Chen et al. 2023, arXiv:2306.15595);
+        "llama3", where only low frequencies do (Grattafiori et al. 2024, arXiv:2407.21783, as Llama 3.1 computes it).
+      factor: of "linear" and "llama3".
+      low_frequency_factor, high_frequency_factor: llama3: waves longer than `original_positions` divided by the first
+        are stretched, those shorter than by the second are not, those between in part.
+      original_positions: llama3: longest sequence before the stretching.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_positions: int = 8192
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a position of each pair of a head, [head_dim / 2] float32."""
+        frequencies = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        return (frequencies / self.divisors(head_dim)).astype(np.float32)
+
+    def divisors(self, head_dim: int) -> np.ndarray:
+        """What the default's frequencies are divided by, [head_dim / 2]."""
+        if self.kind == "default":
+            return np.ones(head_dim // 2)
+        if self.kind == "linear":
+            return np.full(head_dim // 2, self.factor)
+        waves = 2 * np.pi * self.theta ** (np.arange(0, head_dim, 2) / head_dim)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        kept = np.clip((self.original_positions / waves - low) / (high - low), 0, 1)
+        return 1 / (kept + (1 - kept) / self.factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +64,23 @@ class DecoderConfig:
       num_heads: H, query heads.
       num_kv_heads: K, key and value heads; H is a multiple of it (grouped-query attention).
       head_dim: d, width of one head.
-      rope_theta: base of the rotary frequencies.
+      rope: rotary frequencies.
       norm_epsilon: of the RMS norms.
       tie_embeddings: the output layer is the transposed embedding table.
-      attention_bias: biases on q, k and v (and o).
+      qkv_bias, output_bias: biases on q, k and v, and on o.
       mlp_bias: biases in the MLP.
       max_positions: longest sequence that the model was made for.
+      family: the architecture's name in Hugging Face's `model_type`.
+      activation: of the MLP's gate, silu or gelu_tanh.
+      qk_norm: the heads of queries and keys are normed before the rotation.
+      norm_offset: norms multiply by one plus their weight.
+      sandwich_norms: attention and MLP are normed behind, too.
+      embedding_scale: embeddings are multiplied by √D.
+      query_scale: attention's scores are divided by its root; 0 is d.
+      attention_softcap, logit_softcap: c of c · tanh(x / c), which bounds scores and logits; 0 is none.
+      window: keys that a layer of kind "window" sees, the query's own included.
+      layer_types: of each layer "full", "window" or "nope"; () is all "full".
+      local_rope: rotary frequencies of the layers of kind "window"; None is the same.
     """
 
     vocab_size: int
@@ -39,12 +90,43 @@ class DecoderConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rope_theta: float = 10000.0
+    rope: Rope = Rope()
     norm_epsilon: float = 1e-5
     tie_embeddings: bool = False
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
     mlp_bias: bool = False
     max_positions: int = 2048
+    family: str = "llama"
+    activation: str = "silu"
+    qk_norm: bool = False
+    norm_offset: bool = False
+    sandwich_norms: bool = False
+    embedding_scale: bool = False
+    query_scale: int = 0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    window: int = 0
+    layer_types: tuple[str, ...] = ()
+    local_rope: Rope | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return self.layer_types or (FULL,) * self.num_layers
+
+    def rope_of(self, kind: str) -> Rope | None:
+        """The rotary frequencies of layers of a kind; None for those without positions."""
+        return {FULL: self.rope, WINDOW: self.local_rope or self.rope, NOPE: None}[kind]
+
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a layer that are as wide as its residual stream, under Hugging Face's names."""
+        names = ("input_layernorm", "post_attention_layernorm")
+        return (*names, "pre_feedforward_layernorm", "post_feedforward_layernorm") if self.sandwich_norms else names
+
+    def bias(self, layer: str) -> bool:
+        """Whether a linear layer has a bias."""
+        return {"q_proj": self.qkv_bias, "k_proj": self.qkv_bias, "v_proj": self.qkv_bias, "o_proj": self.output_bias}.get(layer, self.mlp_bias)  # fmt: skip
 
     def linear_shapes(self) -> dict[str, tuple[str, int, int]]:
         """Of each linear layer of a block: its module, input width and output width."""
@@ -61,76 +143,6 @@ class DecoderConfig:
         }
 
 
-def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder's options from Hugging Face's `config.json`.
-
-    Raises:
-      UserError: the architecture, rope type, activation or quantization is not supported, a key is missing, or
-        the sizes contradict each other.
-    """
-    _check_architecture(raw.get("model_type"), where)
-    # transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise UserError(f"{where}: rope type {rope_type!r} is not supported; supported: default")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise UserError(f"{where}: a rotary embedding of a part of the head is not supported; choose another student")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: activation {raw['hidden_act']!r} is not supported; supported: silu")
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
-        raise UserError(
-            f"{where}: weights quantized with {method!r} are not supported; use the original weights or a .gguf file"
-        )
-    try:
-        config = DecoderConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            norm_epsilon=raw.get("rms_norm_eps", 1e-6),
-            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            max_positions=raw.get("max_position_embeddings", 2048),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: key {error} is missing; fetch the model's config.json again") from None
-    except (TypeError, ValueError, ZeroDivisionError):
-        raise UserError(
-            f"{where}: a size in it is not a positive number; fetch the model's config.json again"
-        ) from None
-    return _checked(config, where)
-
-
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` that transformers reads as the same model."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu",
-        "torch_dtype": "float32",
-    }
-
-
 def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) -> DecoderConfig:
     """The decoder's options from a GGUF file's metadata (keys such as `llama.block_count`).
 
@@ -143,7 +155,8 @@ def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) ->
       UserError: the architecture or an option is not supported, a key is missing, or the sizes contradict each other.
     """
     architecture = metadata.get("general.architecture")
-    _check_architecture(architecture, where)
+    if architecture != "llama":
+        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: llama")
 
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -168,10 +181,11 @@ def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) ->
             num_heads=heads,
             num_kv_heads=get("attention.head_count_kv", heads),
             head_dim=get("attention.key_length", hidden // heads),
-            rope_theta=float(get("rope.freq_base", 10000.0)),
+            rope=Rope(float(get("rope.freq_base", 10000.0))),
             norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
             tie_embeddings="lm_head.weight" not in tensors,
-            attention_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
+            qkv_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
+            output_bias="model.layers.0.self_attn.o_proj.bias" in tensors,
             mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensors,
             max_positions=get("context_length"),
         )
@@ -181,19 +195,17 @@ def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) ->
         ) from None
     if get("rope.dimension_count", config.head_dim) != config.head_dim:
         raise UserError(f"{where}: a rotary embedding of a part of the head is not supported; choose another student")
-    return _checked(config, where)
+    return checked(config, where)
 
 
-def _check_architecture(architecture: str | None, where: str) -> None:
-    if architecture not in SUPPORTED:
-        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")
-
-
-def _checked(config: DecoderConfig, where: str) -> DecoderConfig:
-    kinds = {"int": int, "float": (int, float)}
+def checked(config: DecoderConfig, where: str) -> DecoderConfig:
+    """The configuration, if its numbers are possible; raises `UserError` where they are not."""
+    kinds, may_be_zero = {"int": int, "float": (int, float)}, ("query_scale", "attention_softcap", "logit_softcap", "window")  # fmt: skip
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.type in kinds and (isinstance(value, bool) or not isinstance(value, kinds[field.type]) or value <= 0):
+        if field.type not in kinds or (value == 0 and field.name in may_be_zero):
+            continue
+        if isinstance(value, bool) or not isinstance(value, kinds[field.type]) or value <= 0:
             raise UserError(
                 f"{where}: {field.name} is {value!r}, which is not a positive number; fetch the model again"
             )
@@ -206,4 +218,10 @@ def _checked(config: DecoderConfig, where: str) -> DecoderConfig:
         raise UserError(
             f"{where}: head width {config.head_dim} is odd and cannot be rotated in pairs; fetch the model again"
         )
+    if len(config.kinds) != config.num_layers:
+        raise UserError(
+            f"{where}: lists the types of {len(config.kinds)} layers, but has {config.num_layers}; fetch the model again"
+        )
+    if WINDOW in config.kinds and not config.window:
+        raise UserError(f"{where}: has layers with a sliding window, but no sliding_window; fetch the model again")
     return config

@@ -9,6 +9,7 @@ width, L layers, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,9 +17,18 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sqa_jax.students.attention import EVERYWHERE, PADDING, attend, rotary_angles, rotate, visibility
+from sqa_jax.students.attention import (
+    EVERYWHERE,
+    PADDING,
+    attend,
+    capped,
+    near,
+    rotary_angles,
+    rotate,
+    visibility,
+)
 from sqa_jax.students.block_attention import SAVED, attend_causal
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import WINDOW, DecoderConfig
 from sqa_jax.students.fused_attention import FusedAttention
 
 LINEAR = "linear"  # name of a linear layer's result, LoRA included: one array, where the two products would be two
@@ -30,6 +40,9 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
 class Adaptation(NamedTuple):
@@ -162,16 +175,58 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+    """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    With `offset` by 1 + scale, as Gemma's norms.
+    """
 
     epsilon: float
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32) + self.offset
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
         return (normed * scale).astype(x.dtype)
+
+
+class Surroundings(NamedTuple):
+    """What all layers share of the tokens that are read.
+
+    Attributes:
+      sin, cos: [R, B, T, d/2] of each of R kinds of rotation.
+      visible: [B, T, S] what layers without a window see.
+      lately: the same of layers with one, where it hides anything.
+      slots: [B, T] places of the tokens in the cache, or in the row behind a prefix.
+      segments: [B, T], for fused attention; None where it cannot be used.
+      grid: as in `Decoder.__call__`.
+    """
+
+    sin: jax.Array
+    cos: jax.Array
+    visible: jax.Array
+    lately: jax.Array | None
+    slots: jax.Array
+    segments: jax.Array | None
+    grid: Grid | None
+
+
+class Layer(NamedTuple):
+    """What tells a layer from the others; stacked in front of the scan.
+
+    Attributes:
+      index: its number.
+      rotation: which of the R kinds.
+      windowed: whether it has a sliding window.
+      adaptation: its part of the adapters.
+    """
+
+    index: jax.Array
+    rotation: jax.Array
+    windowed: jax.Array
+    adaptation: Adaptation
 
 
 class Attention(nn.Module):
@@ -181,50 +236,59 @@ class Attention(nn.Module):
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, x, layer, adaptation: Adaptation, cache, sin, cos, visible, slots, segments, grid: Grid | None):
-        c, lora = self.config, adaptation.lora or {}
+    def __call__(self, x, layer: Layer, cache, around: Surroundings):
+        c, lora, grid = self.config, layer.adaptation.lora or {}, around.grid
         B, T, _ = x.shape
+        sin, cos = around.sin[layer.rotation], around.cos[layer.rotation]
+        visible = around.visible
+        if around.lately is not None:
+            visible = jnp.where(layer.windowed, around.lately, visible)
 
         def linear(name, features):
-            return Linear(features, c.attention_bias, self.dtype, self.lora_dropout, name=name)
+            return Linear(features, c.bias(name), self.dtype, self.lora_dropout, name=name)
 
         def heads(name, count, y):
             return linear(name, count * c.head_dim)(y, lora.get(name)).reshape(B, T, count, c.head_dim)
 
-        query = rotate(heads("q_proj", c.num_heads, x), sin, cos)
-        key = rotate(heads("k_proj", c.num_kv_heads, x), sin, cos)
+        query, key = heads("q_proj", c.num_heads, x), heads("k_proj", c.num_kv_heads, x)
         value = heads("v_proj", c.num_kv_heads, x)
+        if c.qk_norm:
+            query = RMSNorm(c.norm_epsilon, c.norm_offset, name="q_norm")(query)
+            key = RMSNorm(c.norm_epsilon, c.norm_offset, name="k_norm")(key)
+        if c.query_scale:  # attention divides by √d
+            query *= (c.head_dim / c.query_scale) ** 0.5
+        query, key = rotate(query, sin, cos), rotate(key, sin, cos)
         self.sow("read", "key", key)
         self.sow("read", "value", value)
         if cache is not None:
             rows = jnp.arange(B)
             if grid is not None:
                 rows, (query, key, value) = grid.rows, map(grid.spread, (query, key, value))
-            kv_heads, places = jnp.arange(c.num_kv_heads)[:, None], slots[:, None]
+            kv_heads, places = jnp.arange(c.num_kv_heads)[:, None], around.slots[:, None]
             cache = tuple(
-                old.at[layer, rows[:, None, None], kv_heads, places].set(
+                old.at[layer.index, rows[:, None, None], kv_heads, places].set(
                     new.swapaxes(1, 2).astype(old.dtype), mode="drop"
                 )
                 for old, new in zip(cache, (key, value), strict=True)
             )
 
             def known(own):
-                own = jax.lax.dynamic_index_in_dim(own, layer, keepdims=False)[:, :, : visible.shape[-1]]
+                own = jax.lax.dynamic_index_in_dim(own, layer.index, keepdims=False)[:, :, : visible.shape[-1]]
                 own = own if grid is None else own.at[rows].get(mode="clip")
                 return own.astype(self.dtype).swapaxes(1, 2)
 
             key, value = map(known, cache)
-        elif adaptation.prefix is not None:
+        elif layer.adaptation.prefix is not None:
 
             def before(name, tail):
-                prefix = adaptation.prefix[name].astype(tail.dtype).reshape(1, -1, *tail.shape[2:])
+                prefix = layer.adaptation.prefix[name].astype(tail.dtype).reshape(1, -1, *tail.shape[2:])
                 return jnp.concatenate([jnp.broadcast_to(prefix, (B, *prefix.shape[1:])), tail], axis=1)
 
             key, value = before("key", key), before("value", value)
-        if segments is not None:
-            out = self.fused(query, key, value, segments, visible)
+        if around.segments is not None:
+            out = self.fused(query, key, value, around.segments, visible, layer.windowed)
         else:
-            out = (attend_causal if cache is None else attend)(query, key, value, visible)
+            out = (attend_causal if cache is None else attend)(query, key, value, visible, c.attention_softcap)
         if grid is not None:
             out = grid.packed(out, (B, T))
         out = out.reshape(B, T, c.num_heads * c.head_dim)
@@ -232,7 +296,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202, SwiGLU)."""
+    """down(act(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202: SwiGLU, and GEGLU with gelu)."""
 
     config: DecoderConfig
     dtype: Any
@@ -243,10 +307,10 @@ class MLP(nn.Module):
         c = self.config
 
         def linear(name, features, y):
-            return Linear(features, c.mlp_bias, self.dtype, self.lora_dropout, name=name)(y, lora.get(name))
+            return Linear(features, c.bias(name), self.dtype, self.lora_dropout, name=name)(y, lora.get(name))
 
         gate, up = linear("gate_proj", c.intermediate_size, x), linear("up_proj", c.intermediate_size, x)
-        return linear("down_proj", c.hidden_size, nn.silu(gate) * up)
+        return linear("down_proj", c.hidden_size, ACTIVATIONS[c.activation](gate) * up)
 
 
 class Block(nn.Module):
@@ -258,21 +322,29 @@ class Block(nn.Module):
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, carry, inputs, shared):
-        (x, cache), (layer, adaptation) = carry, inputs
-        c = self.config
-        y = RMSNorm(c.norm_epsilon, name="input_layernorm")(x)
+    def __call__(self, carry, layer: Layer, around: Surroundings):
+        (x, cache), c = carry, self.config
+        before, *between, last = c.norms()  # two of a layer, or four
+
+        def norm(name, x):
+            return RMSNorm(c.norm_epsilon, c.norm_offset, name=name)(x)
+
         y, cache = Attention(c, self.dtype, self.lora_dropout, self.fused, name="self_attn")(
-            y, layer, adaptation, cache, *shared
+            norm(before, x), layer, cache, around
         )
-        x += y
-        y = RMSNorm(c.norm_epsilon, name="post_attention_layernorm")(x)
-        x += MLP(c, self.dtype, self.lora_dropout, name="mlp")(y, adaptation.lora or {})
+        mlp, lora = MLP(c, self.dtype, self.lora_dropout, name="mlp"), layer.adaptation.lora or {}
+        if c.sandwich_norms:
+            behind, before = between
+            x += norm(behind, y)
+            x += norm(last, mlp(norm(before, x), lora))
+        else:
+            x += y
+            x += mlp(norm(last, x), lora)
         return (x, cache), None
 
 
 class Decoder(nn.Module):
-    """Llama-family decoder (Touvron et al. 2023, arXiv:2302.13971).
+    """Decoder of the Llama family (Touvron et al. 2023, arXiv:2302.13971), and by its options of Qwen's and Gemma's.
 
     Attributes:
       config: shape and options.
@@ -308,7 +380,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
         )(c, self.dtype, self.lora_dropout, self.fused)
-        self.norm = RMSNorm(c.norm_epsilon)
+        self.norm = RMSNorm(c.norm_epsilon, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, 0.0)
 
@@ -344,6 +416,8 @@ class Decoder(nn.Module):
         c = self.config
         B, T = tokens.shape
         x = self.embed_tokens(tokens)
+        if c.embedding_scale:
+            x *= jnp.asarray(c.hidden_size**0.5, x.dtype)
         if adaptation.prompt is not None:
             P = adaptation.prompt_length
             virtual = adaptation.prompt[jnp.minimum(positions, P - 1)].astype(self.dtype)
@@ -353,6 +427,7 @@ class Decoder(nn.Module):
         key_branches = None
         if cache is None:
             slots = jnp.broadcast_to(jnp.arange(P, P + T), (B, T))
+            places = P + positions
             key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=EVERYWHERE)
             if branches is not None:
                 key_branches = jnp.pad(branches, ((0, 0), (P, 0)))
@@ -363,6 +438,10 @@ class Decoder(nn.Module):
                 branches = None if branches is None else grid.spread(branches)
             slots = cache.length.at[rows].get(mode="clip")[:, None] + jnp.arange(segments.shape[1])
 
+            first = jnp.argmax(segments != PADDING, axis=1)[:, None]
+            own = positions if grid is None else grid.spread(positions)
+            places = own + jnp.take_along_axis(slots - own, first, axis=1)
+
             def entered(known, new):  # (all rows, those that read)
                 known = known.at[rows[:, None], slots].set(new, mode="drop")
                 return known, known if grid is None else known.at[rows].get(mode="clip")
@@ -372,13 +451,32 @@ class Decoder(nn.Module):
                 _, key_branches = entered(jnp.zeros_like(cache.segments), branches)
         key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
         visible = visibility(segments, key_segments, slots, key_slots, branches, key_branches)[..., :extent]
-        # A prefix takes the first P positions, as it does in PEFT.
-        sin, cos = rotary_angles(positions + P, c.head_dim, c.rope_theta)
+        lately = None
+        if 0 < c.window < visible.shape[-1]:
+            # Places are slots but for branches, which are as far from their trunk as if they were alone.
+            if cache is None:
+                key_places = jnp.concatenate([key_slots[:, :P], places], axis=1)
+            else:
+                _, key_places = entered(
+                    jnp.broadcast_to(jnp.arange(cache.segments.shape[1]), cache.segments.shape), places
+                )
+            lately = visible & near(places, key_places[:, : visible.shape[-1]], c.window)
 
-        carry = (x, None if cache is None else (cache.key, cache.value))
-        inputs = (jnp.arange(c.num_layers), adaptation._replace(prompt=None))
+        # A prefix takes the first P positions, as it does in PEFT.
+        rotations = list(dict.fromkeys(map(c.rope_of, c.kinds)))
+        angles = [rotary_angles(positions + P, c.head_dim, rope) for rope in rotations]
         plain = self.fused is None or cache is not None or branches is not None or adaptation.prefix is not None
-        (x, kv), _ = self.layers(carry, inputs, (sin, cos, visible, slots, None if plain else segments, grid))
+        around = Surroundings(
+            *map(jnp.stack, zip(*angles, strict=True)), visible, lately, slots, None if plain else segments, grid
+        )
+        layers = Layer(
+            jnp.arange(c.num_layers),
+            jnp.asarray([rotations.index(c.rope_of(kind)) for kind in c.kinds]),
+            jnp.asarray([kind == WINDOW for kind in c.kinds]),
+            adaptation._replace(prompt=None),
+        )
+        carry = (x, None if cache is None else (cache.key, cache.value))
+        (x, kv), _ = self.layers(carry, layers, around)
         if cache is not None:
             # Trailing padding is not kept: the row's next token overwrites it.
             used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, segments.shape[1] + 1), 0), axis=1)
@@ -388,7 +486,7 @@ class Decoder(nn.Module):
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32: [..., D] → [..., V]."""
         logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
-        return logits.astype(jnp.float32)
+        return capped(logits.astype(jnp.float32), self.config.logit_softcap)
 
     def logits(self, *args, **kwargs) -> tuple[jax.Array, Cache | None]:
         """Logits of every position, [B, T, V]: for small inputs; training asks only where there is a target."""

@@ -20,8 +20,9 @@ from sqa_jax.parallel.mesh import BATCH
 from sqa_jax.students.block_attention import SAVED
 from sqa_jax.students.config import DecoderConfig
 
-# (query [B, T, H, d], key, value [B, T, K, d], segments [B, T], visible [B, T, T]) → [B, T, H, d]
-FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# (query [B, T, H, d], key, value [B, T, K, d], segments [B, T], visible [B, T, T], whether that is a window's) →
+# [B, T, H, d]
+FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | bool], jax.Array]
 
 _LANES, _BLOCK = 128, 512  # width of a TPU's vector registers, and the longest block of queries or keys
 KERNELS = ("auto", "plain", "splash", "cudnn")
@@ -41,28 +42,33 @@ def fused_attention(name: str, student: DecoderConfig, dtype: Any, mesh: Mesh) -
     if name not in KERNELS:
         raise UserError(f"config.student.attention is {name!r}; choose one of {', '.join(KERNELS)}")
     if name == "auto":
-        # cuDNN multiplies numbers of 16 bits only, in heads of 8, 16, … 128.
+        # cuDNN multiplies numbers of 16 bits only, in heads of 8, 16, … 128, and bounds no scores.
         cudnn = platform == "gpu" and dtype == jnp.bfloat16 and student.head_dim % 8 == 0 and student.head_dim <= 128
+        cudnn &= not student.attention_softcap
         name = "splash" if platform == "tpu" else "cudnn" if cudnn else "plain"
     if name == "cudnn":
         if platform != "gpu" or dtype != jnp.bfloat16:
             raise UserError(
                 f"config.student.attention=cudnn needs a GPU and bfloat16, and this is {dtype} on {platform}; use auto"
             )
+        if student.attention_softcap:
+            raise UserError(
+                f"config.student.attention=cudnn cannot bound scores by {student.attention_softcap:g}, as this student does; use auto"
+            )
         return _cudnn
     if name == "splash":
         # Elsewhere than on TPUs the kernel is interpreted, which is only good for checking it.
-        return functools.partial(_splash, mesh, platform != "tpu")
+        return functools.partial(_splash, mesh, platform != "tpu", student.window, student.attention_softcap)
     return None
 
 
-def _cudnn(query, key, value, segments, visible):
+def _cudnn(query, key, value, segments, visible, windowed):
     """cuDNN's flash attention; the mask is its bias, [B, 1, T, T]."""
     return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation="cudnn")
 
 
-def _splash(mesh: Mesh, interpret: bool, query, key, value, segments, visible):
-    """Splash attention (JAX's Pallas kernel), row by row; blocks of keys behind the queries are never read.
+def _splash(mesh: Mesh, interpret: bool, window: int, softcap: float, query, key, value, segments, visible, windowed):
+    """Splash attention (JAX's Pallas kernel), row by row; blocks of keys that no query sees are never read.
 
     Rows lie on the mesh's data axes, heads on `tensor` where it divides the key heads.
     """
@@ -81,11 +87,11 @@ def _splash(mesh: Mesh, interpret: bool, query, key, value, segments, visible):
     rows = BATCH if mesh.size > 1 else None
     heads = "tensor" if K % mesh.shape["tensor"] == 0 else None
 
-    def local(query, key, value, segments):
-        shape = masks.MultiHeadMask([masks.CausalMask((length, length))] * query.shape[1])
+    def local(mask, query, key, value, segments):
         kernel = splash.make_splash_mha(
-            shape, block_sizes=sizes, head_shards=1, q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret
-        )
+            masks.MultiHeadMask([mask] * query.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+            attn_logits_soft_cap=softcap or None, residual_checkpoint_name=SAVED, interpret=interpret,
+        )  # fmt: skip
         return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=splash.SegmentIds(s, s)))(
             query, key, value, segments
         )
@@ -94,7 +100,18 @@ def _splash(mesh: Mesh, interpret: bool, query, key, value, segments, visible):
         return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
     split = P(rows, heads, None, None)
-    out = jax.shard_map(
-        local, mesh=mesh, in_specs=(split, split, split, P(rows, None)), out_specs=split, check_vma=False
-    )(prepared(query * d**-0.5), prepared(key), prepared(value), jnp.pad(segments, ((0, 0), (0, pad))))
+
+    def run(mask):
+        return jax.shard_map(
+            functools.partial(local, mask), mesh=mesh, in_specs=(split, split, split, P(rows, None)), out_specs=split,
+            check_vma=False,
+        )  # fmt: skip
+
+    everything = run(masks.CausalMask((length, length)))
+    arrays = (prepared(query * d**-0.5), prepared(key), prepared(value), jnp.pad(segments, ((0, 0), (0, pad))))
+    if 0 < window < T:  # a row's sequences lie whole, so places are as far apart as positions
+        lately = run(masks.LocalMask((length, length), (window - 1, 0), 0))
+        out = jax.lax.cond(windowed, lately, everything, *arrays)
+    else:
+        out = everything(*arrays)
     return out.transpose(0, 2, 1, 3)[:, :T]

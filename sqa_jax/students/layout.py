@@ -44,11 +44,13 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
         Leaf(("embed_tokens", "embedding"), (config.vocab_size, D), ("model.embed_tokens.weight",), False, False),
         Leaf(("norm", "scale"), (D,), ("model.norm.weight",), False, False),
     ]
-    for norm in ("input_layernorm", "post_attention_layernorm"):
+    for norm in config.norms():
         table.append(layered((norm, "scale"), f"{norm}.weight", (D,)))
+    for norm in ("q_norm", "k_norm") if config.qk_norm else ():
+        table.append(layered(("self_attn", norm, "scale"), f"self_attn.{norm}.weight", (config.head_dim,)))
     for layer, (module, width_in, width_out) in config.linear_shapes().items():
         table.append(layered((module, layer, "kernel"), f"{module}.{layer}.weight", (width_in, width_out), True))
-        if config.attention_bias if module == "self_attn" else config.mlp_bias:
+        if config.bias(layer):
             table.append(layered((module, layer, "bias"), f"{module}.{layer}.bias", (width_out,)))
     if not config.tie_embeddings:
         table.append(Leaf(("lm_head", "kernel"), (D, config.vocab_size), ("lm_head.weight",), False, True))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
-from sqa_jax.students.config import DecoderConfig, from_gguf, from_hf
+from sqa_jax.students.config import DecoderConfig, Rope, from_gguf
+from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config, weight_files
 from sqa_jax.students.sources import GGUFSource, SafetensorsSource, WeightSource
@@ -22,10 +23,12 @@ from sqa_jax.students.weights import ShardingsFor, random_params, read_params
 _RANDOM_SHAPES = {
     "tiny": DecoderConfig(260, 64, 128, 2, 4, 2, 16, tie_embeddings=True),
     "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
-    "smollm2-135m": DecoderConfig(49152, 576, 1536, 30, 9, 3, 64, 1e5, tie_embeddings=True, max_positions=8192),
-    "smollm2-360m": DecoderConfig(49152, 960, 2560, 32, 15, 5, 64, 1e5, tie_embeddings=True, max_positions=8192),
-    "smollm2-1.7b": DecoderConfig(49152, 2048, 8192, 24, 32, 32, 64, 1.3e5, tie_embeddings=True, max_positions=8192),
-    "llama-3-8b": DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, 5e5, max_positions=8192),
+    "smollm2-135m": DecoderConfig(49152, 576, 1536, 30, 9, 3, 64, Rope(1e5), tie_embeddings=True, max_positions=8192),
+    "smollm2-360m": DecoderConfig(49152, 960, 2560, 32, 15, 5, 64, Rope(1e5), tie_embeddings=True, max_positions=8192),
+    "smollm2-1.7b": DecoderConfig(
+        49152, 2048, 8192, 24, 32, 32, 64, Rope(1.3e5), tie_embeddings=True, max_positions=8192
+    ),
+    "llama-3-8b": DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, Rope(5e5), max_positions=8192),
 }
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, write_json
-from sqa_jax.students.config import DecoderConfig, to_hf
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.hf_config import to_hf
 from sqa_jax.students.layout import Leaf, build, leaves
 from sqa_jax.students.sources import WeightSource
 
@@ -125,7 +126,7 @@ def _read_box(source: WeightSource, leaf: Leaf, box: tuple[slice, ...], dtype: A
 def random_params(
     config: DecoderConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
 ) -> Tree:
-    """Random parameters: matrices from N(0, 0.02²), norms one, biases zero; created where they lie."""
+    """Random parameters: matrices from N(0, 0.02²), norms that only norm, biases zero; created where they lie."""
 
     def make(key):
         keys = iter(jax.random.split(key, len(leaves(config))))
@@ -134,7 +135,7 @@ def random_params(
             key = next(keys)
             if leaf.path[-1] in ("kernel", "embedding"):
                 return (jax.random.normal(key, leaf.shape) * 0.02).astype(dtype)
-            return jnp.full(leaf.shape, leaf.path[-1] == "scale", dtype)
+            return jnp.full(leaf.shape, leaf.path[-1] == "scale" and not config.norm_offset, dtype)
 
         return build(config, one)
 
