@@ -11,25 +11,20 @@ import jax.numpy as jnp
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
-from sqa_jax.students.config import DecoderConfig, Rope, from_gguf
+from sqa_jax.students.catalogue import CATALOGUE
+from sqa_jax.students.config import DecoderConfig, from_gguf
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config, weight_files
 from sqa_jax.students.sources import GGUFSource, SafetensorsSource, WeightSource
 from sqa_jax.students.weights import ShardingsFor, random_params, read_params
 
-# Shapes for "random:<name>": two students that learn nothing of language but run everywhere in seconds, and the
-# shapes of published models, for planning and for measuring speed without their weights.
-_RANDOM_SHAPES = {
+# Shapes for "random:<name>" that learn nothing of language but run everywhere in seconds.
+_SMALL_SHAPES = {
     "tiny": DecoderConfig(260, 64, 128, 2, 4, 2, 16, tie_embeddings=True),
     "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
-    "smollm2-135m": DecoderConfig(49152, 576, 1536, 30, 9, 3, 64, Rope(1e5), tie_embeddings=True, max_positions=8192),
-    "smollm2-360m": DecoderConfig(49152, 960, 2560, 32, 15, 5, 64, Rope(1e5), tie_embeddings=True, max_positions=8192),
-    "smollm2-1.7b": DecoderConfig(
-        49152, 2048, 8192, 24, 32, 32, 64, Rope(1.3e5), tie_embeddings=True, max_positions=8192
-    ),
-    "llama-3-8b": DecoderConfig(128256, 4096, 14336, 32, 32, 8, 128, Rope(5e5), max_positions=8192),
 }
+_RANDOM_SHAPES = _SMALL_SHAPES | {name: published.config for name, published in CATALOGUE.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +54,8 @@ def load_student(
     """Loads a student.
 
     Args:
-      path: a Hugging Face directory or hub id; a .gguf file; "random:tiny" or another name of
-        `_RANDOM_SHAPES`, or "random:<directory with config.json>" for random weights (from `seed`) of that shape.
+      path: a Hugging Face directory or hub id; a .gguf file; "random:tiny", "random:small" or another name of
+        `CATALOGUE`, or "random:<directory with config.json>" for random weights (from `seed`) of that shape.
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters.
       shardings_for: where each parameter lies, given the tree of shapes.

@@ -1,0 +1,87 @@
+"""Published students: sizes as their model cards give them, and each configuration with a small model of its kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+
+import jax
+import pytest
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.errors import UserError
+from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.runtime import make_decoder, start
+from sqa_jax.students.catalogue import CATALOGUE
+from sqa_jax.students.config import FULL
+from sqa_jax.students.hf_config import from_hf, to_hf
+from sqa_jax.students.layout import leaves
+from sqa_jax.students.tokenizer import byte_tokenizer
+from sqa_jax.students.weights import random_params, save_safetensors
+
+# Millions of parameters on the models' cards.
+CARDS = {
+    "smollm2-135m": 135, "smollm2-360m": 362, "smollm2-1.7b": 1711, "smollm3-3b": 3075, "llama-3-8b": 8030,
+    "llama-3.2-1b": 1236, "llama-3.2-3b": 3213, "llama-3.1-8b": 8030, "qwen2.5-0.5b": 494, "qwen2.5-1.5b": 1544,
+    "qwen2.5-3b": 3086, "qwen2.5-7b": 7616, "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191,
+    "gemma2-2b": 2614, "gemma2-9b": 9242, "gemma3-270m": 268, "gemma3-1b": 1000,
+}  # fmt: skip
+
+
+def settings(which):
+    spec = importlib.util.spec_from_file_location("student", "configs/student.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(which)
+
+
+def stand_in(config):
+    """The same architecture, small."""
+    kinds = config.layer_types and config.layer_types[:4]
+    return dataclasses.replace(
+        config, vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4,
+        num_kv_heads=max(1, 4 * config.num_kv_heads // config.num_heads), head_dim=8, layer_types=kinds,
+        window=config.window and 16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_sizes_are_those_of_the_cards(name):
+    config = CATALOGUE[name].config
+    assert round(sum(math.prod(leaf.shape) for leaf in leaves(config)) / 1e6) == CARDS[name]
+    assert from_hf(to_hf(config), name) == config
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_small_model_of_its_kind_is_loaded_by_its_configuration(name, tmp_path):
+    small = stand_in(CATALOGUE[name].config)
+    save_safetensors(random_params(small, 0), small, tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    config = settings(f"{name},lora,prompt")
+    assert config.student.path == CATALOGUE[name].hub and config.adapter.methods == ("lora", "prompt")
+    config.student.path, config.mesh.data = str(tmp_path / "model"), 8
+    runtime = start(config)
+    kinds = runtime.student.config.kinds
+    assert dataclasses.replace(runtime.student.config, layer_types=()) == dataclasses.replace(small, layer_types=())
+    assert set(kinds) <= set(CATALOGUE[name].config.kinds) and (FULL in kinds or small.window)
+    tree = adapters.init_adapter(config.adapter, runtime.student.config, runtime.student.params, 0)
+    assert set(tree) == {"lora", "prompt"}
+
+
+def test_rates_fall_with_the_methods_and_the_size():
+    rate = {which: settings(which).optimizer.learning_rate for which in ("qwen3-0.6b", "qwen3-4b", "qwen3-0.6b,full")}
+    assert rate["qwen3-0.6b,full"] < rate["qwen3-4b"] < rate["qwen3-0.6b"]
+
+
+@pytest.mark.parametrize("which", ["gpt-5,lora", "qwen3-0.6b,dora"])
+def test_unknown_names_are_refused(which):
+    with pytest.raises(UserError, match="choose of"):
+        settings(which)
+
+
+def test_a_published_shape_is_planned_without_its_weights():
+    config = settings("gemma2-2b")
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    decoder = make_decoder(config, CATALOGUE["gemma2-2b"].config, mesh)
+    assert decoder.config.attention_softcap == 50.0 and decoder.fused is None  # CPUs have no fused attention
