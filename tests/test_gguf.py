@@ -270,7 +270,7 @@ def test_tensors_that_do_not_fit(tmp_path):
         ({"llama.block_count": 1 << 30}, ["1073741824 layers"]),
         ({"split.count": 3}, ["one of 3 parts", "llama-gguf-split"]),
         ({"general.alignment": 0}, ["general.alignment"]),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, ["gpt2/llama-bpe", "Hugging Face directory"]),
+        ({"tokenizer.ggml.pre": "tekken"}, ["gpt2/tekken", "Hugging Face directory"]),
         ({"tokenizer.ggml.eos_token_id": 999}, ["eos_token_id is 999"]),
         ({"tokenizer.ggml.eot_token_id": 999}, ["eot_token_id 999", "260 tokens"]),
         ({"tokenizer.ggml.merges": ["nowhere near"]}, ["merges"]),

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.tokenizer import byte_tokenizer, fingerprint, gguf_tokenizer, load_tokenizer
+from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
+from sqa_jax.students.tokenizer import byte_tokenizer, fingerprint, load_tokenizer
 
 TEXTS = [
     "",
@@ -221,7 +222,7 @@ def test_directories_that_are_refused(tmp_path):
 
 
 WITHOUT_TORCH = """
-import importlib.util, sys
+import importlib.util, json, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -233,17 +234,25 @@ whole = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] == "torch" else whole(name, package)
 
 from sqa_jax.students.tokenizer import load_tokenizer
-tokenizer = load_tokenizer(sys.argv[1])
-chat = [{"role": "user", "content": "Is 12 > 7?"}]
-print(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+{body}
 from transformers.utils import is_torch_available
 assert not is_torch_available()
-assert not {"torch", "jax", "flax"} & set(sys.modules), "a tokenizer needs neither"
+assert not {{"torch", "jax", "flax"}} & set(sys.modules), "a tokenizer needs neither"
 """
 
 
-def test_needs_neither_torch_nor_jax(smollm2, ours):
-    """The same ids without PyTorch, and not a word about its absence."""
-    run = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, smollm2], capture_output=True, text=True, timeout=120)
+def run_without_torch(body: str, *arguments: str):
+    """What `body` prints in a process without PyTorch, which must say nothing about its absence."""
+    command = [sys.executable, "-c", WITHOUT_TORCH.format(body=body), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stderr == "", run.stderr
-    assert json.loads(run.stdout) == ours.apply_chat_template(CHATS[0], add_generation_prompt=True)["input_ids"]
+    return json.loads(run.stdout)
+
+
+def test_needs_neither_torch_nor_jax(smollm2, ours):
+    body = """
+chat = [{"role": "user", "content": "Is 12 > 7?"}]
+print(load_tokenizer(sys.argv[1]).apply_chat_template(chat, add_generation_prompt=True)["input_ids"])
+"""
+    expected = ours.apply_chat_template(CHATS[0], add_generation_prompt=True)["input_ids"]
+    assert run_without_torch(body, smollm2) == expected

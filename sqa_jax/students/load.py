@@ -13,6 +13,7 @@ from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
 from sqa_jax.students.catalogue import CATALOGUE
 from sqa_jax.students.config import DecoderConfig, from_gguf
+from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config, weight_files
@@ -84,7 +85,7 @@ def load_student(
     else:
         source = gguf = GGUFSource(where)
         config = from_gguf(gguf.metadata, gguf.shapes, path)
-        vocabulary = tokenizers.gguf_tokenizer(gguf.metadata, path)
+        vocabulary = gguf_tokenizer(gguf.metadata, path)
         ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where)
         files = [where]
     _check_vocabulary(vocabulary, config, path)

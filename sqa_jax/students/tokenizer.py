@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.errors import UserError
+from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
 from sqa_jax.students.paths import locate
 from sqa_jax.students.sources import GGUFSource
 
@@ -19,7 +20,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF's types of tokens that are matched whole: special ones, ordinary ones
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -67,74 +67,6 @@ def _checked(tokenizer: Any, where: str) -> Any:
         # Padding is told by segment, never by id, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
-    """Builds the byte-level BPE tokenizer that a GGUF file describes.
-
-    llama.cpp's pre-tokenizer "smollm" parts every digit from what stands around it, then splits as GPT-2 does: in
-    `tokenizers`, Digits and ByteLevel, as in the tokenizer.json that SmolLM2 was published with.
-
-    Raises:
-      UserError: the file has another kind of tokenizer, or a damaged one.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    def get(key: str) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}")
-
-    kind = (get("model"), get("pre"))
-    if kind != ("gpt2", "smollm"):
-        raise UserError(
-            f"{where}: tokenizer {kind[0]}/{kind[1]} is not supported in GGUF files (gpt2/smollm is); "
-            "use the model's Hugging Face directory"
-        )
-    words, types, merges = (_entries(get(key), key, where) for key in ("tokens", "token_type", "merges"))
-    vocabulary = {word: i for i, word in enumerate(words)}
-    try:
-        model = models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges])
-    except Exception as error:  # tokenizers raises bare Exception for a merge of unknown tokens
-        raise UserError(
-            f"{where}: its merges do not fit its vocabulary ({error}); the file is damaged, fetch it again"
-        ) from None
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    typed = list(zip(words, types, strict=False))
-    control = [AddedToken(word, special=True, normalized=False) for word, own in typed if own == _CONTROL]
-    tokenizer.add_special_tokens(control)
-    tokenizer.add_tokens(
-        [AddedToken(word, special=False, normalized=False) for word, own in typed if own == _USER_DEFINED]
-    )
-
-    def word(key: str) -> str | None:
-        index = get(key)
-        if index is not None and not 0 <= index < len(words):
-            raise UserError(
-                f"{where}: tokenizer.ggml.{key} is {index}, beyond its {len(words)} tokens; the file is damaged, fetch it again"
-            )
-        return None if index is None else words[index]
-
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=word("bos_token_id"),
-        eos_token=word("eos_token_id"),
-        unk_token=word("unknown_token_id"),
-        pad_token=word("padding_token_id"),
-        add_bos_token=bool(get("add_bos_token")),
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = metadata.get("tokenizer.chat_template")
-    return _checked(fast, where)
-
-
-def _entries(values: Any, key: str, where: str) -> list[Any]:
-    if not isinstance(values, list) or not values:
-        raise UserError(f"{where}: key tokenizer.ggml.{key} is missing; the file is damaged, fetch it again")
-    return values
 
 
 def byte_tokenizer() -> Any:
