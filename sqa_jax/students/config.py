@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 
@@ -141,61 +139,6 @@ class DecoderConfig:
             "up_proj": ("mlp", d, f),
             "down_proj": ("mlp", f, d),
         }
-
-
-def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) -> DecoderConfig:
-    """The decoder's options from a GGUF file's metadata (keys such as `llama.block_count`).
-
-    Args:
-      metadata: keys and values.
-      tensors: Hugging Face's names of the file's tensors: ties and biases are not among the keys.
-      where: the file, for messages.
-
-    Raises:
-      UserError: the architecture or an option is not supported, a key is missing, or the sizes contradict each other.
-    """
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: llama")
-
-    def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{architecture}.{key}", default)
-        if value is None:
-            raise UserError(f"{where}: key {architecture}.{key} is missing; the file is damaged, fetch it again")
-        return value
-
-    scaling = get("rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
-        # Only llama3's scaling comes as a tensor.
-        found = "llama3" if scaling == "none" else scaling
-        raise UserError(f"{where}: rope type {found!r} is not supported; supported: none")
-    if get("expert_count", 0):
-        raise UserError(f"{where}: a mixture of experts is not supported; choose a dense student")
-    try:
-        heads, hidden = get("attention.head_count"), get("embedding_length")
-        config = DecoderConfig(
-            vocab_size=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
-            hidden_size=hidden,
-            intermediate_size=get("feed_forward_length"),
-            num_layers=get("block_count"),
-            num_heads=heads,
-            num_kv_heads=get("attention.head_count_kv", heads),
-            head_dim=get("attention.key_length", hidden // heads),
-            rope=Rope(float(get("rope.freq_base", 10000.0))),
-            norm_epsilon=float(get("attention.layer_norm_rms_epsilon")),
-            tie_embeddings="lm_head.weight" not in tensors,
-            qkv_bias="model.layers.0.self_attn.q_proj.bias" in tensors,
-            output_bias="model.layers.0.self_attn.o_proj.bias" in tensors,
-            mlp_bias="model.layers.0.mlp.gate_proj.bias" in tensors,
-            max_positions=get("context_length"),
-        )
-    except (TypeError, ValueError, ZeroDivisionError):
-        raise UserError(
-            f"{where}: a size in its metadata is not a positive number; the file is damaged, fetch it again"
-        ) from None
-    if get("rope.dimension_count", config.head_dim) != config.head_dim:
-        raise UserError(f"{where}: a rotary embedding of a part of the head is not supported; choose another student")
-    return checked(config, where)
 
 
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:

@@ -12,7 +12,7 @@ import numpy as np
 from sqa_jax.errors import UserError
 from sqa_jax.students.gguf_header import TensorInfo, read_header
 
-_LAYERS = {
+_LINEARS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -27,20 +27,34 @@ _NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
     "blk.{}.attn_norm.weight": "model.layers.{}.input_layernorm.weight",
+    "blk.{}.attn_q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "blk.{}.attn_k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
     "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
 } | {
     f"blk.{{}}.{theirs}.{part}": f"model.layers.{{}}.{ours}.{part}"
-    for theirs, ours in _LAYERS.items()
+    for theirs, ours in _LINEARS.items()
     for part in ("weight", "bias")
 }
-_GGUF_NAMES = {ours: theirs for theirs, ours in _NAMES.items()}
+# Gemma 2 and 3 have norms behind attention and MLP too, and call the one between them by where it stands.
+_SANDWICH_NAMES = _NAMES | {
+    "blk.{}.post_attention_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "blk.{}.ffn_norm.weight": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "blk.{}.post_ffw_norm.weight": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+# What llama.cpp's convert_hf_to_gguf.py changes, by architecture.
+_SANDWICH = ("gemma2", "gemma3")
+_INTERLEAVED = ("llama", "smollm3")
+_NORMS_PLUS_ONE = ("gemma", "gemma2", "gemma3")
+_ROPE_DIVISORS = "rope_freqs.weight"
 
 
 class GGUFSource:
-    """The weights of a GGUF file of the llama architecture; see `WeightSource`.
+    """The weights of a GGUF file as Hugging Face has them, whatever llama.cpp made of them; see `WeightSource`.
 
     Attributes:
       metadata: the file's keys and values.
+      rope_divisors: [head width / 2] what each rotary frequency is divided by, where the file says (Llama 3.1 and
+        later); else None.
 
     Raises:
       UserError: not a GGUF file, cut off, one part of several, or a quantization that cannot be decoded.
@@ -61,7 +75,11 @@ class GGUFSource:
         if parts > 1:
             raise UserError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
         _check_kinds(tensors, self.where)
-        self._tensors: dict[str, TensorInfo] = {_rename(tensor.name, _NAMES): tensor for tensor in tensors}
+        self._architecture = self.metadata.get("general.architecture")
+        self._names = _SANDWICH_NAMES if self._architecture in _SANDWICH else _NAMES
+        self._tensors: dict[str, TensorInfo] = {_rename(tensor.name, self._names): tensor for tensor in tensors}
+        self.rope_divisors = self.read(_ROPE_DIVISORS) if _ROPE_DIVISORS in self._tensors else None
+        self._tensors.pop(_ROPE_DIVISORS, None)  # no weight, but a part of the configuration
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
@@ -74,25 +92,29 @@ class GGUFSource:
         order = self._order(name, tensor.shape[0])
         if len(tensor.shape) == 1:  # a block can span several values
             values = gguf.dequantize(data, tensor.kind)
+            if self._architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
+                values = values - 1
             return values[rows] if order is None else values[order[rows]]
         picked = data[rows] if order is None else data[order[rows]]
         return gguf.dequantize(picked, tensor.kind).reshape(-1, *tensor.shape[1:])
 
     def locate(self, name: str) -> str:
-        theirs = self._tensors[name].name if name in self._tensors else _rename(name, _GGUF_NAMES)
-        return f"{self.where}: tensor {theirs}"
+        if name in self._tensors:
+            return f"{self.where}: tensor {self._tensors[name].name}"
+        return f"{self.where}: tensor {_rename(name, {ours: theirs for theirs, ours in self._names.items()})}"
 
     def _order(self, name: str, count: int) -> np.ndarray | None:
         """Of each row, where the file has it; None where it has all in place.
 
-        llama.cpp stores the rows of q and k with each head's rotary pairs side by side (x₀ x₀′ x₁ x₁′ …); Hugging
-        Face's order, and the decoder's, is all first halves, then all second halves (x₀ x₁ … x₀′ x₁′ …).
+        llama.cpp stores a Llama's rows of q and k with each head's rotary pairs side by side (x₀ x₀′ x₁ x₁′ …);
+        Hugging Face's order, and the decoder's, is all first halves, then all second halves (x₀ x₁ … x₀′ x₁′ …).
         """
-        if not (match := re.search(r"self_attn\.([qk])_proj", name)):
+        match = re.search(r"self_attn\.([qk])_proj", name)
+        if match is None or self._architecture not in _INTERLEAVED:
             return None
-        heads = self.metadata.get("llama.attention.head_count")
+        heads = self.metadata.get(f"{self._architecture}.attention.head_count")
         if match[1] == "k":
-            heads = self.metadata.get("llama.attention.head_count_kv", heads)
+            heads = self.metadata.get(f"{self._architecture}.attention.head_count_kv", heads)
         return np.arange(count).reshape(heads, -1, 2).swapaxes(1, 2).reshape(count)
 
 

@@ -12,7 +12,8 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
 from sqa_jax.students.catalogue import CATALOGUE
-from sqa_jax.students.config import DecoderConfig, from_gguf
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.gguf_config import from_gguf
 from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
@@ -84,7 +85,7 @@ def load_student(
         files = [where / name for name in weight_files(where)]
     else:
         source = gguf = GGUFSource(where)
-        config = from_gguf(gguf.metadata, gguf.shapes, path)
+        config = from_gguf(gguf)
         vocabulary = gguf_tokenizer(gguf.metadata, path)
         ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where)
         files = [where]
@@ -104,8 +105,7 @@ def student_config(path: str, revision: str = "") -> DecoderConfig:
     where = locate(path, revision, weights=False)
     if where.is_dir():
         return from_hf(read_hf_config(where), f"{where}/config.json")
-    gguf = GGUFSource(where)
-    return from_gguf(gguf.metadata, gguf.shapes, path)
+    return from_gguf(GGUFSource(where))
 
 
 def _student(path: str, config: DecoderConfig, params: Any, vocabulary: Any, ends: list[int], identity: Any) -> Student:
