@@ -52,38 +52,57 @@ def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str) -> str:
     """llama.cpp's name, by the gguf package's own table."""
+    (number,) = (key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     stem, _, part = name.rpartition(".")
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS).get_name(stem) + "." + part
+    return gguf.get_tensor_name_map(number, 99).get_name(stem) + "." + part
+
+
+def converted(name: str, values: np.ndarray, architecture: str) -> np.ndarray:
+    """What llama.cpp's converter of the architecture makes of a tensor (`modify_tensors`)."""
+    if architecture in ("llama", "smollm3") and ("q_proj" in name or "k_proj" in name):
+        return permute(values, HEADS if "q_proj" in name else KV_HEADS)
+    return values + 1 if architecture.startswith("gemma") and name.endswith("norm.weight") else values
 
 
 def write(
-    path, tensors: dict[str, np.ndarray], kind: str = "F32", keys: dict | None = None, drop: tuple[str, ...] = ()
+    path,
+    tensors: dict[str, np.ndarray],
+    kind: str = "F32",
+    keys: dict | None = None,
+    drop: tuple[str, ...] = (),
+    architecture: str = "llama",
 ):
     """Writes a model with the byte tokenizer; `keys` replaces metadata and `drop` leaves some out."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     vocabulary = byte_tokenizer()
     words = vocabulary.convert_ids_to_tokens(range(260))
-    metadata = {
-        "llama.vocab_size": 260,
-        "llama.block_count": LAYERS,
-        "llama.context_length": 128,
-        "llama.embedding_length": WIDTH,
-        "llama.feed_forward_length": INNER,
-        "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS,
-        "llama.rope.freq_base": 50000.0,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.dimension_count": HEAD,
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.eos_token_id": vocabulary.eos_token_id,
-        "tokenizer.ggml.padding_token_id": vocabulary.pad_token_id,
-        "tokenizer.ggml.tokens": words,
-        "tokenizer.ggml.token_type": [3] * 4 + [1] * 256,
-        "tokenizer.ggml.merges": ["a b"],
-    } | (keys or {})
+    sizes = {
+        "vocab_size": 260,
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": WIDTH,
+        "feed_forward_length": INNER,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "rope.freq_base": 50000.0,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": HEAD,
+    }
+    metadata = (
+        {f"{architecture}.{key}": value for key, value in sizes.items()}
+        | {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.eos_token_id": vocabulary.eos_token_id,
+            "tokenizer.ggml.padding_token_id": vocabulary.pad_token_id,
+            "tokenizer.ggml.tokens": words,
+            "tokenizer.ggml.token_type": [3] * 4 + [1] * 256,
+            "tokenizer.ggml.merges": ["a b"],
+        }
+        | (keys or {})
+    )
     words = metadata["tokenizer.ggml.tokens"]
     if "ab" not in words:  # the merge needs its result among the words: it takes the last one's place
         metadata["tokenizer.ggml.tokens"] = [*words[:-1], "ab"]
@@ -100,10 +119,10 @@ def write(
             writer.add_uint32(key, value)
     quantization = gguf.GGMLQuantizationType[kind]
     for name, values in tensors.items():
-        if "q_proj" in name or "k_proj" in name:
-            values = permute(values, HEADS if "q_proj" in name else KV_HEADS)
+        values = converted(name, values, architecture)
         own = quantization if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(gguf_name(name) if "." in name else name, gguf.quants.quantize(values, own), raw_dtype=own)
+        theirs = gguf_name(name, architecture) if name.startswith(("model.", "lm_head.")) else name
+        writer.add_tensor(theirs, gguf.quants.quantize(values, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
