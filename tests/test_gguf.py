@@ -171,6 +171,39 @@ def test_reads_what_was_written(tmp_path, kind):
     )
 
 
+def decodable(kind: gguf.GGMLQuantizationType) -> bool:
+    try:
+        return gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind).size > 0
+    except NotImplementedError:
+        return False
+
+
+DECODABLE = [kind.name for kind in gguf.GGMLQuantizationType if decodable(kind)]
+
+
+@pytest.mark.parametrize("kind", DECODABLE)
+def test_reads_every_quantization(tmp_path, kind):
+    """Any bytes, as the gguf package decodes them, with the rows back in Hugging Face's order."""
+    assert len(DECODABLE) > 20
+    number = gguf.GGMLQuantizationType[kind]
+    size, width = gguf.GGML_QUANT_SIZES[number]
+    data = np.random.default_rng(0).integers(0, 256, (HEADS * HEAD, 512 // size * width), np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_uint32("llama.attention.head_count", HEADS)
+    plain = {"F32": np.float32, "F16": np.float16}
+    writer.add_tensor("blk.0.attn_q.weight", data.view(plain.get(kind, np.uint8)), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source, name = GGUFSource(tmp_path / "m.gguf"), "model.layers.0.self_attn.q_proj.weight"
+    assert source.shapes == {name: (HEADS * HEAD, 512)}
+    with np.errstate(all="ignore"):  # some of these bytes are infinities
+        whole, decoded, rows = source.read(name), gguf.dequantize(data, number), source.read(name, slice(5, 40))
+    np.testing.assert_array_equal(permute(whole, HEADS), decoded)
+    np.testing.assert_array_equal(rows, whole[5:40])
+
+
 def test_end_of_turn_also_ends_a_reply(tmp_path):
     path = write(tmp_path / "m.gguf", state_dict(), keys={"tokenizer.ggml.eot_token_id": 3})
     assert load_student(path).eos_ids == (byte_tokenizer().eos_token_id, 3)
