@@ -207,6 +207,10 @@ def test_reads_every_quantization(tmp_path, kind):
 def test_end_of_turn_also_ends_a_reply(tmp_path):
     path = write(tmp_path / "m.gguf", state_dict(), keys={"tokenizer.ggml.eot_token_id": 3})
     assert load_student(path).eos_ids == (byte_tokenizer().eos_token_id, 3)
+    words = byte_tokenizer().convert_ids_to_tokens(range(260))
+    words[3] = "<end_of_turn>"  # a file of Gemma names no other end than that of documents
+    path = write(tmp_path / "m.gguf", state_dict(), keys={"tokenizer.ggml.tokens": words})
+    assert load_student(path).eos_ids == (byte_tokenizer().eos_token_id, 3)
 
 
 def test_untied_output_layer(tmp_path):

@@ -43,6 +43,7 @@ _BYTE_LEVEL = {
     "qwen2": _ByteLevel(_CL100K.format(""), compose=True),  # Qwen 2, 2.5 and 3
 }
 _SENTENCEPIECE = ("gemma", "gemma2", "gemma3")  # architectures
+_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>")
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
@@ -111,6 +112,11 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     )
     fast.chat_template = metadata.get("tokenizer.chat_template")
     return fast
+
+
+def turn_ends(tokenizer: Any) -> list[int]:
+    """The special tokens that end a turn of a chat, told by name as llama.cpp tells them: files often name none."""
+    return [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in _TURN_ENDS]
 
 
 def _byte_level(words: list[str], merges: list[str], kind: _ByteLevel, where: str) -> Any:

@@ -14,7 +14,7 @@ from sqa_jax.students import tokenizer as tokenizers
 from sqa_jax.students.catalogue import CATALOGUE
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.gguf_config import from_gguf
-from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
+from sqa_jax.students.gguf_tokenizer import gguf_tokenizer, turn_ends
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config, weight_files
@@ -87,7 +87,7 @@ def load_student(
         source = gguf = GGUFSource(where)
         config = from_gguf(gguf)
         vocabulary = gguf_tokenizer(gguf.metadata, path)
-        ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where)
+        ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where) + turn_ends(vocabulary)
         files = [where]
     _check_vocabulary(vocabulary, config, path)
     params = read_params(source, config, dtype, shardings_for)
