@@ -330,6 +330,8 @@ def test_tensors_that_do_not_fit(tmp_path):
         ({"tokenizer.ggml.eos_token_id": 999}, ["eos_token_id is 999"]),
         ({"tokenizer.ggml.eot_token_id": 999}, ["eot_token_id 999", "260 tokens"]),
         ({"tokenizer.ggml.merges": ["nowhere near"]}, ["merges"]),
+        ({"tokenizer.ggml.merges": [1, 2]}, ["merges holds no str"]),
+        ({"tokenizer.ggml.token_type": ["a"]}, ["token_type holds no int"]),
     ],
 )
 def test_options_that_are_refused(tmp_path, keys, words):

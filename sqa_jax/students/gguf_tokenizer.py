@@ -62,11 +62,15 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     def get(key: str) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}")
 
-    def entries(key: str) -> list[Any]:
-        if not isinstance(get(key), list) or not get(key):
+    def entries(key: str, kind: type = str) -> list[Any]:
+        values = get(key)
+        if not isinstance(values, list) or not values:
             raise UserError(f"{where}: key tokenizer.ggml.{key} is missing; the file is damaged, fetch it again")
-        return get(key)
+        if not all(isinstance(value, kind) for value in values):
+            raise UserError(f"{where}: key tokenizer.ggml.{key} holds no {kind.__name__}s; fetch it again")
+        return values
 
+    types = entries("token_type", int)
     kind, pre, architecture = get("model"), get("pre"), metadata.get("general.architecture")
     if kind == "gpt2" and pre in _BYTE_LEVEL:
         words, begins = entries("tokens"), _BYTE_LEVEL[pre].begins
@@ -74,7 +78,7 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     elif kind == "llama" and architecture in _SENTENCEPIECE:
         # Runs of spaces are stored as spaces, any other space as U+2581.
         words, begins = [word.replace(" ", "▁") for word in entries("tokens")], True
-        tokenizer = _sentencepiece(words, entries("token_type"))
+        tokenizer = _sentencepiece(words, types)
     else:
         raise UserError(
             f"{where}: tokenizer {kind}/{pre} of architecture {architecture} is not supported in GGUF files "
@@ -82,7 +86,7 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
         )
     for special in (True, False):
         wanted = _CONTROL if special else _USER_DEFINED
-        typed = zip(words, entries("token_type"), strict=False)
+        typed = zip(words, types, strict=False)
         matched = [word for word, own in typed if own == wanted and word.strip("▁")]  # merges make runs of spaces
         tokenizer.add_tokens([AddedToken(word, special=special, normalized=False) for word in matched])
 
@@ -153,8 +157,12 @@ def _sentencepiece(words: list[str], types: list[int]) -> Any:
 
     vocabulary = {word: i for i, word in enumerate(words)}
     made = [word for word, own in zip(words, types, strict=False) if own in (_NORMAL, _USER_DEFINED)]
-    splits = ((word[:k], word[k:]) for word in made for k in range(len(word) - 1, 0, -1))
-    merges = [pair for pair in splits if pair[0] in vocabulary and pair[1] in vocabulary]
+    merges = [
+        (word[:k], word[k:])
+        for word in made
+        for k in range(len(word) - 1, 0, -1)
+        if word[:k] in vocabulary and word[k:] in vocabulary
+    ]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
