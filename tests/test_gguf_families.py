@@ -19,6 +19,7 @@ from tests.test_gguf import HEAD, HEADS, INNER, KV_HEADS, WIDTH, write
 
 WINDOW = 5
 SIZES = dict(
+    rope_parameters=dict(rope_type="default", rope_theta=5e4),
     vocab_size=260,
     hidden_size=WIDTH,
     intermediate_size=INNER,
@@ -34,7 +35,7 @@ SIZES = dict(
 LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=8192)  # fmt: skip
 WIDE = 24  # heads of Gemma are not of the hidden size's width
-GEMMA = dict(head_dim=WIDE, tie_word_embeddings=True)
+GEMMA = dict(head_dim=WIDE, tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e4))
 # Of each architecture: layers, the model's own settings, its keys in GGUF, keys that its converter does not write.
 FAMILIES: dict[str, tuple[int, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "llama": (2, dict(tie_word_embeddings=False, rope_parameters=dict(rope_theta=5e5, **LLAMA3)), {"rope.freq_base": 5e5}, ()),
@@ -124,6 +125,48 @@ def test_tensors_are_those_of_the_model(case):
     for name, values in case.tensors.items():
         np.testing.assert_allclose(source.read(name), values, rtol=1e-6, atol=2e-7, err_msg=name)
         np.testing.assert_array_equal(source.read(name, slice(3, 9)), source.read(name)[3:9])
+
+
+def rope(parameters: dict[str, Any]) -> Rope:
+    if parameters["rope_type"] != "llama3":
+        return Rope(parameters["rope_theta"], parameters["rope_type"], parameters.get("factor", 1.0))
+    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return Rope(parameters["rope_theta"], "llama3", parameters["factor"], *(parameters[key] for key in keys))
+
+
+def test_configuration_is_that_of_the_model(case):
+    ours, theirs = from_gguf(GGUFSource(case.path)), case.model.config
+    gemma, windowed = case.architecture.startswith("gemma"), case.architecture in ("gemma2", "gemma3")
+    assert ours.family == theirs.model_type
+    assert (ours.num_layers, ours.num_heads, ours.num_kv_heads) == (case.layers, HEADS, KV_HEADS)
+    assert (ours.hidden_size, ours.intermediate_size, ours.head_dim) == (WIDTH, INNER, case.model.config.head_dim)
+    assert (ours.vocab_size, ours.max_positions) == (260, 128)
+    assert ours.norm_epsilon == pytest.approx(theirs.rms_norm_eps)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    for part, name in (("qkv_bias", "q_proj"), ("output_bias", "o_proj")):
+        assert getattr(ours, part) == (getattr(case.model.model.layers[0].self_attn, name).bias is not None), part
+    assert ours.qk_norm == hasattr(case.model.model.layers[0].self_attn, "q_norm")
+    assert ours.sandwich_norms == hasattr(case.model.model.layers[0], "post_feedforward_layernorm")
+    assert (ours.activation, ours.norm_offset, ours.embedding_scale) == (
+        ("gelu_tanh", True, True) if gemma else ("silu", False, False)
+    )
+    assert ours.attention_softcap == (getattr(theirs, "attn_logit_softcapping", None) or 0)
+    assert ours.logit_softcap == (getattr(theirs, "final_logit_softcapping", None) or 0)
+    assert (ours.query_scale or ours.head_dim) == getattr(theirs, "query_pre_attn_scalar", ours.head_dim)
+    if windowed:
+        kinds = {"sliding_attention": "window", "full_attention": "full"}
+        assert ours.layer_types == tuple(kinds[kind] for kind in theirs.layer_types)
+        assert {"window", "full"} == {*ours.layer_types} and ours.window == theirs.sliding_window
+    elif case.architecture == "smollm3":
+        assert ours.layer_types == tuple("full" if rotated else "nope" for rotated in theirs.no_rope_layers)
+        assert ours.layer_types.count("nope") == 1
+    else:
+        assert (ours.layer_types, ours.window) == ((), 0)
+    if case.architecture == "gemma3":
+        assert ours.rope == rope(theirs.rope_parameters["full_attention"])
+        assert ours.local_rope == rope(theirs.rope_parameters["sliding_attention"])
+    else:
+        assert (ours.rope, ours.local_rope) == (rope(theirs.rope_parameters), None)
 
 
 # transformers does not read GGUF files of the other two.
