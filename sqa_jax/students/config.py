@@ -7,6 +7,8 @@ from collections.abc import Collection
 from typing import Any
 
 from sqa_jax.errors import UserError
+from sqa_jax.students import t5_config
+from sqa_jax.students.t5_config import T5Config
 
 # Architectures of Hugging Face's config.json and of GGUF files that this decoder computes exactly.
 SUPPORTED = ("llama",)
@@ -61,14 +63,19 @@ class DecoderConfig:
         }
 
 
-def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder's options from Hugging Face's `config.json`.
+StudentConfig = DecoderConfig | T5Config
+
+
+def from_hf(raw: dict[str, Any], where: str) -> StudentConfig:
+    """A student's options from Hugging Face's `config.json`.
 
     Raises:
       UserError: the architecture, rope type, activation or quantization is not supported, a key is missing, or
         the sizes contradict each other.
     """
-    _check_architecture(raw.get("model_type"), where)
+    if raw.get("model_type") == "t5":
+        return t5_config.from_hf(raw, where)
+    _check_architecture(raw.get("model_type"), where, (*SUPPORTED, "t5"))
     # transformers 5 writes rope_parameters, earlier versions rope_scaling and rope_theta.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -108,8 +115,10 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
     return _checked(config, where)
 
 
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
+def to_hf(config: StudentConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads as the same model."""
+    if isinstance(config, T5Config):
+        return t5_config.to_hf(config)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -184,9 +193,9 @@ def from_gguf(metadata: dict[str, Any], tensors: Collection[str], where: str) ->
     return _checked(config, where)
 
 
-def _check_architecture(architecture: str | None, where: str) -> None:
-    if architecture not in SUPPORTED:
-        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")
+def _check_architecture(architecture: str | None, where: str, supported: tuple[str, ...] = SUPPORTED) -> None:
+    if architecture not in supported:
+        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(supported)}")
 
 
 def _checked(config: DecoderConfig, where: str) -> DecoderConfig:
