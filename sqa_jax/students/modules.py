@@ -13,7 +13,7 @@ from sqa_jax.students.decoder import Adaptation, Decoder
 from sqa_jax.students.t5 import T5
 from sqa_jax.students.t5_config import T5Config
 
-Student = Decoder | T5
+Module = Decoder | T5
 
 
 def module_for(config: StudentConfig) -> type[Decoder] | type[T5]:
@@ -21,7 +21,7 @@ def module_for(config: StudentConfig) -> type[Decoder] | type[T5]:
     return T5 if isinstance(config, T5Config) else Decoder
 
 
-def bounded(student: Student, most: int) -> Student:
+def bounded(student: Module, most: int) -> Module:
     """The module for rows in which at most `most` tokens have another one behind them that is predicted.
 
     An encoder–decoder then computes its decoder for so many places a row only; see `T5.most_decoded`.
@@ -30,7 +30,7 @@ def bounded(student: Student, most: int) -> Student:
 
 
 def read(
-    student: Student, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
+    student: Module, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Reads packed rows, and gives what later tokens need of them.
 
