@@ -41,7 +41,8 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
         rest = path.removeprefix("random:")
         if (Path(rest) / "tokenizer.json").exists():
             return load_tokenizer(rest)
-        return _with_start(byte_tokenizer(), T5_SHAPES[rest].decoder_start if rest in T5_SHAPES else _start_in(rest))
+        start = T5_SHAPES[rest].decoder_start if rest in T5_SHAPES else _start_in(rest)
+        return _with_start(byte_tokenizer(), start, path)
     where = locate(path, revision, weights=False)
     if not where.is_dir():
         return gguf_tokenizer(GGUFSource(where).metadata, path)
@@ -61,7 +62,7 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
         raise UserError(
             f"{path}: its tokenizer has no tokenizer.json form; save it with transformers as a fast tokenizer"
         )
-    return _checked(_with_start(tokenizer, _start_in(where)), path)
+    return _checked(_with_start(tokenizer, _start_in(where), path), path)
 
 
 def _start_in(directory: str | Path) -> int | None:
@@ -72,13 +73,13 @@ def _start_in(directory: str | Path) -> int | None:
     return decoder_start(raw) if raw.get("model_type") == "t5" else None
 
 
-def _with_start(tokenizer: Any, start: int | None) -> Any:
+def _with_start(tokenizer: Any, start: int | None, where: str) -> Any:
     if start is not None:
         tokenizer.decoder_start_token = tokenizer.convert_ids_to_tokens(start)
         if tokenizer.decoder_start_token not in tokenizer.all_special_tokens:
             raise UserError(
-                f"token {start} ({tokenizer.decoder_start_token!r}), which the decoder starts from, is not a special "
-                "token of the student's tokenizer; use the tokenizer that the model was published with"
+                f"{where}: token {start} ({tokenizer.decoder_start_token!r}), which the decoder starts from, is not a "
+                "special token of its tokenizer; use the tokenizer that the model was published with"
             )
         tokenizer.chat_template = None  # an encoder reads the prompt alone
     return tokenizer
