@@ -4,10 +4,8 @@ A sequence of a row is `prompt </s> <pad> target`: what stands before the decode
 encoder's, it and what follows are the decoder's. The target's first token is so predicted where a decoder-only
 student predicts it, at the last token of what it was given, and packing, loss, scoring and generation are the same.
 
-    tokens      p0 p1 </s> <pad> t0 t1 | q0 </s> <pad> u0 u1 u2
-    computed by  e  e   e    d   d  d     e   e    d   d  d  d
-
-The decoder's tokens are gathered into M places of a row, so that its layers do not compute the prompts too.
+The decoder's tokens are gathered into M places of a row, so that its layers do not compute the prompts too: see
+`sqa_jax.students.t5_split`.
 
 Shapes in comments: B rows, T tokens of a row, M places of the decoder, S keys, D hidden, H heads, d head width,
 L layers of the decoder, P places of a prefix, V vocabulary.
@@ -28,74 +26,9 @@ from sqa_jax.students.attention import EVERYWHERE, PADDING, visibility
 from sqa_jax.students.block_attention import SAVED
 from sqa_jax.students.decoder import NO_ADAPTATION, REMAT_POLICIES, Adaptation, Cache, Linear, RMSNorm
 from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.t5_split import Split, split
 
 ENCODED = -2  # segment, in a cache, of places that hold the encoder's keys and values: only cross-attention sees them
-
-
-class Split(NamedTuple):
-    """Which tokens of packed rows the decoder computes, and where.
-
-    Attributes:
-      decoded: [B, T] whether a token is the decoder's.
-      numbers: [B, T] of each of its tokens the place in its sequence: 0 for the start token.
-      places: [B, M] which token of the row each place of the decoder computes; T for none.
-      back: [B, T] at which place each token is; M for none.
-    """
-
-    decoded: jax.Array
-    numbers: jax.Array
-    places: jax.Array
-    back: jax.Array
-
-    def gathered(self, x: jax.Array) -> jax.Array:
-        """[B, T, …] → [B, M, …], zeros where there is no token."""
-        return _picked(x, self.places)
-
-    def spread(self, x: jax.Array) -> jax.Array:
-        """[B, M, …] → [B, T, …], zeros where no place computes the token."""
-        return _picked(x, self.back)
-
-
-@jax.vmap
-def _picked(x: jax.Array, indices: jax.Array) -> jax.Array:
-    return x.at[indices].get(mode="fill", fill_value=0)
-
-
-def split(
-    tokens: jax.Array, positions: jax.Array, segments: jax.Array, start: int, virtual: int, most: int | None
-) -> Split:
-    """Parts rows between encoder and decoder: see the module's picture.
-
-    Args:
-      tokens, positions, segments: [B, T].
-      start: the decoder's start token. Its first one in a sequence counts, later ones are as any other token.
-      virtual: first positions of each sequence, whatever ids stand there: a soft prompt, which the encoder reads.
-      most: M; None is T. Where a row has more of the decoder's tokens, the last ones of sequences are left out, whose
-        states no other token sees.
-    """
-    B, T = tokens.shape
-    M = T if most is None else min(most, T)
-    column = jnp.broadcast_to(jnp.arange(T), (B, T))
-
-    def latest(where):  # the last such column at or before each, -1 for none, and whether it is of the same sequence
-        found = jax.lax.cummax(jnp.where(where, column, -1), axis=1)
-        owner = jnp.take_along_axis(segments, jnp.maximum(found, 0), axis=1)
-        return found, (found >= 0) & (owner == segments) & (segments != PADDING)
-
-    starts = (tokens == start) & (positions >= virtual)
-    found, decoded = latest(starts)
-    before = jnp.pad(found, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    again = (before >= 0) & (jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1) == segments)
-    opening, _ = latest(starts & ~again)
-    numbers = positions - jnp.take_along_axis(positions, jnp.maximum(opening, 0), axis=1)
-
-    ends = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
-    first, second = decoded & ~ends, decoded & ends
-    seconds = first.sum(axis=1, keepdims=True) + jnp.cumsum(second, axis=1)
-    place = jnp.where(first, jnp.cumsum(first, axis=1), seconds) - 1
-    back = jnp.where(decoded & (place < M), place, M)
-    places = jax.vmap(lambda b, c: jnp.full(M, T, jnp.int32).at[b].set(c, mode="drop"))(back, column)
-    return Split(decoded, jnp.where(decoded, numbers, 0), places, back)
 
 
 @functools.cache
@@ -347,7 +280,7 @@ class T5(nn.Module):
         """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
 
         Args:
-          tokens: [B, T] ids; a sequence is the decoder's from its first start token on, see the module's picture.
+          tokens: [B, T] ids; a sequence is the decoder's from its first start token on.
           positions: [B, T], 0-based within each sequence; with a prompt adapter the first P positions are its virtual
             tokens, in front of what the encoder reads, whatever ids stand there. Those of what the encoder reads
             follow one another, as the tokens do.
