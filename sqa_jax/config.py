@@ -49,7 +49,7 @@ def default() -> ConfigDict:
     lora.alpha = 32.0
     lora.dropout = 0.0
     lora.rslora = False  # scale by alpha/sqrt(rank) in place of alpha/rank
-    lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora.targets = ()  # linear layers by name, such as ("q_proj", "v_proj"), or ("q", "v") of a T5; () is all of them
     adapter.prefix = prefix = ConfigDict()
     prefix.length = 16
     prefix.reparametrize = True

@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh, row_shards
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.decoder import REMAT_POLICIES, Decoder
 from sqa_jax.students.fused_attention import fused_attention
 from sqa_jax.students.load import Student, load_student
+from sqa_jax.students.modules import T5, Module
+from sqa_jax.students.t5_config import T5Config
 
 
 class Runtime(NamedTuple):
@@ -23,7 +25,7 @@ class Runtime(NamedTuple):
 
     mesh: Mesh
     student: Student
-    decoder: Decoder
+    decoder: Module
 
 
 def start(config) -> Runtime:
@@ -44,8 +46,8 @@ def start(config) -> Runtime:
     return Runtime(mesh, student, make_decoder(config, student.config, mesh))
 
 
-def make_decoder(config, student: DecoderConfig, mesh: Mesh) -> Decoder:
-    """The decoder as `config` wants it on the mesh's devices, which need not be here.
+def make_decoder(config, student: StudentConfig, mesh: Mesh) -> Module:
+    """The student's module as `config` wants it on the mesh's devices, which need not be here.
 
     Raises:
       UserError: `config.student.dtype`, `remat` or `attention` is not known, or not possible there.
@@ -54,6 +56,12 @@ def make_decoder(config, student: DecoderConfig, mesh: Mesh) -> Decoder:
         raise UserError(f"config.student.remat is {config.student.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
     dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
     dtype = resolve_dtype(config.student.dtype, mesh)
+    if isinstance(student, T5Config):
+        if config.student.attention not in ("auto", "plain"):
+            raise UserError(
+                f"config.student.attention={config.student.attention} knows no position bias, which T5 needs; use auto"
+            )
+        return T5(student, dtype, config.student.remat, dropout, row_shards(mesh))
     fused = fused_attention(config.student.attention, student, dtype, mesh)
     return Decoder(student, dtype, config.student.remat, dropout, fused, row_shards(mesh))
 

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from sqa_jax.adapters import lora, prefix, prompt
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Adaptation, Decoder, read
+from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.decoder import Adaptation
+from sqa_jax.students.modules import module_for, read
+from sqa_jax.students.t5_config import T5Config
 
 METHODS = ("lora", "prefix", "prompt", "full")
 Tree = dict[str, Any]
@@ -38,7 +40,7 @@ def virtual_tokens(settings) -> int:
     return settings.prompt.length if "prompt" in settings.methods else 0
 
 
-def init_adapter(settings, student: DecoderConfig, base: Tree, seed: int) -> Tree:
+def init_adapter(settings, student: StudentConfig, base: Tree, seed: int) -> Tree:
     """A new adapter tree in float32. A pure function of its arguments: run it under `jit` to shard it.
 
     Raises:
@@ -59,13 +61,15 @@ def init_adapter(settings, student: DecoderConfig, base: Tree, seed: int) -> Tre
     return tree
 
 
-def _activations(student: DecoderConfig, base: Tree, length: int, key: jax.Array) -> Tree:
+def _activations(student: StudentConfig, base: Tree, length: int, key: jax.Array) -> Tree:
     """Keys and values [L, P, K·d] that the base computes for P tokens drawn from its vocabulary."""
     tokens = jax.random.randint(key, (1, length), min(512, student.vocab_size // 2), student.vocab_size)
-    positions, segments = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
-    _, key, value = read(Decoder(student), base, tokens, positions, segments, Adaptation())
+    if isinstance(student, T5Config):  # the encoder reads them, too, and the decoder repeats them
+        tokens = jnp.concatenate([tokens, jnp.full((1, 1), student.decoder_start), tokens], axis=1)
+    positions, segments = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
+    _, key, value, _ = read(module_for(student)(student), base, tokens, positions, segments, Adaptation())
     shape = (student.num_layers, length, student.num_kv_heads * student.head_dim)
-    return {"key": key.reshape(shape), "value": value.reshape(shape)}
+    return {"key": key[:, :, -length:].reshape(shape), "value": value[:, :, -length:].reshape(shape)}
 
 
 def weights(tree: Tree, base: Tree) -> Tree:
@@ -73,7 +77,7 @@ def weights(tree: Tree, base: Tree) -> Tree:
     return tree.get("full", base)
 
 
-def activate(settings, tree: Tree, student: DecoderConfig) -> Adaptation:
+def activate(settings, tree: Tree, student: StudentConfig) -> Adaptation:
     """The adapter in the form that the decoder uses. Differentiable; an empty tree is the bare student."""
     return Adaptation(
         lora=lora.activate(settings.lora, tree["lora"]) if "lora" in tree else None,
@@ -82,7 +86,7 @@ def activate(settings, tree: Tree, student: DecoderConfig) -> Adaptation:
     )
 
 
-def merge(settings, tree: Tree, base: Tree, student: DecoderConfig) -> Tree:
+def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
     """One model of base and adapter: LoRA is added into the kernels, a fully trained model is itself.
 
     Raises:

@@ -8,7 +8,9 @@ A is drawn at random and B is zero, so a new adapter changes nothing. With rank-
 (Kalajdzievski 2023, arXiv:2312.03732, eq. 4) s = α / √r. Rows are vectors here, so the update of a layer
 is x · a · b with a [in, r] = Aᵀ and b [r, out] = Bᵀ.
 
-Tree: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, float32.
+Tree: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, float32. A T5's layers are named with stack and module, such
+as "decoder.cross_attn.q"; `config.adapter.lora.targets` are last parts of names, so that "q" adapts all three, as in
+PEFT.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.layout import linear_layers
 
 Tree = dict[str, Any]
 
@@ -29,26 +32,27 @@ def scale(settings) -> float:
     return settings.alpha / (settings.rank**0.5 if settings.rslora else settings.rank)
 
 
-def init(settings, student: DecoderConfig, key: jax.Array) -> Tree:
+def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
     """A new adapter: a ~ U(±√(1/in)) as in the reference implementation and PEFT (Kaiming, a = √5), b = 0.
 
     Raises:
       UserError: a target is no linear layer of the student, or the rank is not positive.
     """
-    shapes = student.linear_shapes()
-    unknown = sorted(set(settings.targets) - set(shapes))
-    if unknown or not settings.targets:
-        raise UserError(f"config.adapter.lora.targets: {unknown or 'none given'}; choose from {', '.join(shapes)}")
+    layers = linear_layers(student)
+    target_of = {name: name.rpartition(".")[2] for name in layers}
+    if unknown := sorted(set(settings.targets) - set(target_of.values())):
+        known = ", ".join(dict.fromkeys(target_of.values()))
+        raise UserError(f"config.adapter.lora.targets: {unknown} are no layers of this student; choose from {known}")
     if settings.rank < 1:
         raise UserError(f"config.adapter.lora.rank is {settings.rank}; it must be 1 or more")
+    names = sorted(name for name in layers if not settings.targets or target_of[name] in settings.targets)
     tree = {}
-    for name, layer_key in zip(sorted(settings.targets), jax.random.split(key, len(settings.targets)), strict=True):
-        _, width_in, width_out = shapes[name]
+    for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
+        depth, width_in, width_out = layers[name].shape
         bound = width_in**-0.5
-        a_shape = (student.num_layers, width_in, settings.rank)
         tree[name] = {
-            "a": jax.random.uniform(layer_key, a_shape, jnp.float32, -bound, bound),
-            "b": jnp.zeros((student.num_layers, settings.rank, width_out), jnp.float32),
+            "a": jax.random.uniform(layer_key, (depth, width_in, settings.rank), jnp.float32, -bound, bound),
+            "b": jnp.zeros((depth, settings.rank, width_out), jnp.float32),
         }
     return tree
 
@@ -58,12 +62,17 @@ def activate(settings, tree: Tree) -> Tree:
     return {name: {"a": layer["a"], "b": layer["b"] * scale(settings)} for name, layer in tree.items()}
 
 
-def merge(settings, tree: Tree, base: Tree, student: DecoderConfig) -> Tree:
+def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
     """The base with W₀ + s · a · b in place of W₀, computed in float32, in the base's own type."""
-    layers = {module: dict(layer) for module, layer in base["layers"].items()}
-    for name, layer in tree.items():
-        module = student.linear_shapes()[name][0]
-        kernel = layers[module][name]["kernel"]
-        update = scale(settings) * jnp.einsum("lir,lro->lio", layer["a"], layer["b"], precision="highest")
-        layers[module][name] = {**layers[module][name], "kernel": (kernel + update).astype(kernel.dtype)}
-    return {**base, "layers": layers}
+    layers = linear_layers(student)
+    name_of = {layers[name].path: name for name in tree}
+
+    def merged(path, kernel):
+        name = name_of.get(tuple(key.key for key in path))
+        if name is None:
+            return kernel
+        a, b = tree[name]["a"], tree[name]["b"]
+        update = scale(settings) * jnp.einsum("lir,lro->lio", a, b, precision="highest")
+        return (kernel + update).astype(kernel.dtype)
+
+    return jax.tree_util.tree_map_with_path(merged, base)

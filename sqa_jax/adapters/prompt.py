@@ -4,6 +4,9 @@ Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", 
 reads [P_e; X_e], with P_e a free [P, D] matrix. Started from rows of the embedding table (their section 3.2:
 better than random, above all for small models) or from a normal distribution of the table's own spread.
 
+A T5 has it in front of what its encoder reads, as in PEFT, whose file has as many rows more for the decoder, which
+PEFT does not use.
+
 Tree: {"embedding": [P, D]}, float32.
 """
 

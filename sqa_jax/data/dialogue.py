@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import ANSWER_IS, Format, Template, option_targets
 from sqa_jax.data.tokenize import Encoded, Encoder
+from sqa_jax.errors import UserError
 from sqa_jax.metrics.answers import parse_answer
 
 _MARKS = "\N{OBJECT REPLACEMENT CHARACTER}", "\N{REPLACEMENT CHARACTER}"
@@ -203,6 +204,11 @@ def instructions(tools: Sequence[ToolSpec], form: str) -> str:
 
 
 def _form(tokenizer: Any, chat: bool, tools: Sequence[ToolSpec]) -> tuple[str, _Pieces]:
+    if hasattr(tokenizer, "decoder_start_token"):
+        raise UserError(
+            "an encoder–decoder student cannot hold a conversation with tools, as its encoder reads once; "
+            "choose a decoder-only one as config.student.path"
+        )
     if chat and tokenizer.chat_template:
         if (native := _native(tokenizer, tools)) is not None:
             return "native", native

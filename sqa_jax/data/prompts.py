@@ -128,13 +128,17 @@ class Template:
     """What stands around a prompt and its target.
 
     With a chat template: the prompt is a user's turn and the target the assistant's; without one, the target
-    follows "Answer: " on a line of its own. Either way the target ends with the end token.
+    follows "Answer: " on a line of its own. An encoder–decoder's encoder reads the prompt and an end token, and its
+    decoder writes the target behind its start token. In each case the target ends with the end token.
 
     Attributes:
       before, after: the text in front of the prompt and between prompt and target, special tokens included.
     """
 
     def __init__(self, tokenizer: Any, chat: bool):
+        if start := getattr(tokenizer, "decoder_start_token", None):
+            self.before, self.after = "", tokenizer.eos_token + start
+            return
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
         self.before, self.after = bos or "", "\nAnswer: "
         if chat and tokenizer.chat_template:

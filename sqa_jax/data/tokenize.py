@@ -49,6 +49,9 @@ class Encoder:
             template = Template(tokenizer, chat)
             around = template.before, template.after
         self._before, self._after = self.control(around)
+        # Vocabularies of sentencepiece hold special tokens as words, which plain text must not match either.
+        unknown = tokenizer.unk_token_id
+        self._unknown = {} if unknown is None else dict.fromkeys(tokenizer.all_special_ids, unknown)
 
     def control(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of text in which special tokens are meant."""
@@ -58,7 +61,8 @@ class Encoder:
         """Ids of text in which special tokens are only spelled out."""
         if not texts:
             return []
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [[self._unknown.get(token, token) for token in ids] for ids in encoded]
 
     def encode(
         self, problems: Sequence[Problem], formats: Sequence[Format], targets: Sequence[str] | None = None
@@ -86,15 +90,17 @@ class Encoder:
         """Encodes plain texts, each in pieces of at most `max_target` tokens with the end token.
 
         A piece begins with the student's first token where it has one, else its end token, as in pretraining:
-        its "prompt" of one token, from which the first token of the text is learned.
+        its "prompt" of one token, from which the first token of the text is learned. An encoder–decoder's is empty.
         """
         tokenizer = self.tokenizer
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+        if hasattr(tokenizer, "decoder_start_token"):
+            start = self._after
         encoded = []
         for ids in self.plain(texts):
             ids = [*ids, tokenizer.eos_token_id]
             pieces = [ids[k : k + max_target] for k in range(0, len(ids), max_target)]
-            encoded.append([Encoded([start, *piece], 1, {}, True) for piece in pieces])
+            encoded.append([Encoded([*start, *piece], len(start), {}, True) for piece in pieces])
         return encoded
 
     def _join(self, parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:

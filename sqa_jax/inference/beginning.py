@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.parallel.mesh import replicated
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Adaptation, Decoder, read
+from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.decoder import Adaptation, Decoder
+from sqa_jax.students.modules import Module, read
 
 _STEP = 8  # its length is a multiple of this, so that few shapes are compiled
 
@@ -38,14 +39,19 @@ def common_length(prompts: Sequence[Sequence[int]], virtual: int) -> int:
 class Beginning:
     """Reads the common beginning of prompts; `adapt` takes what it returns.
 
+    An encoder reads nothing before it has seen all of a prompt, so prompts of an encoder–decoder have none.
+
     Args:
       settings: `config.adapter`.
     """
 
-    def __init__(self, settings, decoder: Decoder, mesh: Mesh):
-        self._settings = settings
-        self._decoder = decoder.clone(fused=None)  # it is one short row
+    def __init__(self, settings, decoder: Module, mesh: Mesh):
+        self._settings, self._decoder = settings, decoder
         self._run = jax.jit(self._read, out_shardings=replicated(mesh))
+
+    def length(self, prompts: Sequence[Sequence[int]], virtual: int) -> int:
+        """Tokens that are read once for all prompts, see `common_length`."""
+        return common_length(prompts, virtual) if isinstance(self._decoder, Decoder) else 0
 
     def __call__(self, adapter: Any, base: Any, tokens: Sequence[int]) -> dict[str, jax.Array]:
         """Keys and values [L, n, K·d] of n tokens."""
@@ -55,12 +61,13 @@ class Beginning:
         adaptation = adapters.activate(self._settings, adapter, self._decoder.config)
         positions = jnp.arange(tokens.shape[1])[None]
         weights = adapters.weights(adapter, base)
-        _, key, value = read(self._decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
+        decoder = self._decoder.clone(fused=None)  # it is one short row
+        _, key, value, _ = read(decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
         flat = (key.shape[0], key.shape[2], -1)
         return {"key": key.reshape(flat), "value": value.reshape(flat)}
 
 
-def adapt(settings, adapter: Any, student: DecoderConfig, beginning: dict[str, jax.Array] | None) -> Adaptation:
+def adapt(settings, adapter: Any, student: StudentConfig, beginning: dict[str, jax.Array] | None) -> Adaptation:
     """The adapter in the form that the decoder uses, behind which prompts go on where their beginning ends."""
     adaptation = adapters.activate(settings, adapter, student)
     if beginning is None:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.inference.beginning import Beginning, adapt, common_length
+from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.generate import trim
 from sqa_jax.inference.likelihood import Choice, layout
 from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
@@ -89,7 +89,7 @@ class Conversations:
         """Reads what all conversations begin with, once; returns what each goes on with, to be given to `open`."""
         virtual = adapters.virtual_tokens(self.settings) if "prompt" in adapter else 0
         openings = [[0] * virtual + list(opening) for opening in openings]
-        self.begun = common_length(openings, virtual)
+        self.begun = self._beginning.length(openings, virtual)
         beginning = self._beginning(adapter, base, openings[0][: self.begun]) if self.begun else None
         self._trees = (adapter, base, beginning)
         self._cache = self._empty(adapter, beginning)

@@ -26,11 +26,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.errors import UserError
-from sqa_jax.inference.beginning import Beginning, adapt, common_length
+from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.rows import first_fit
 from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.decoder import Cache, Decoder, init_cache, read
+from sqa_jax.students.decoder import Cache, init_cache
+from sqa_jax.students.modules import Module, bounded, read
 
 _STEP = 128  # the cache's and the packed lines' lengths are multiples of this, so that few shapes are compiled
 _LINE = 512  # most tokens of a packed line, where no prompt is longer
@@ -76,7 +77,7 @@ class Generator:
     def __init__(
         self,
         settings,
-        decoder: Decoder,
+        decoder: Module,
         mesh: Mesh,
         eos_ids: Sequence[int],
         max_new_tokens: int,
@@ -120,7 +121,7 @@ class Generator:
                 f"prompt and generation take {longest} tokens, more than the student's "
                 f"{self.decoder.config.max_positions} positions; lower config.recipe.max_prompt or config.eval.max_new_tokens"
             )
-        begun = common_length(prompts, virtual)
+        begun = self._beginning.length(prompts, virtual)
         beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
         prompts = [prompt[begun:] for prompt in prompts]
         prefix = begun + self._prefix(adapter)
@@ -218,7 +219,8 @@ class Generator:
         adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
         weights = adapters.weights(adapter, base)
         positions, segments = pack["positions"], pack["segments"]
-        hidden, *fresh = read(self.decoder, weights, pack["tokens"], positions, segments, adaptation)
+        decoder = bounded(self.decoder, pack["last"].shape[1])
+        hidden, *fresh, marks = read(decoder, weights, pack["tokens"], positions, segments, adaptation)
 
         # Nothing of a row's former text needs to be wiped: no token sees places behind its own.
         P = adaptation.prefix_length
@@ -228,7 +230,7 @@ class Generator:
             old.at[:, rows, :, P + positions].set(jnp.moveaxis(new, 0, 2).astype(old.dtype), mode="drop")
             for old, new in zip((state.cache.key, state.cache.value), fresh, strict=True)
         )
-        places = state.cache.segments.at[rows, P + positions].set(1, mode="drop")
+        places = state.cache.segments.at[rows, P + positions].set(marks, mode="drop")
         lengths = P + 1 + jnp.take_along_axis(positions, pack["last"], axis=1)
         cache = Cache(key, value, places, state.cache.length.at[pack["rows"]].set(lengths, mode="drop"))
 

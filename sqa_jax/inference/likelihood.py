@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.errors import UserError
-from sqa_jax.inference.beginning import Beginning, adapt, common_length
+from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.rows import first_fit
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
-from sqa_jax.students.decoder import Decoder
+from sqa_jax.students.modules import Module, bounded
 from sqa_jax.training.loss import target_log_probs
 
 
@@ -78,26 +78,29 @@ class LikelihoodScorer:
       batch_rows: most rows of one forward pass; rounded up to what the mesh's data axes divide.
     """
 
-    def __init__(self, settings, decoder: Decoder, mesh: Mesh, row_length: int, batch_rows: int):
+    def __init__(self, settings, decoder: Module, mesh: Mesh, row_length: int, batch_rows: int):
         self.settings, self.decoder, self.mesh = settings, decoder, mesh
         self._shards = row_shards(mesh)
         self.row_length, self.batch_rows = row_length, -(-batch_rows // self._shards) * self._shards
         self.virtual = adapters.virtual_tokens(settings)
-        self._scored = 0  # grows with what is asked, so that later calls of like size compile nothing
+        self._scored = self._decoded = 0  # grow with what is asked, so that later calls of like size compile nothing
         self._beginning = Beginning(settings, decoder, mesh)
-        self._forward = jax.jit(self._log_probs, out_shardings=replicated(mesh))  # so that every process can read it
+        # Replicated, so that every process can read it.
+        self._forward = jax.jit(self._log_probs, static_argnums=0, out_shardings=replicated(mesh))
 
-    def _log_probs(self, adapter: Any, base: Any, beginning: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def _log_probs(
+        self, decoder: Module, adapter: Any, base: Any, beginning: Any, batch: dict[str, jax.Array]
+    ) -> jax.Array:
         weights = adapters.weights(adapter, base)
-        hidden, _ = self.decoder.apply(
+        hidden, _ = decoder.apply(
             {"params": weights},
             batch["tokens"],
             batch["positions"],
             batch["segments"],
-            adapt(self.settings, adapter, self.decoder.config, beginning),
+            adapt(self.settings, adapter, decoder.config, beginning),
             branches=batch["branches"],
         )
-        return target_log_probs(self.decoder, weights, hidden, batch["predicting"], batch["targets"])
+        return target_log_probs(decoder, weights, hidden, batch["predicting"], batch["targets"])
 
     def __call__(self, adapter: Any, base: Any, choices: Sequence[Choice]) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Yields, batch by batch, (index into `choices`, log-probabilities of each option's own tokens).
@@ -109,7 +112,7 @@ class LikelihoodScorer:
             return
         virtual = self.virtual if "prompt" in adapter else 0
         prompts = [[0] * virtual + list(choice.prompt) for choice in choices]
-        begun = common_length(prompts, virtual)
+        begun = self._beginning.length(prompts, virtual)
         trees = [
             layout(Choice(prompt[begun:], choice.options), 0) for prompt, choice in zip(prompts, choices, strict=True)
         ]
@@ -127,12 +130,17 @@ class LikelihoodScorer:
         scored = self._scored = -(-scored // 16) * 16
         beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
         rows = first_fit([len(t.tokens) for t in trees], [len(t.targets) for t in trees], length, scored)
+        # From the last token of each prompt on, tokens have others behind them that are predicted.
+        behind = [len(tree.tokens) - len(prompt) + begun + 1 for tree, prompt in zip(trees, prompts, strict=True)]
+        most = max(sum(behind[k] for k in row) for row in rows)
+        self._decoded = max(self._decoded, -(-most // 16) * 16)
+        decoder = bounded(self.decoder, self._decoded)
         at_once = min(self.batch_rows, -(-len(rows) // self._shards) * self._shards)  # few questions take few rows
         for start in range(0, len(rows), at_once):
             batch_rows = rows[start : start + at_once]
             batch = _pack([[trees[k] for k in row] for row in batch_rows], at_once, length, scored)
             batch = place_rows(batch, self.mesh, at_once)
-            log_probs = np.asarray(self._forward(adapter, base, beginning, batch))
+            log_probs = np.asarray(self._forward(decoder, adapter, base, beginning, batch))
             for row, members in enumerate(batch_rows):
                 place = 0
                 for index in members:

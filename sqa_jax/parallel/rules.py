@@ -15,19 +15,22 @@ from sqa_jax.errors import UserError
 # layers that widen split their columns over `tensor`, kernels of layers that narrow split their rows, so
 # that one all-reduce closes each pair (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `fsdp` takes the
 # other dimension. Leading dimensions are the stacked layers, never split.
+_WIDEN, _NARROW = r"((q|k|v|gate|up)_proj|q|k|v|wi|wi_0|wi_1)", r"((o|down)_proj|o|wo)"  # Llama's names, and T5's
+_LORA = r"lora/(\w+\.\w+\.)?"  # a T5's layers have their stack and module in front
 RULES: tuple[tuple[str, P], ...] = (
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
-    (r"(q|k|v|gate|up)_proj/kernel", P(None, "fsdp", "tensor")),
-    (r"(o|down)_proj/kernel", P(None, "tensor", "fsdp")),
+    (rf"{_WIDEN}/kernel", P(None, "fsdp", "tensor")),
+    (rf"{_NARROW}/kernel", P(None, "tensor", "fsdp")),
     (r"(q|k|v|gate|up)_proj/bias", P(None, "tensor")),
     (r"(o|down)_proj/bias", P(None, "fsdp")),
     (r"(\w+_layernorm|[qk]_norm)/scale", P(None, None)),
     (r"norm/scale", P(None)),
-    (r"lora/(q|k|v|gate|up)_proj/a", P(None, "fsdp", None)),
-    (r"lora/(q|k|v|gate|up)_proj/b", P(None, None, "tensor")),
-    (r"lora/(o|down)_proj/a", P(None, "tensor", None)),
-    (r"lora/(o|down)_proj/b", P(None, None, "fsdp")),
+    (r"relative_attention_bias/embedding", P(None, None)),
+    (rf"{_LORA}{_WIDEN}/a", P(None, "fsdp", None)),
+    (rf"{_LORA}{_WIDEN}/b", P(None, None, "tensor")),
+    (rf"{_LORA}{_NARROW}/a", P(None, "tensor", None)),
+    (rf"{_LORA}{_NARROW}/b", P(None, None, "fsdp")),
     (r"prefix/(key|value)", P(None, None, "tensor")),
     (r"prefix/(hidden|output)/kernel", P("fsdp", "tensor")),
     (r"prefix/(hidden|output)/bias", P("tensor")),

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from sqa_jax.errors import UserError
+from sqa_jax.students.t5_config import T5Config
 
 ROPES = ("default", "linear", "llama3")
 FULL, WINDOW, NOPE = "full", "window", "nope"  # a layer sees all, sees near keys only, or knows no positions
@@ -139,6 +140,9 @@ class DecoderConfig:
             "up_proj": ("mlp", d, f),
             "down_proj": ("mlp", f, d),
         }
+
+
+StudentConfig = DecoderConfig | T5Config
 
 
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:

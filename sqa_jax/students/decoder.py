@@ -496,16 +496,8 @@ class Decoder(nn.Module):
 
 def read(
     decoder: Decoder, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Reads packed rows, and gives what later tokens need of them.
-
-    Args:
-      weights: parameters of the decoder.
-      tokens, positions, segments, adaptation: as `Decoder.__call__`.
-
-    Returns:
-      Normed hidden states [B, T, D], and keys and values of all layers [L, B, T, K, d], without a prefix's.
-    """
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.students.modules.read`."""
     (hidden, _), kept = decoder.apply({"params": weights}, tokens, positions, segments, adaptation, mutable=["read"])
     (key,), (value,) = (kept["read"]["layers"]["self_attn"][name] for name in ("key", "value"))
-    return hidden, key, value
+    return hidden, key, value, jnp.ones_like(segments)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a decoder, counted from its shape: a multiply-add is two.
+"""Floating-point operations of a student, counted from its shape: a multiply-add is two.
 
 Model operations as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B): matrix products and attention
 scores; norms, rotations and what rematerialisation computes twice are left out.
@@ -6,24 +6,42 @@ scores; norms, rotations and what rematerialisation computes twice are left out.
 
 from __future__ import annotations
 
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.t5_config import T5Config
 
 
-def forward_flops(config: DecoderConfig, tokens: float, context: float, logits: float) -> float:
+def forward_flops(config: StudentConfig, tokens: float, context: float, logits: float) -> float:
     """Operations of a forward pass.
 
     Args:
       tokens: that are read.
       context: mean number of keys that a token sees; half its length for a causal sequence.
-      logits: positions at which logits are computed.
+      logits: positions at which logits are computed. Of an encoder–decoder, the decoder reads as many tokens, and the
+        encoder the rest.
     """
+    if isinstance(config, T5Config):
+        return _t5_forward_flops(config, tokens - logits, logits, 2 * context)
     linear = sum(rows * columns for _, rows, columns in config.linear_shapes().values())
     attention = 2 * context * config.num_heads * config.head_dim  # scores, and the values that they weigh
     return 2 * (tokens * config.num_layers * (linear + attention) + logits * config.hidden_size * config.vocab_size)
 
 
+def _t5_forward_flops(config: T5Config, encoded: float, decoded: float, length: float) -> float:
+    """Operations for tokens of encoder and decoder, of sequences of `length` tokens of both."""
+    share = encoded / (encoded + decoded)
+    linear = {"encoder": 0, "decoder": 0, "crossed": 0}  # weights that meet tokens of one, the other, or lead across
+    for name, (module, rows, columns) in config.linear_shapes().items():
+        across = module == "decoder.cross_attn" and name.endswith((".k", ".v"))
+        linear["crossed" if across else module.split(".")[0]] += rows * columns
+    heads = 2 * config.num_heads * config.head_dim  # scores, and the values that they weigh, for one key
+    encoder = encoded * config.num_encoder_layers * (linear["encoder"] + heads * share * length)
+    seen = share * length + (1 - share) * length / 2
+    decoder = config.num_layers * (decoded * (linear["decoder"] + heads * seen) + encoded * linear["crossed"])
+    return 2 * (encoder + decoder + decoded * config.hidden_size * config.vocab_size)
+
+
 def training_flops(
-    config: DecoderConfig, methods: tuple[str, ...], trained: int, tokens: float, context: float, targets: float
+    config: StudentConfig, methods: tuple[str, ...], trained: int, tokens: float, context: float, targets: float
 ) -> float:
     """Operations of forward and backward passes.
 
@@ -38,5 +56,5 @@ def training_flops(
     forward = forward_flops(config, tokens, context, targets)
     if "full" in methods:
         return 3 * forward
-    # A low-rank pair meets every token; the places of a prefix or soft prompt are counted in tokens and context.
+    # A low-rank pair meets every token (of an encoder–decoder fewer, so that this is a bound); the places of a prefix or soft prompt are counted in tokens and context.
     return 2 * forward + (6 * tokens * trained if "lora" in methods else 0)

@@ -1,19 +1,21 @@
-"""The decoder's options in Hugging Face's `config.json`, read and written."""
+"""A student's options in Hugging Face's `config.json`, read and written."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import FULL, NOPE, ROPES, WINDOW, DecoderConfig, Rope, checked
+from sqa_jax.students import t5_config
+from sqa_jax.students.config import FULL, NOPE, ROPES, WINDOW, DecoderConfig, Rope, StudentConfig, checked
+from sqa_jax.students.t5_config import T5Config
 
 SUPPORTED = ("llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # values of model_type
 _MOST_LAYERS = 10_000
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
-    """The decoder's options from Hugging Face's `config.json`.
+def from_hf(raw: dict[str, Any], where: str) -> StudentConfig:
+    """A student's options from Hugging Face's `config.json`.
 
     transformers fills in what the file leaves to its architecture, and translates older files.
 
@@ -22,8 +24,12 @@ def from_hf(raw: dict[str, Any], where: str) -> DecoderConfig:
         the sizes contradict each other.
     """
     family = raw.get("model_type")
+    if family == "t5":
+        return t5_config.from_hf(raw, where)
     if family not in SUPPORTED:
-        raise UserError(f"{where}: architecture {family!r} is not supported; supported: {', '.join(SUPPORTED)}")
+        raise UserError(
+            f"{where}: architecture {family!r} is not supported; supported: {', '.join((*SUPPORTED, 't5'))}"
+        )
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
         raise UserError(
@@ -122,8 +128,10 @@ def _rope(raw: dict[str, Any], where: str) -> Rope:
     return Rope(**own)
 
 
-def to_hf(config: DecoderConfig) -> dict[str, Any]:
+def to_hf(config: StudentConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads as the same model."""
+    if isinstance(config, T5Config):
+        return t5_config.to_hf(config)
     c = config
     names = {FULL: "full_attention", NOPE: "full_attention", WINDOW: "sliding_attention"}
     classes = {"smollm3": "SmolLM3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}

@@ -1,39 +1,40 @@
-"""The one table of a decoder's parameters: path in our tree, shape, and names in Hugging Face's files."""
+"""The one table of a student's parameters: path in our tree, shape, and names in Hugging Face's files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqa_jax.students.config import DecoderConfig
-
-
-class Leaf(NamedTuple):
-    """One parameter.
-
-    Attributes:
-      path: keys in our tree.
-      shape: ours; a stacked parameter has the layers in front.
-      names: the file's tensors that it is made of, one a layer, or just one.
-      stacked: whether `names` are layers.
-      transposed: whether the file has the last two dimensions the other way, as PyTorch has (out, in).
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    stacked: bool
-    transposed: bool
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        """Shape of each of `names` in the file."""
-        shape = self.shape[1:] if self.stacked else self.shape
-        return shape[::-1] if self.transposed else shape
+from sqa_jax.students.config import DecoderConfig, StudentConfig
+from sqa_jax.students.leaf import Leaf
+from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.t5_layout import COPIES, UNUSED, t5_leaves
 
 
-def leaves(config: DecoderConfig) -> list[Leaf]:
-    """Every parameter of a decoder."""
+def leaves(config: StudentConfig) -> list[Leaf]:
+    """Every parameter of a student."""
+    return t5_leaves(config) if isinstance(config, T5Config) else _decoder_leaves(config)
+
+
+def linear_layers(config: StudentConfig) -> dict[str, Leaf]:
+    """The kernels of all blocks' linear layers, by their names in an adapter's tree."""
+    kernels = [leaf for leaf in leaves(config) if leaf.stacked and leaf.path[-1] == "kernel"]
+    return dict(zip(config.linear_shapes(), kernels, strict=True))
+
+
+def copies(config: StudentConfig) -> dict[str, str]:
+    """Tensors that a file may hold although they only repeat others, and which."""
+    table = leaves(config)[0].names[0]
+    repeated = COPIES if isinstance(config, T5Config) else ()
+    return dict.fromkeys((*repeated, *["lm_head.weight"] * config.tie_embeddings), table)
+
+
+def unused(config: StudentConfig) -> tuple[str, ...]:
+    """Tensors that a file may hold although the model computes nothing with them."""
+    return UNUSED if isinstance(config, T5Config) else ()
+
+
+def _decoder_leaves(config: DecoderConfig) -> list[Leaf]:
     D, L = config.hidden_size, config.num_layers
 
     def layered(path: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> Leaf:
@@ -57,7 +58,7 @@ def leaves(config: DecoderConfig) -> list[Leaf]:
     return table
 
 
-def build(config: DecoderConfig, make: Callable[[Leaf], Any]) -> dict[str, Any]:
+def build(config: StudentConfig, make: Callable[[Leaf], Any]) -> dict[str, Any]:
     """The nested tree with `make(leaf)` for each parameter."""
     tree: dict[str, Any] = {}
     for leaf in leaves(config):

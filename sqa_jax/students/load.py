@@ -12,19 +12,21 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
 from sqa_jax.students.catalogue import CATALOGUE
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import DecoderConfig, StudentConfig
 from sqa_jax.students.gguf_config import from_gguf
 from sqa_jax.students.gguf_tokenizer import gguf_tokenizer, turn_ends
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config, weight_files
 from sqa_jax.students.sources import GGUFSource, SafetensorsSource, WeightSource
+from sqa_jax.students.t5_config import T5_SHAPES, T5Config, as_stored
 from sqa_jax.students.weights import ShardingsFor, random_params, read_params
 
 # Shapes for "random:<name>" that learn nothing of language but run everywhere in seconds.
 _SMALL_SHAPES = {
     "tiny": DecoderConfig(260, 64, 128, 2, 4, 2, 16, tie_embeddings=True),
     "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
+    **T5_SHAPES,
 }
 _RANDOM_SHAPES = _SMALL_SHAPES | {name: published.config for name, published in CATALOGUE.items()}
 
@@ -35,7 +37,7 @@ class Student:
 
     Attributes:
       name: short name for tables.
-      config: of the decoder.
+      config: shape and options.
       params: the base tree, as `sqa_jax.students.layout` lays it out.
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       eos_ids: tokens that end a reply; the tokenizer's end token, which targets end with, comes first.
@@ -43,7 +45,7 @@ class Student:
     """
 
     name: str
-    config: DecoderConfig
+    config: StudentConfig
     params: Any
     tokenizer: Any
     eos_ids: tuple[int, ...]
@@ -75,6 +77,7 @@ def load_student(
     if where.is_dir():
         config = from_hf(read_hf_config(where), f"{where}/config.json")
         source: WeightSource = SafetensorsSource(where)
+        config = as_stored(config, source.shapes) if isinstance(config, T5Config) else config
         vocabulary = tokenizers.load_tokenizer(str(where))
         generation = where / "generation_config.json"  # chat models list there every token that ends a turn
         ends = (
@@ -94,8 +97,8 @@ def load_student(
     return _student(path, config, params, vocabulary, ends, [sha256_file(file) for file in files])
 
 
-def student_config(path: str, revision: str = "") -> DecoderConfig:
-    """The decoder's shape and options alone, for a path as in `load_student`: no weights are fetched or read.
+def student_config(path: str, revision: str = "") -> StudentConfig:
+    """A student's shape and options alone, for a path as in `load_student`: no weights are fetched or read.
 
     Raises:
       UserError: nothing is there, or it is damaged or not supported.
@@ -108,13 +111,13 @@ def student_config(path: str, revision: str = "") -> DecoderConfig:
     return from_gguf(GGUFSource(where))
 
 
-def _student(path: str, config: DecoderConfig, params: Any, vocabulary: Any, ends: list[int], identity: Any) -> Student:
+def _student(path: str, config: StudentConfig, params: Any, vocabulary: Any, ends: list[int], identity: Any) -> Student:
     eos_ids = tuple(dict.fromkeys([vocabulary.eos_token_id, *ends]))
     parts = [dataclasses.asdict(config), identity, tokenizers.fingerprint(vocabulary)]
     return Student(Path(path).name or path, config, params, vocabulary, eos_ids, sha256_json(parts))
 
 
-def _random_config(name: str) -> DecoderConfig:
+def _random_config(name: str) -> StudentConfig:
     if name in _RANDOM_SHAPES:
         return _RANDOM_SHAPES[name]
     if not Path(name).is_dir():
@@ -123,7 +126,7 @@ def _random_config(name: str) -> DecoderConfig:
     return from_hf(read_hf_config(name), f"{name}/config.json")
 
 
-def _check_vocabulary(vocabulary: Any, config: DecoderConfig, path: str) -> None:
+def _check_vocabulary(vocabulary: Any, config: StudentConfig, path: str) -> None:
     if len(vocabulary) > config.vocab_size:
         raise UserError(
             f"{path}: its tokenizer has {len(vocabulary)} tokens but the model has {config.vocab_size} embeddings; "
@@ -131,7 +134,7 @@ def _check_vocabulary(vocabulary: Any, config: DecoderConfig, path: str) -> None
         )
 
 
-def _ends(raw: Any, key: str, config: DecoderConfig, where: Path) -> list[int]:
+def _ends(raw: Any, key: str, config: StudentConfig, where: Path) -> list[int]:
     """The tokens under `key`, which holds one, several or none."""
     ends = raw.get(key) if isinstance(raw, dict) else None
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

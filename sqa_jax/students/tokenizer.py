@@ -10,7 +10,9 @@ from typing import Any
 from sqa_jax.errors import UserError
 from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
 from sqa_jax.students.paths import locate
+from sqa_jax.students.safetensors_source import read_hf_config
 from sqa_jax.students.sources import GGUFSource
+from sqa_jax.students.t5_config import T5_SHAPES, decoder_start
 
 # transformers advises at import that no PyTorch was found; here that is intended.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -26,6 +28,8 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(path: str, revision: str = "") -> Any:
     """The tokenizer of a student, as a `transformers.PreTrainedTokenizerFast`.
 
+    That of an encoder–decoder has an attribute `decoder_start_token`, the token that the decoder starts from.
+
     Args:
       path: as `config.student.path`: a .gguf file, "random:…", a directory or a hub id.
       revision: branch, tag or commit of a hub id.
@@ -35,7 +39,10 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
     """
     if path.startswith("random:"):
         rest = path.removeprefix("random:")
-        return load_tokenizer(rest) if (Path(rest) / "tokenizer.json").exists() else byte_tokenizer()
+        if (Path(rest) / "tokenizer.json").exists():
+            return load_tokenizer(rest)
+        start = T5_SHAPES[rest].decoder_start if rest in T5_SHAPES else _start_in(rest)
+        return _with_start(byte_tokenizer(), start, path)
     where = locate(path, revision, weights=False)
     if not where.is_dir():
         return gguf_tokenizer(GGUFSource(where).metadata, path)
@@ -55,7 +62,27 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
         raise UserError(
             f"{path}: its tokenizer has no tokenizer.json form; save it with transformers as a fast tokenizer"
         )
-    return _checked(tokenizer, path)
+    return _checked(_with_start(tokenizer, _start_in(where), path), path)
+
+
+def _start_in(directory: str | Path) -> int | None:
+    """The decoder's start token by the directory's `config.json`; None where it has none, or is not of a T5."""
+    if not (Path(directory) / "config.json").exists():
+        return None
+    raw = read_hf_config(directory)
+    return decoder_start(raw) if raw.get("model_type") == "t5" else None
+
+
+def _with_start(tokenizer: Any, start: int | None, where: str) -> Any:
+    if start is not None:
+        tokenizer.decoder_start_token = tokenizer.convert_ids_to_tokens(start)
+        if tokenizer.decoder_start_token not in tokenizer.all_special_tokens:
+            raise UserError(
+                f"{where}: token {start} ({tokenizer.decoder_start_token!r}), which the decoder starts from, is not a "
+                "special token of its tokenizer; use the tokenizer that the model was published with"
+            )
+        tokenizer.chat_template = None  # an encoder reads the prompt alone
+    return tokenizer
 
 
 def _checked(tokenizer: Any, where: str) -> Any:
@@ -90,5 +117,7 @@ def byte_tokenizer() -> Any:
 def fingerprint(tokenizer: Any) -> str:
     """Hex digest of all that decides which ids a text becomes."""
     rest = (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if hasattr(tokenizer, "decoder_start_token"):
+        rest += (tokenizer.decoder_start_token,)
     text = tokenizer.backend_tokenizer.to_str() + repr(rest)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A decoder's parameter tree from a weight source, from a seed, or into a file; each leaf directly in its shards."""
+"""A student's parameter tree from a weight source, from a seed, or into a file; each leaf directly in its shards."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ import numpy as np
 
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, write_json
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.hf_config import to_hf
-from sqa_jax.students.layout import Leaf, build, leaves
+from sqa_jax.students.layout import build, copies, leaves, unused
+from sqa_jax.students.leaf import Leaf
 from sqa_jax.students.sources import WeightSource
+from sqa_jax.students.t5_config import T5Config
 
 Tree = dict[str, Any]
 ShardingsFor = Callable[[Tree], Tree]  # from a tree of shapes to a tree of shardings
 
 
-def shapes(config: DecoderConfig, dtype=jnp.float32) -> Tree:
+def shapes(config: StudentConfig, dtype=jnp.float32) -> Tree:
     """The parameter tree as `jax.ShapeDtypeStruct`s."""
     return build(config, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype))
 
 
-def check(source: WeightSource, config: DecoderConfig) -> None:
+def check(source: WeightSource, config: StudentConfig) -> None:
     """Checks a source against the configuration before anything is read.
 
     Raises:
       UserError: a tensor is missing, is not expected, or has another shape; it is named.
     """
     again = "fetch weights and configuration again"
-    if config.num_layers > len(source.shapes):  # before a damaged number of layers is spelled out name by name
+    layers = max(config.num_layers, config.num_encoder_layers if isinstance(config, T5Config) else 0)
+    if layers > len(source.shapes):  # before a damaged number of layers is spelled out name by name
         raise UserError(
-            f"{source.where}: {len(source.shapes)} tensors cannot be the configured {config.num_layers} layers; {again}"
+            f"{source.where}: {len(source.shapes)} tensors cannot be the configured {layers} layers; {again}"
         )
     expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
     for name, shape in expected.items():
@@ -45,7 +48,8 @@ def check(source: WeightSource, config: DecoderConfig) -> None:
         if found != shape:
             raise UserError(f"{source.locate(name)} has shape {found}, but the configuration says {shape}; {again}")
     # Some publishers store what the configuration already says: a tied output layer, or rotary frequencies.
-    known = {*expected, "lm_head.weight"}
+    repeated = {name: table for name, table in copies(config).items() if name in source.shapes}
+    known = {*expected, *repeated, *unused(config)}
     extra = [name for name in source.shapes if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
@@ -53,25 +57,25 @@ def check(source: WeightSource, config: DecoderConfig) -> None:
             f"{source.locate(extra[0])}{more} is not part of the configured model; "
             "the configuration is another model's, or a variant that is not supported"
         )
-    if config.tie_embeddings and "lm_head.weight" in source.shapes and not _tied(source):
-        raise UserError(
-            f"{source.locate('lm_head.weight')} differs from the embeddings that the configuration ties it to; "
-            "set tie_word_embeddings to false"
-        )
+    for name, table in repeated.items():
+        if not _same(source, name, table):
+            raise UserError(
+                f"{source.locate(name)} differs from the embeddings ({table}) that the configuration ties it to; "
+                "set tie_word_embeddings to false, or fetch the weights again"
+            )
 
 
-def _tied(source: WeightSource, step: int = 4096) -> bool:
-    """Whether the stored output layer is the embedding table, compared a few rows at a time."""
-    head, table = "lm_head.weight", "model.embed_tokens.weight"
-    if source.shapes[head] != source.shapes[table]:
+def _same(source: WeightSource, one: str, other: str, step: int = 4096) -> bool:
+    """Whether two stored tensors are the same, compared a few rows at a time."""
+    if source.shapes[one] != source.shapes[other]:
         return False
-    count = source.shapes[table][0]
+    count = source.shapes[other][0]
     pieces = (slice(start, min(start + step, count)) for start in range(0, count, step))
-    return all(np.array_equal(source.read(head, rows), source.read(table, rows)) for rows in pieces)
+    return all(np.array_equal(source.read(one, rows), source.read(other, rows)) for rows in pieces)
 
 
 def read_params(
-    source: WeightSource, config: DecoderConfig, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
+    source: WeightSource, config: StudentConfig, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
 ) -> Tree:
     """Reads every parameter, and of each only what this process holds.
 
@@ -124,7 +128,7 @@ def _read_box(source: WeightSource, leaf: Leaf, box: tuple[slice, ...], dtype: A
 
 
 def random_params(
-    config: DecoderConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
+    config: StudentConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
 ) -> Tree:
     """Random parameters: matrices from N(0, 0.02²), norms that only norm, biases zero; created where they lie."""
 
@@ -143,7 +147,7 @@ def random_params(
     return jax.jit(make, out_shardings=placed)(jax.random.key(seed))
 
 
-def save_safetensors(params: Tree, config: DecoderConfig, directory: str | Path) -> None:
+def save_safetensors(params: Tree, config: StudentConfig, directory: str | Path) -> None:
     """Writes `config.json` and `model.safetensors` (float32) as transformers reads them, whole or not at all.
 
     Raises:

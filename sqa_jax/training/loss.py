@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.students.decoder import Decoder
+from sqa_jax.students.modules import Module, bounded
 
 CHUNK = 1024  # target positions of a data shard whose logits exist at one time: the loss' largest array is [CHUNK, V]
 
 
 def target_log_probs(
-    decoder: Decoder, weights: Any, hidden: jax.Array, positions: jax.Array, targets: jax.Array, frozen: bool = True
+    decoder: Module, weights: Any, hidden: jax.Array, positions: jax.Array, targets: jax.Array, frozen: bool = True
 ) -> jax.Array:
     """Log-probabilities of given tokens at given positions; logits exist only there, a chunk at a time.
 
@@ -44,7 +44,7 @@ def target_log_probs(
     return jnp.moveaxis(log_probs, 0, 1).reshape(B, chunks * width)[:, :M]
 
 
-def _log_probs(decoder: Decoder, weights: Any, states: jax.Array, ids: jax.Array) -> jax.Array:
+def _log_probs(decoder: Module, weights: Any, states: jax.Array, ids: jax.Array) -> jax.Array:
     logits = decoder.apply({"params": weights}, states, method="unembed")
     return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
@@ -68,7 +68,7 @@ _frozen_log_probs.defvjp(_frozen_forward, _frozen_backward)
 
 
 def row_losses(
-    settings, decoder: Decoder, adapter: Any, base: Any, batch: dict[str, jax.Array], dropout: jax.Array | None
+    settings, decoder: Module, adapter: Any, base: Any, batch: dict[str, jax.Array], dropout: jax.Array | None
 ) -> jax.Array:
     """Summed negative log-likelihood of each packed row's targets: [B] float32.
 
@@ -78,6 +78,7 @@ def row_losses(
       dropout: a key, or None where nothing is dropped.
     """
     weights = adapters.weights(adapter, base)
+    decoder = bounded(decoder, batch["targets"].shape[1])
     hidden, _ = decoder.apply(
         {"params": weights},
         batch["tokens"],

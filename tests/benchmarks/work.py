@@ -155,7 +155,7 @@ def _save_peft(tree: Any, lora, student: DecoderConfig, directory: Path) -> None
     save_file(tensors, directory / "adapter_model.safetensors")
     described = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora,
-        "lora_dropout": lora.dropout, "target_modules": list(lora.targets),
+        "lora_dropout": lora.dropout, "target_modules": sorted(tree["lora"]),
     }  # fmt: skip
     write_json(directory / "adapter_config.json", described)
 

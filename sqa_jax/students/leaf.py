@@ -1,0 +1,29 @@
+"""One parameter of a student: its path in our tree, its shape, and its names in Hugging Face's files."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Leaf(NamedTuple):
+    """One parameter.
+
+    Attributes:
+      path: keys in our tree.
+      shape: ours; a stacked parameter has the layers in front.
+      names: the file's tensors that it is made of, one a layer, or just one.
+      stacked: whether `names` are layers.
+      transposed: whether the file has the last two dimensions the other way, as PyTorch has (out, in).
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    stacked: bool
+    transposed: bool
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of each of `names` in the file."""
+        shape = self.shape[1:] if self.stacked else self.shape
+        return shape[::-1] if self.transposed else shape
