@@ -1,4 +1,4 @@
-"""A finished run's adapter, back in its shards."""
+"""The adapter of a finished run, or of PEFT's files, in its shards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.adapters.peft_read import PeftAdapter
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.runtime import Runtime
@@ -16,15 +17,18 @@ from sqa_jax.training.optimizer import make_optimizer
 from sqa_jax.training.step import init_state
 
 
-def restore_adapter(config, root: Path, runtime: Runtime) -> tuple[int | None, Any]:
-    """(step, adapter) of the checkpoint of ROOT that `config.eval.checkpoint` asks for; (None, {}) for the bare student.
+def restore_adapter(config, root: Path, runtime: Runtime, given: PeftAdapter | None = None) -> tuple[int | None, Any]:
+    """(step, adapter) of the checkpoint of ROOT that `config.eval.checkpoint` asks for.
+
+    Where that is none: (None, the given adapter), or (None, {}) for the bare student.
 
     Raises:
       UserError: there is no such checkpoint.
     """
     which = config.eval.checkpoint
     if which == "none":
-        return None, {}
+        tree = {} if given is None else given.tree
+        return None, jax.jit(lambda tree: tree, out_shardings=shardings(tree, runtime.mesh))(tree)
 
     def new(base):
         adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed)
