@@ -44,18 +44,13 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     from sqa_jax.parallel.processes import main_first
     from sqa_jax.predictions import Predictions
     from sqa_jax.runtime import start
-    from sqa_jax.training.restore import restore_adapter
+    from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
 
     if not workdir:
         raise UserError("--workdir is needed: the run to evaluate, or where the bare student's predictions are kept")
     root, settings, mode = open_workdir(workdir), config.eval, way(config)
-    if settings.checkpoint not in ("best", "last", "none"):
-        raise UserError(f"config.eval.checkpoint is {settings.checkpoint!r}; choose best, last or none")
-    if settings.checkpoint != "none" and not (root / "checkpoints").is_dir():
-        raise UserError(
-            f"{root}: has no checkpoints; train first, or evaluate the bare student, or config.adapter.peft on it, with --config.eval.checkpoint=none"
-        )
+    check_checkpoint(config, root)
     config, given = given_adapter(config) if settings.checkpoint == "none" else (config, None)
     loaded = load_config_problems(config)
     problems = loaded.split(settings.split)[: settings.limit or None]

@@ -45,7 +45,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     from sqa_jax.files import atomic_directory
     from sqa_jax.model_card import model_card, results_of
     from sqa_jax.runtime import start
-    from sqa_jax.training.restore import restore_adapter
+    from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
 
     if not workdir or not out:
@@ -54,6 +54,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
         raise UserError(f"--dtype {dtype} is for --format hf; adapters are written in float32, as they are trained")
     with atomic_directory(out) as beside:
         root, which = open_workdir(workdir), config.eval.checkpoint
+        check_checkpoint(config, root)
         config, given = given_adapter(config) if which == "none" else (config, None)
         config = config.copy_and_resolve_references()
         config.student.dtype = "float32"  # whatever it was trained in: nothing is rounded but what is written

@@ -68,7 +68,7 @@ def model_card(
         else "Not evaluated.",
         "## Use",
         "The prompt is the one that it was trained with; another one costs accuracy.",
-        f"```python\n{_snippet(config, student, methods, kind, out)}```",
+        f"```python\n{_snippet(config, student, methods, kind, out)}\n```",
         "## Licence",
         "The one above follows from the questions"
         + (", which sqa_jax makes itself" if sample else ": ScienceQA is CC BY-NC-SA 4.0")
@@ -105,35 +105,41 @@ def _data(data) -> str:
 
 def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: str) -> str:
     """Python that answers a question of the sample."""
-    (problem, *_), recipe = load_problems("sample").split("test"), config.recipe
-    (prompt,) = encoder_for(config, student.tokenizer).encode([problem], [arm_format(recipe)])
-    path, load = config.student.path, f"base = {config.student.path!r}\n"
-    extra = f", revision={config.student.revision!r}" if config.student.revision else ""
-    if kind == "hf":
-        load, extra = f"base = {out!r}\n", ""
-    elif path.startswith("random:"):
-        load = (
-            f'base = "base"  # python -m sqa_jax.export --config.student.path={path} --config.seed={config.seed} \\\n'
-        )
-        load += "#                --config.eval.checkpoint=none --workdir new --format hf --out base\n"
-    elif path.lower().endswith(".gguf"):
-        load, extra = f"base = {str(Path(path).parent)!r}\n", f", gguf_file={Path(path).name!r}"
+    problem = load_problems("sample").split("test")[0]
+    (prompt,) = encoder_for(config, student.tokenizer).encode([problem], [arm_format(config.recipe)])
+    base, comment = (_written(out), []) if kind == "hf" else _base(config)
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        *comment,
+        f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        f"model = AutoModelForCausalLM.from_pretrained({base})",
+    ]
     if kind == "peft":
-        adapters = [out] if len(methods) == 1 else [f"{out}/{method}" for method in sorted(methods)]
-        steps = [f"model = PeftModel.from_pretrained(model, {adapter!r})" for adapter in adapters]
-        wrapped = "\nmodel = model.merge_and_unload()\n".join(steps) + "\n"
-    else:
-        wrapped = ""
-    return (
-        ("from peft import PeftModel\n" if kind == "peft" else "")
-        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        + load
-        + f"tokenizer = AutoTokenizer.from_pretrained(base{extra})\n"
-        + f"model = AutoModelForCausalLM.from_pretrained(base{extra})\n"
-        + wrapped
-        + f"prompt = {json.dumps(student.tokenizer.decode(prompt.tokens), ensure_ascii=False)}\n"
-        + 'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")\n'
-        + f"reply = model.generate(**inputs, max_new_tokens={config.eval.max_new_tokens}, do_sample=False, "
-        + f"eos_token_id={list(student.eos_ids)}, pad_token_id={student.tokenizer.pad_token_id})\n"
-        + 'print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))\n'
-    )
+        folders = [out] if len(methods) == 1 else [f"{out}/{method}" for method in methods]
+        steps = [f"model = PeftModel.from_pretrained(model, {_written(folder)})" for folder in folders]
+        lines = ["from peft import PeftModel", *lines, *"\nmodel = model.merge_and_unload()\n".join(steps).split("\n")]
+    ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={student.tokenizer.pad_token_id}"
+    lines += [
+        f"prompt = {_written(student.tokenizer.decode(prompt.tokens))}",
+        'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        f"reply = model.generate(**inputs, max_new_tokens={config.eval.max_new_tokens}, do_sample=False, {ends})",
+        'print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(lines)
+
+
+def _base(config) -> tuple[str, list[str]]:
+    """What transformers loads the student from, as arguments, and what has to be done before."""
+    path, revision = config.student.path, config.student.revision
+    if path.startswith("random:"):
+        make = f"--config.student.path={path} --config.seed={config.seed} --config.eval.checkpoint=none --workdir new"
+        return '"base"', [f"# python -m sqa_jax.export {make} --format hf --out base"]
+    if path.lower().endswith(".gguf"):
+        return f"{_written(str(Path(path).parent))}, gguf_file={_written(Path(path).name)}", []
+    return _written(path) + (f", revision={_written(revision)}" if revision else ""), []
+
+
+def _written(text: str) -> str:
+    """A Python literal."""
+    return json.dumps(text, ensure_ascii=False)

@@ -51,6 +51,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({error}); free some space or choose another place") from None
+    Path(path).chmod(0o644)  # the library makes it private; it should be as readable as what lies beside it
 
 
 def _damage(path: Path) -> str | None:

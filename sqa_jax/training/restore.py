@@ -17,6 +17,21 @@ from sqa_jax.training.optimizer import make_optimizer
 from sqa_jax.training.step import init_state
 
 
+def check_checkpoint(config, root: Path) -> None:
+    """Checks, before anything is loaded, that `config.eval.checkpoint` can be in ROOT.
+
+    Raises:
+      UserError: it is not known, or ROOT is of no training.
+    """
+    if config.eval.checkpoint not in ("best", "last", "none"):
+        raise UserError(f"config.eval.checkpoint is {config.eval.checkpoint!r}; choose best, last or none")
+    if config.eval.checkpoint != "none" and not (root / "checkpoints").is_dir():
+        raise UserError(
+            f"{root}: has no checkpoints; train first, or use the bare student, or config.adapter.peft on it, with "
+            "--config.eval.checkpoint=none"
+        )
+
+
 def restore_adapter(config, root: Path, runtime: Runtime, given: PeftAdapter | None = None) -> tuple[int | None, Any]:
     """(step, adapter) of the checkpoint of ROOT that `config.eval.checkpoint` asks for.
 
