@@ -57,7 +57,8 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
         check_checkpoint(config, root)
         config, given = given_adapter(config) if which == "none" else (config, None)
         config = config.copy_and_resolve_references()
-        config.student.dtype = "float32"  # whatever it was trained in: nothing is rounded but what is written
+        # Wherever and however it was trained: here nothing is rounded but what is written.
+        config.student.dtype, config.student.attention = "float32", "auto"
         runtime = start(config)
         if which != "none":
             check_evaluable(root, config, runtime.student.fingerprint)
@@ -66,7 +67,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
             _write_adapter(config, runtime.student, tree, beside)
         else:
             _write_model(config.adapter, runtime.student, tree, beside, dtype)
-        card = model_card(config, runtime.student, tuple(tree), kind, out, results_of(root, which, step))
+        card = model_card(config, runtime.student, tuple(tree), step, kind, out, results_of(root, which, step))
         (beside / "README.md").write_text(card, encoding="utf-8")
     print(
         f"{out}: {'+'.join(tree) or 'the bare student'}, read back with the same logits; README.md says how to use it"

@@ -26,53 +26,63 @@ def results_of(workdir: Path, which: str, step: int | None) -> dict[str, dict[st
 
 
 def model_card(
-    config, student: Student, methods: Sequence[str], kind: str, out: str, results: dict[str, dict[str, Any]]
+    config,
+    student: Student,
+    methods: Sequence[str],
+    step: int | None,
+    kind: str,
+    out: str,
+    results: dict[str, dict[str, Any]],
 ) -> str:
     """Markdown with the front matter that the hub reads.
 
     Args:
       methods: of the adapter; none is the bare student.
+      step: of the run's checkpoint; None where nothing was trained here.
       kind: peft or hf.
       out: where the export lies.
       results: of `results_of`.
     """
     path, recipe, sample = config.student.path, config.recipe, config.data.source == "sample"
+    trained = step is not None
     local = path.startswith("random:") or Path(path).expanduser().exists()
     about = ModelCardData(
         base_model=None if local else path,
         library_name="peft" if kind == "peft" else "transformers",
         pipeline_tag="text-generation",
-        tags=["science", "multiple-choice", "distillation", "sqa_jax", *methods],
-        datasets=None if sample else [HUB_ID],
-        license="apache-2.0" if sample else "cc-by-nc-sa-4.0",
+        tags=["sqa_jax", *methods, *(["science", "multiple-choice", "distillation"] if trained else [])],
+        datasets=[HUB_ID] if trained and not sample else None,
+        license=("apache-2.0" if sample else "cc-by-nc-sa-4.0") if trained else None,
     )
     facts = {
         "Base": f"`{path}`" + (f", revision `{config.student.revision}`" if config.student.revision else ""),
         "Adapted by": _methods(config.adapter, methods),
-        "Learned from": f"{_data(config.data)}; arm `{recipe.arm}`, format `{recipe.format}`, answers as `{recipe.answer}`",
-        "Checkpoint": config.eval.checkpoint,
-        "Seed": config.seed,
     }
+    terms = f"The terms of the base (`{path}`) hold."
+    if trained:
+        facts |= {
+            "Learned from": f"{_data(config.data)}; arm `{recipe.arm}`, format `{recipe.format}`, answers as `{recipe.answer}`",
+            "Checkpoint": f"{config.eval.checkpoint}, of step {step}; seed {config.seed}",
+        }
+        questions = "which sqa_jax makes itself" if sample else "ScienceQA's, which are CC BY-NC-SA 4.0"
+        terms += f" The licence above is that of the questions, {questions}."
     scores = [
         [name, one["mode"], percent(one["AVG"]), str(one["n"]["AVG"]), str(one["unparsed"])]
         for name, one in results.items()
     ]
+    columns = ["evaluation", "by", "accuracy (%)", "questions", "unparsed"]
     parts = [
         f"---\n{about.to_yaml()}\n---",
         f"# {student.name} for science questions",
         f"{'An adapter' if kind == 'peft' else 'A language model'} that answers multiple-choice science questions, made by sqa_jax.",
         "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items()),
         "## Accuracy",
-        markdown_table(["evaluation", "by", "accuracy (%)", "questions", "unparsed"], scores)
-        if scores
-        else "Not evaluated.",
+        markdown_table(columns, scores) if scores else "Not evaluated.",
         "## Use",
-        "The prompt is the one that it was trained with; another one costs accuracy.",
+        "The prompt is as in training; another one costs accuracy.",
         f"```python\n{_snippet(config, student, methods, kind, out)}\n```",
         "## Licence",
-        "The one above follows from the questions"
-        + (", which sqa_jax makes itself" if sample else ": ScienceQA is CC BY-NC-SA 4.0")
-        + f". The terms of the base (`{path}`) hold beside it.",
+        terms,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -119,6 +129,11 @@ def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: s
         folders = [out] if len(methods) == 1 else [f"{out}/{method}" for method in methods]
         steps = [f"model = PeftModel.from_pretrained(model, {_written(folder)})" for folder in folders]
         lines = ["from peft import PeftModel", *lines, *"\nmodel = model.merge_and_unload()\n".join(steps).split("\n")]
+        if {"prefix", "prompt"} & set(methods):
+            lines.insert(
+                0,
+                '# pip install peft "transformers<5.24": under 5.24, generate of peft 0.21 loses prefixes and prompts',
+            )
     ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={student.tokenizer.pad_token_id}"
     lines += [
         f"prompt = {_written(student.tokenizer.decode(prompt.tokens))}",

@@ -107,7 +107,7 @@ class _Files:
         self.config = read_json(self.where, "what kind of adapter it is")
         if not isinstance(self.config, dict):
             raise UserError(f"{self.where}: not a JSON object; save the adapter again with PEFT")
-        self.kind = self.config.get("peft_type")
+        self.kind = str(self.config.get("peft_type"))
         if self.kind not in _READERS:
             raise UserError(f"{self.where}: peft_type {self.kind!r} is not supported; supported: {', '.join(_READERS)}")
         for key, value in self.config.items():
