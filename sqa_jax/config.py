@@ -44,6 +44,8 @@ def default() -> ConfigDict:
 
     config.adapter = adapter = ConfigDict()
     adapter.methods = ("lora",)  # any of lora, prefix, prompt together; or ("full",)
+    # a directory with an adapter of PEFT to begin with, in place of a new one; methods, sizes and scales are then its own
+    adapter.peft = ""
     adapter.lora = lora = ConfigDict()
     lora.rank = 16
     lora.alpha = 32.0
@@ -85,7 +87,9 @@ def default() -> ConfigDict:
     mesh.tensor = 1
 
     config.eval = evaluation = ConfigDict()
-    evaluation.checkpoint = "best"  # best (lowest validation loss) | last | none: the bare student
+    evaluation.checkpoint = (
+        "best"  # best (lowest validation loss) | last | none: the bare student, or adapter.peft on it
+    )
     evaluation.split = "test"
     evaluation.val_split = "val"  # what the evaluation during training looks at
     evaluation.val_limit = 64
@@ -159,7 +163,9 @@ def default() -> ConfigDict:
     agent.retrieval = "oracle"  # oracle: the question's own lecture | bm25: the best match among the training lectures
     # never | always | random | oracle | constrained | free, and only:TOOL; see sqa_jax/agent/policies.py
     agent.policies = ("never", "always", "random", "oracle", "constrained", "free")
-    agent.adapter = ""  # workdir of a training whose adapter the student has; "" is the bare student
+    agent.adapter = (
+        ""  # workdir of a training whose adapter the student has; "" is the bare student, or adapter.peft on it
+    )
     agent.context = 640  # tokens of a conversation; a tool's result that does not fit is shortened
     agent.batch = 32  # conversations under way at one time
     agent.most_calls = 2  # of one conversation

@@ -1,7 +1,8 @@
 """Answers a split's questions, with a trained run or the bare student, and scores the answers.
 
 Reads:  WORKDIR/checkpoints of a run (its own configuration is used unless --config is given), or with
-        --config.eval.checkpoint=none the bare student that --config names.
+        --config.eval.checkpoint=none the bare student that --config names, with the adapter of PEFT that
+        --config.adapter.peft names, if any.
 Writes: WORKDIR/eval/<split>/predictions.jsonl, one row a question in split order, and metrics.json. Stopped
         half-way, it goes on with the questions that are missing.
 
@@ -36,30 +37,27 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     Raises:
       UserError: there is no checkpoint, or the configuration does not fit it.
     """
+    from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.data.dataset import load_config_problems
     from sqa_jax.inference.answer import answers, way
     from sqa_jax.metrics.leaderboard import read_predictions, score
     from sqa_jax.parallel.processes import main_first
     from sqa_jax.predictions import Predictions
     from sqa_jax.runtime import start
-    from sqa_jax.training.restore import restore_adapter
+    from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
 
     if not workdir:
         raise UserError("--workdir is needed: the run to evaluate, or where the bare student's predictions are kept")
     root, settings, mode = open_workdir(workdir), config.eval, way(config)
-    if settings.checkpoint not in ("best", "last", "none"):
-        raise UserError(f"config.eval.checkpoint is {settings.checkpoint!r}; choose best, last or none")
-    if settings.checkpoint != "none" and not (root / "checkpoints").is_dir():
-        raise UserError(
-            f"{root}: has no checkpoints; train first, or evaluate the bare student with --config.eval.checkpoint=none"
-        )
+    check_checkpoint(config, root)
+    config, given = given_adapter(config) if settings.checkpoint == "none" else (config, None)
     loaded = load_config_problems(config)
     problems = loaded.split(settings.split)[: settings.limit or None]
     runtime = runtime or start(config)
     if settings.checkpoint != "none":
         check_evaluable(root, config, runtime.student.fingerprint)
-    step, adapter = restore_adapter(config, root, runtime)
+    step, adapter = restore_adapter(config, root, runtime, given)
     base = {} if "full" in adapter else runtime.student.params
 
     predictions = Predictions(
@@ -67,7 +65,7 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
         {
             "recipe": config.recipe.to_dict(), "eval": settings.to_dict(), "adapter": config.adapter.to_dict() if adapter else None,
             "student": runtime.student.fingerprint, "problems": [p.pid for p in problems], "data": loaded.fingerprint,
-            "checkpoint": [settings.checkpoint, step], "seed": config.seed,
+            "checkpoint": [settings.checkpoint, step], "seed": config.seed, **({"peft": given.fingerprint} if given else {}),
         },
     )  # fmt: skip
     if predictions.metrics is not None:

@@ -39,6 +39,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
+    from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.data.dataset import build_or_reuse, load_config_problems
     from sqa_jax.data.loader import make_loader, packed_rows, steps_of
     from sqa_jax.files import write_json
@@ -56,6 +57,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
 
     if not workdir:
         raise UserError("--workdir is needed: where the run's checkpoints and metrics are kept")
+    config, given = given_adapter(config)
     adapters.check_methods(config.adapter.methods)
     root = open_workdir(workdir)
 
@@ -73,21 +75,22 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     own = own_rows(mesh, config.train.batch_rows)
     loader = make_loader(rows, config.train.batch_rows, config.train.accumulate, own)
     with main_first():
-        claim(root, config, {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]})
+        made_of = {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]}
+        claim(root, config, made_of if given is None else {**made_of, "peft": given.fingerprint})
 
     # ---- state, in its shards
     optimizer = make_optimizer(config.optimizer, steps)
-    base = student.params
+    base, first_tree = student.params, None if given is None else given.tree
 
-    def new_state(base):
-        return init_state(adapters.init_adapter(config.adapter, student.config, base, config.seed), optimizer)
+    def new_state(base, tree):
+        return init_state(tree or adapters.init_adapter(config.adapter, student.config, base, config.seed), optimizer)
 
-    shape = jax.eval_shape(new_state, base)
+    shape = jax.eval_shape(new_state, base, first_tree)
     placed = shardings(shape, mesh)
     checkpoints = Checkpoints(root / "checkpoints")
     restored = checkpoints.restore(abstract(shape, placed))
     if restored is None:
-        state, best_loss = jax.jit(new_state, out_shardings=placed)(base), None
+        state, best_loss = jax.jit(new_state, out_shardings=placed)(base, first_tree), None
     else:
         state, best_loss = restored[0], restored[1]["best_loss"]
         loader.set_state(restored[1]["loader"])

@@ -316,7 +316,7 @@ def test_a_config_file_with_an_unknown_key(tmp_path):
     ), result.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "preprocess", "score"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "preprocess", "score", "export"])
 def test_help_tells_what_is_read_and_written(verb):
     result = subprocess.run([sys.executable, "-m", f"sqa_jax.{verb}", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and all(

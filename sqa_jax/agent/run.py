@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqa_jax.adapters.peft_read import given_adapter
 from sqa_jax.agent.evidence import KINDS, calls_by_records, traces
 from sqa_jax.agent.explore import (
     Calibration,
@@ -62,16 +63,17 @@ class Runs:
         settings = config.agent
         if settings.evidence not in KINDS:
             raise UserError(f"config.agent.evidence is {settings.evidence!r}; choose one of {', '.join(KINDS)}")
+        config, given = (config, None) if settings.adapter else given_adapter(config)
         self.config, self.root = config, root
         self.problems = load_config_problems(config)
         self.tools = make_tools(config, self.problems)
         self.runtime = start(config)
-        self._step, self._adapter = None, {}
+        own = config.copy_and_resolve_references()
+        own.eval.checkpoint = "best" if settings.adapter else "none"
         if settings.adapter:
-            own = config.copy_and_resolve_references()
-            own.eval.checkpoint = "best"
             check_evaluable(settings.adapter, own, self.runtime.student.fingerprint)
-            self._step, self._adapter = restore_adapter(own, Path(settings.adapter), self.runtime)
+        self._step, self._adapter = restore_adapter(own, Path(settings.adapter), self.runtime, given)
+        self._made_of = {"peft": given.fingerprint} if given else {}
         self._base = {} if "full" in self._adapter else self.runtime.student.params
         self._agent = Agent(config, self.runtime, self.tools)
         self._calibration: Calibration | None = None
@@ -158,6 +160,7 @@ class Runs:
                 "agent": settings, "recipe": config.recipe.to_dict(), "policy": [name, made_with], "step": self._step,
                 "adapter": config.adapter.to_dict() if self._adapter else None, "student": runtime.student.fingerprint,
                 "problems": [p.pid for p in problems], "data": self.problems.fingerprint, "seed": config.seed,
+                **self._made_of,
                 "tools": [dataclasses.asdict(tool.spec) for tool in self.tools.values()],
             },
         )  # fmt: skip

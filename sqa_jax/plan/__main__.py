@@ -71,7 +71,9 @@ def main() -> None:
     from sqa_jax.plan.chips import use_compiler_only
 
     use_compiler_only()
-    where = FLAGS.config, FLAGS.topology, FLAGS.slices
+    from sqa_jax.adapters.peft_read import given_adapter
+
+    where = given_adapter(FLAGS.config)[0], FLAGS.topology, FLAGS.slices
     if FLAGS.sweep:
         result = make_sweep(*where, FLAGS.compile_at_most, FLAGS.rows)
     else:

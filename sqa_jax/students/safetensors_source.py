@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ import numpy as np
 
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json
+from sqa_jax.students.safetensors_file import open_safetensors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class SafetensorsSource:
@@ -38,26 +36,16 @@ class SafetensorsSource:
                 )
 
     def _open(self, file: str) -> None:
-        from safetensors import SafetensorError, safe_open
-
         path = self._directory / file
         if not path.exists():
             raise UserError(f"{path}: shard not found, but {INDEX} lists it; fetch it again")
-        try:
-            self._handles[file] = handle = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: {_damage(path) or error}; fetch the file again") from None
+        self._handles[file] = handle = open_safetensors(path)
         for name in handle.keys():
             if name in self.shapes:
                 other = self._file_of[name]
                 raise UserError(f"{path}: tensor {name} is also in {other}; remove the shard that is not the model's")
-            tensor = handle.get_slice(name)
-            if (kind := tensor.get_dtype()) not in _DTYPES:
-                raise UserError(
-                    f"{path}: tensor {name} is stored as {kind}; supported: {', '.join(_DTYPES)}; use the original weights"
-                )
             self._file_of[name] = file
-            self.shapes[name] = tuple(tensor.get_shape())
+            self.shapes[name] = tuple(handle.get_slice(name).get_shape())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         return self._handles[self._file_of[name]].get_slice(name)[rows]
@@ -90,25 +78,3 @@ def _listed(directory: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
         raise UserError(f"{directory / INDEX}: has no weight_map of tensors to files; fetch it again")
     return listed
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a file that safetensors refuses, in terms of its tensors; None where that cannot be told."""
-    if path.is_dir():
-        return "is a directory"
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if 8 + length > size:
-            return f"cut off inside its header ({size:,} bytes), or not a safetensors file"
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            ends = {name: 8 + length + entry["data_offsets"][1] for name, entry in header.items()}
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return "its header is damaged"
-    beyond = min((name for name, end in ends.items() if end > size), key=ends.__getitem__, default=None)
-    if beyond is not None:
-        return f"cut off: tensor {beyond} ends at byte {ends[beyond]:,}, the file at {size:,}"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.hf_config import to_hf
 from sqa_jax.students.layout import build, copies, leaves, unused
 from sqa_jax.students.leaf import Leaf
+from sqa_jax.students.safetensors_file import write_safetensors
+from sqa_jax.students.safetensors_source import INDEX
 from sqa_jax.students.sources import WeightSource
 from sqa_jax.students.t5_config import T5Config
 
@@ -148,28 +151,49 @@ def random_params(
 
 
 def save_safetensors(params: Tree, config: StudentConfig, directory: str | Path) -> None:
-    """Writes `config.json` and `model.safetensors` (float32) as transformers reads them, whole or not at all.
+    """Makes a directory of `write_model`'s files in float32, whole or not at all.
 
     Raises:
       UserError: the directory exists already, or the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    with atomic_directory(directory) as beside:
+        write_model(params, config, beside)
 
-    tensors = {}
-    for leaf in leaves(config):
+
+def write_model(
+    params: Tree, config: StudentConfig, directory: Path, dtype: str = "float32", shard_size: str | int = "5GB"
+) -> None:
+    """Writes `config.json` and the weights into a directory, as transformers reads them.
+
+    Host memory holds one shard at a time.
+
+    Args:
+      dtype: float32 or bfloat16.
+      shard_size: where the weights are larger, they are split into files of at most this size, with an index.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    width = jnp.dtype(dtype).itemsize
+    parts = {name: (leaf, index) for leaf in leaves(config) for index, name in enumerate(leaf.names)}
+
+    def tensor(leaf: Leaf, index: int) -> np.ndarray:
         values = params
         for key in leaf.path:
             values = values[key]
-        host = np.asarray(values, np.float32)
-        for index, name in enumerate(leaf.names):
-            one = host[index] if leaf.stacked else host
-            tensors[name] = np.ascontiguousarray(one.T if leaf.transposed else one)
-    with atomic_directory(directory) as beside:
-        write_json(beside / "config.json", to_hf(config))
-        try:
-            save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(
-                f"{directory}: the weights cannot be written ({error}); free some space or choose another place"
-            ) from None
+        host = np.asarray(values[index] if leaf.stacked else values).astype(dtype)
+        return np.ascontiguousarray(host.T if leaf.transposed else host)
+
+    plan = split_state_dict_into_shards_factory(
+        parts,
+        get_storage_size=lambda part: math.prod(part[0].file_shape) * width,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        write_safetensors(directory / file, {name: tensor(*parts[name]) for name in names})
+    if plan.is_sharded:
+        write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    write_json(directory / "config.json", {**to_hf(config), "torch_dtype": dtype})

@@ -72,6 +72,8 @@ def runs_of(config) -> list[Run]:
             raise UserError(f"config.study.arms names {arm!r}; choose of {', '.join((*ZERO_SHOT, *ARMS))}")
     for adapter in study.adapters:
         check_methods(adapter.split("+"))
+    if config.adapter.peft:
+        raise UserError("config.adapter.peft: the arms of a study train new adapters; leave it empty")
     if not any(arm in ARMS for arm in study.arms):
         raise UserError("config.study.arms trains nothing; name at least one arm besides the untrained student's")
     if config.eval.folder or config.eval.checkpoint not in ("best", "last"):

@@ -1,0 +1,156 @@
+"""Adapters in PEFT's files: what they are called there, and how they are written.
+
+`adapter_config.json` says what an adapter is and `adapter_model.safetensors` holds it:
+
+    LoRA           base_model.model.{module}.lora_A.weight (r, in) = aᵀ and .lora_B.weight (out, r) = bᵀ
+    prefix tuning  prompt_embeddings (P, 2·L·K·d): keys, then values, of each layer; keys as after the rotation.
+                   What a reparametrising MLP puts out is stored, never the MLP.
+    prompt tuning  prompt_embeddings (P, D)
+
+As in peft 0.21 (`peft.utils.save_and_load`, `peft.PeftModel.get_prompt`). PEFT holds one method an adapter; LoRA
+beside a prefix or a prompt is two adapters, in a folder each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sqa_jax.adapters.adapter import activate
+from sqa_jax.errors import UserError
+from sqa_jax.files import write_json
+from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.layout import leaves
+from sqa_jax.students.safetensors_file import write_safetensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EMBEDDINGS = "prompt_embeddings"
+Tree = dict[str, Any]
+
+
+class PeftFiles(NamedTuple):
+    """The contents of the two files of one adapter."""
+
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+
+
+def lora_modules(student: DecoderConfig) -> dict[str, tuple[str, ...]]:
+    """What PEFT calls each linear layer that LoRA may adapt: {our name: its module in layer 0, 1, …}."""
+    linear = student.linear_shapes()
+    return {
+        leaf.path[-2]: tuple(name.removesuffix(".weight") for name in leaf.names)
+        for leaf in leaves(student)
+        if leaf.path[-1] == "kernel" and leaf.path[-2] in linear
+    }
+
+
+def lora_keys(module: str) -> tuple[str, str]:
+    """The tensors of A and B of an adapted module."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def to_peft(settings, tree: Tree, student: DecoderConfig, base: str, revision: str = "") -> dict[str, PeftFiles]:
+    """An adapter as PEFT's files, {method: files}.
+
+    Args:
+      settings: `config.adapter` of the tree.
+      base, revision: where PEFT's users find the student.
+
+    Raises:
+      UserError: PEFT has no adapter of this kind.
+    """
+    if not tree:
+        raise UserError(
+            "the bare student has no adapter to export; use --format hf, or another --config.eval.checkpoint"
+        )
+    if "full" in tree:
+        raise UserError("full fine-tuning leaves a model, not an adapter; export it with --format hf")
+    if {"prefix", "prompt"} <= set(tree):
+        raise UserError(
+            "PEFT cannot put a prefix and a prompt in front of one model; train with one of them (lora may be beside it)"
+        )
+    about = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision or None,
+        "inference_mode": True,
+    }
+    adapted = activate(settings, tree, student)
+    writers = {
+        "lora": lambda: _lora(settings.lora, tree["lora"], student),
+        "prefix": lambda: _prefix(adapted.prefix, student),
+        "prompt": lambda: _prompt(adapted.prompt, student),
+    }
+    made = {method: writers[method]() for method in tree}
+    return {method: PeftFiles({**about, **one.config}, one.tensors) for method, one in made.items()}
+
+
+def write_peft(files: dict[str, PeftFiles], directory: Path) -> None:
+    """Writes one method into a directory, or several into folders of it that have their names."""
+    for method, one in files.items():
+        folder = directory if len(files) == 1 else directory / method
+        folder.mkdir(exist_ok=True)
+        write_json(folder / CONFIG, one.config)
+        write_safetensors(folder / WEIGHTS, one.tensors)
+
+
+def _lora(settings, tree: Tree, student: DecoderConfig) -> PeftFiles:
+    known = lora_modules(student)
+    tensors = {}
+    for name, layer in tree.items():
+        a, b = np.asarray(layer["a"]), np.asarray(layer["b"])
+        for index, module in enumerate(known[name]):
+            key_a, key_b = lora_keys(module)
+            tensors[key_a], tensors[key_b] = np.ascontiguousarray(a[index].T), np.ascontiguousarray(b[index].T)
+    config = {
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "target_modules": _targets(tree, known),
+        "bias": "none",
+    }
+    return PeftFiles(config, tensors)
+
+
+def _targets(adapted, known: dict[str, tuple[str, ...]]) -> list[str]:
+    """The shortest `target_modules` that mean these layers and no others: last parts of names, else whole names."""
+
+    def last(names) -> set[str]:
+        return {module.rpartition(".")[2] for name in names for module in known[name]}
+
+    if last(adapted).isdisjoint(last(set(known) - set(adapted))):
+        return sorted(last(adapted))
+    return [module for name in adapted for module in known[name]]
+
+
+def _prefix(prefix: dict[str, jax.Array], student: DecoderConfig) -> PeftFiles:
+    stacked = np.stack([np.asarray(prefix["key"]), np.asarray(prefix["value"])], axis=1)  # [L, 2, P, K·d]
+    length = stacked.shape[2]
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": length,
+        "num_layers": student.num_layers,
+        "num_attention_heads": student.num_kv_heads,
+        "token_dim": student.num_kv_heads * student.head_dim,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+    return PeftFiles(config, {EMBEDDINGS: np.ascontiguousarray(stacked.transpose(2, 0, 1, 3)).reshape(length, -1)})
+
+
+def _prompt(embedding: jax.Array, student: DecoderConfig) -> PeftFiles:
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "num_virtual_tokens": embedding.shape[0],
+        "num_layers": student.num_layers,
+        "num_attention_heads": student.num_heads,
+        "token_dim": student.hidden_size,
+        "num_transformer_submodules": 1,
+    }
+    return PeftFiles(config, {EMBEDDINGS: np.asarray(embedding)})

@@ -1,0 +1,160 @@
+"""The README.md of an exported adapter or model: what it is, what it learned from, how it scored, how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from sqa_jax.data.dataset import encoder_for
+from sqa_jax.data.recipes import arm_format
+from sqa_jax.data.sources import HUB_ID, load_problems
+from sqa_jax.files import read_json
+from sqa_jax.metrics.cells import percent
+from sqa_jax.metrics.table import markdown_table
+from sqa_jax.students.load import Student
+
+
+def results_of(workdir: Path, which: str, step: int | None) -> dict[str, dict[str, Any]]:
+    """The metrics that `sqa_jax.evaluate` left of one checkpoint, {folder: metrics}."""
+    files = sorted((workdir / "eval").glob("*/metrics.json"))
+    found = {file.parent.name: read_json(file, "an evaluation's metrics") for file in files}
+    return {name: one for name, one in found.items() if (one["checkpoint"], one["step"]) == (which, step)}
+
+
+def model_card(
+    config,
+    student: Student,
+    methods: Sequence[str],
+    step: int | None,
+    kind: str,
+    out: str,
+    results: dict[str, dict[str, Any]],
+) -> str:
+    """Markdown with the front matter that the hub reads.
+
+    Args:
+      methods: of the adapter; none is the bare student.
+      step: of the run's checkpoint; None where nothing was trained here.
+      kind: peft or hf.
+      out: where the export lies.
+      results: of `results_of`.
+    """
+    path, recipe, sample = config.student.path, config.recipe, config.data.source == "sample"
+    trained = step is not None
+    local = path.startswith("random:") or Path(path).expanduser().exists()
+    about = ModelCardData(
+        base_model=None if local else path,
+        library_name="peft" if kind == "peft" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["sqa_jax", *methods, *(["science", "multiple-choice", "distillation"] if trained else [])],
+        datasets=[HUB_ID] if trained and not sample else None,
+        license=("apache-2.0" if sample else "cc-by-nc-sa-4.0") if trained else None,
+    )
+    facts = {
+        "Base": f"`{path}`" + (f", revision `{config.student.revision}`" if config.student.revision else ""),
+        "Adapted by": _methods(config.adapter, methods),
+    }
+    terms = f"The terms of the base (`{path}`) hold."
+    if trained:
+        facts |= {
+            "Learned from": f"{_data(config.data)}; arm `{recipe.arm}`, format `{recipe.format}`, answers as `{recipe.answer}`",
+            "Checkpoint": f"{config.eval.checkpoint}, of step {step}; seed {config.seed}",
+        }
+        questions = "which sqa_jax makes itself" if sample else "ScienceQA's, which are CC BY-NC-SA 4.0"
+        terms += f" The licence above is that of the questions, {questions}."
+    scores = [
+        [name, one["mode"], percent(one["AVG"]), str(one["n"]["AVG"]), str(one["unparsed"])]
+        for name, one in results.items()
+    ]
+    columns = ["evaluation", "by", "accuracy (%)", "questions", "unparsed"]
+    parts = [
+        f"---\n{about.to_yaml()}\n---",
+        f"# {student.name} for science questions",
+        f"{'An adapter' if kind == 'peft' else 'A language model'} that answers multiple-choice science questions, made by sqa_jax.",
+        "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items()),
+        "## Accuracy",
+        markdown_table(columns, scores) if scores else "Not evaluated.",
+        "## Use",
+        "The prompt is as in training; another one costs accuracy.",
+        f"```python\n{_snippet(config, student, methods, kind, out)}\n```",
+        "## Licence",
+        terms,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _methods(settings, methods: Sequence[str]) -> str:
+    lora = settings.lora
+    words = {
+        "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on "
+        + ", ".join(lora.targets),
+        "prefix": f"a prefix of {settings.prefix.length} positions",
+        "prompt": f"a prompt of {settings.prompt.length} positions",
+        "full": "training all weights",
+    }
+    begun = f"; training began with the adapter `{settings.peft}`" if settings.peft else ""
+    return (
+        "; ".join(words[method] for method in methods) + begun if methods else "nothing: these are the base's weights"
+    )
+
+
+def _data(data) -> str:
+    where = {
+        "sample": "the sample that sqa_jax makes",
+        "dir": f"ScienceQA (`{data.path}`)",
+        "hub": f"`{data.path or HUB_ID}`",
+    }
+    teacher = f", with replies of a teacher ({', '.join(f'`{file}`' for file in data.teacher)})" if data.teacher else ""
+    limit = f", {data.train_limit} questions of it" if data.train_limit else ""
+    return f"{where[data.source]}, split `{data.train_split}`{limit}{teacher}"
+
+
+def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: str) -> str:
+    """Python that answers a question of the sample."""
+    problem = load_problems("sample").split("test")[0]
+    (prompt,) = encoder_for(config, student.tokenizer).encode([problem], [arm_format(config.recipe)])
+    base, comment = (_written(out), []) if kind == "hf" else _base(config)
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        *comment,
+        f"tokenizer = AutoTokenizer.from_pretrained({base})",
+        f"model = AutoModelForCausalLM.from_pretrained({base})",
+    ]
+    if kind == "peft":
+        folders = [out] if len(methods) == 1 else [f"{out}/{method}" for method in methods]
+        steps = [f"model = PeftModel.from_pretrained(model, {_written(folder)})" for folder in folders]
+        lines = ["from peft import PeftModel", *lines, *"\nmodel = model.merge_and_unload()\n".join(steps).split("\n")]
+        if {"prefix", "prompt"} & set(methods):
+            lines.insert(
+                0,
+                '# pip install peft "transformers<5.24": under 5.24, generate of peft 0.21 loses prefixes and prompts',
+            )
+    ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={student.tokenizer.pad_token_id}"
+    lines += [
+        f"prompt = {_written(student.tokenizer.decode(prompt.tokens))}",
+        'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        f"reply = model.generate(**inputs, max_new_tokens={config.eval.max_new_tokens}, do_sample=False, {ends})",
+        'print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return "\n".join(lines)
+
+
+def _base(config) -> tuple[str, list[str]]:
+    """What transformers loads the student from, as arguments, and what has to be done before."""
+    path, revision = config.student.path, config.student.revision
+    if path.startswith("random:"):
+        make = f"--config.student.path={path} --config.seed={config.seed} --config.eval.checkpoint=none --workdir new"
+        return '"base"', [f"# python -m sqa_jax.export {make} --format hf --out base"]
+    if path.lower().endswith(".gguf"):
+        return f"{_written(str(Path(path).parent))}, gguf_file={_written(Path(path).name)}", []
+    return _written(path) + (f", revision={_written(revision)}" if revision else ""), []
+
+
+def _written(text: str) -> str:
+    """A Python literal."""
+    return json.dumps(text, ensure_ascii=False)
