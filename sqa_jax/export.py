@@ -26,7 +26,7 @@ from sqa_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sqa_jax.students.config import DecoderConfig
+    from sqa_jax.students.config import StudentConfig
     from sqa_jax.students.load import Student
 
 
@@ -110,23 +110,28 @@ def _write_model(settings, student: Student, tree: Any, directory: Path, dtype: 
     _check_equal(_logits(settings, {}, written.params, written.config), expected, tolerance)
 
 
-def _logits(settings, tree: Any, base: Any, student: DecoderConfig) -> np.ndarray:
+def _logits(settings, tree: Any, base: Any, student: StudentConfig) -> np.ndarray:
     """Logits of a few tokens, in float32."""
     import jax
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
-    from sqa_jax.students.decoder import Decoder
+    from sqa_jax.students.modules import module_for
+    from sqa_jax.students.t5_config import T5Config
 
     virtual = adapters.virtual_tokens(settings) if tree else 0
     tokens = 7919 * np.arange(1, virtual + 17)[None] % student.vocab_size
+    if isinstance(student, T5Config):  # the decoder reads the last ones
+        tokens[:, virtual + 8] = student.decoder_start
     places, ones = np.arange(virtual + 16)[None], np.ones_like(tokens)
 
     @jax.jit
     def read(tree, base):
         adaptation = adapters.activate(settings, tree, student)
         variables = {"params": adapters.weights(tree, base)}
-        return Decoder(student).apply(variables, tokens, places, ones, adaptation, method="logits")[0][:, virtual:]
+        return module_for(student)(student).apply(variables, tokens, places, ones, adaptation, method="logits")[0][
+            :, virtual:
+        ]
 
     with jax.default_matmul_precision("float32"):
         return np.asarray(read(tree, base))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import FAMILIES, VARIANTS, make_model
 
 from sqa_jax.students.decoder import Adaptation, Decoder, init_cache
 from sqa_jax.students.hf_config import from_hf
@@ -20,50 +21,13 @@ from sqa_jax.students.safetensors_source import read_hf_config
 from sqa_jax.students.sources import SafetensorsSource
 from sqa_jax.students.weights import read_params, save_safetensors
 
-SIZES = dict(
-    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None,
-)  # fmt: skip
-LLAMA3_ROPE = dict(
-    rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)  # fmt: skip
-# Windows of five keys, shorter than every sequence here, and layers of each kind.
-WINDOWED = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-FAMILIES = {
-    "llama, tied": ("llama", dict(tie_word_embeddings=True, rope_theta=5000.0)),
-    "llama, multi-head": ("llama", dict(num_key_value_heads=4, tie_word_embeddings=False)),
-    "llama, biases, one kv head": ("llama", dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, head_dim=24)),
-    "llama 3": ("llama", dict(rope_parameters=LLAMA3_ROPE)),
-    "llama, linear rope": ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0))),
-    "smollm3": ("smollm3", dict(no_rope_layer_interval=2)),
-    "qwen2": ("qwen2", dict(tie_word_embeddings=True)),
-    "qwen2, windows": ("qwen2", dict(use_sliding_window=True, max_window_layers=1, sliding_window=5)),
-    "qwen3": ("qwen3", dict(head_dim=16)),
-    "gemma": ("gemma", dict(num_key_value_heads=1, head_dim=16)),
-    "gemma2": ("gemma2", dict(head_dim=16, query_pre_attn_scalar=40, attn_logit_softcapping=2.0, final_logit_softcapping=3.0, **WINDOWED)),
-    "gemma3": ("gemma3_text", dict(head_dim=16, query_pre_attn_scalar=20, **WINDOWED)),
-    "gemma3, linear rope": ("gemma3_text", dict(head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention", "full_attention"],
-        rope_parameters={"full_attention": dict(rope_type="linear", rope_theta=1e6, factor=8.0), "sliding_attention": dict(rope_type="default", rope_theta=1e4)})),
-}  # fmt: skip
-
-
+ALL = FAMILIES | VARIANTS
 FEW = pytest.mark.parametrize(
-    "pair", [FAMILIES["llama, tied"], FAMILIES["gemma2"]], ids=["llama, tied", "gemma2"], indirect=True
+    "pair", [ALL["llama"], ALL["gemma2"]], ids=["llama", "gemma2"], indirect=True
 )  # what no option of a family can change is tried on the plainest and on one of the richest
 
 
-def make_model(family: str, **options) -> torch.nn.Module:
-    """A random PyTorch model, away from the uniform start, so that a mix-up of two tensors shows."""
-    torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[family](**SIZES | options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * (0.2 if "norm" in name or "bias" in name else 0.05))
-    return model
-
-
-@pytest.fixture(scope="module", params=FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.fixture(scope="module", params=ALL.values(), ids=ALL.keys())
 def pair(request, tmp_path_factory):
     """A random PyTorch model and our reading of the files that it saves."""
     family, options = request.param
@@ -92,7 +56,7 @@ def reference(model, tokens, positions=None, mask=None):
 
 def test_logits(pair):
     model, decoder, params = pair
-    tokens = np.random.default_rng(0).integers(0, 97, (3, 20))
+    tokens = np.random.default_rng(0).integers(0, 264, (3, 20))
     positions, ones = np.tile(np.arange(20), (3, 1)), np.ones((3, 20), int)
     ours, _ = run(decoder, params, tokens, positions, ones)
     np.testing.assert_allclose(ours, reference(model, tokens), atol=1e-4)
@@ -100,7 +64,7 @@ def test_logits(pair):
 
 def test_cache_reads_in_pieces(pair):
     model, decoder, params = pair
-    tokens = np.random.default_rng(1).integers(0, 97, (2, 16))
+    tokens = np.random.default_rng(1).integers(0, 264, (2, 16))
     expected = reference(model, tokens)
     cache = init_cache(decoder.config, 2, 20, Adaptation())
     pieces = []
@@ -114,7 +78,7 @@ def test_cache_reads_in_pieces(pair):
 @FEW
 def test_left_padding_and_cache_equal_reference_with_padding(pair):
     model, decoder, params = pair
-    tokens = np.random.default_rng(2).integers(0, 97, (2, 12))
+    tokens = np.random.default_rng(2).integers(0, 264, (2, 12))
     mask = np.ones((2, 12), int)
     mask[0, :5] = 0
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
@@ -132,12 +96,12 @@ def test_right_padded_rows_continue_where_each_ends(pair):
     model, decoder, params = pair
     rng = np.random.default_rng(3)
     lengths = np.array([4, 9])
-    tokens = rng.integers(0, 97, (2, 12))
+    tokens = rng.integers(0, 264, (2, 12))
     read = np.arange(9) < lengths[:, None]
     cache = init_cache(decoder.config, 2, 12, Adaptation())
     _, cache = run(decoder, params, tokens[:, :9], np.tile(np.arange(9), (2, 1)), read.astype(int), cache=cache)
     np.testing.assert_array_equal(cache.length, lengths)
-    new = rng.integers(0, 97, (2, 2))
+    new = rng.integers(0, 264, (2, 2))
     for k in range(2):
         logits, cache = run(
             decoder, params, new[:, k : k + 1], (lengths + k)[:, None], np.ones((2, 1), int), cache=cache
@@ -149,7 +113,7 @@ def test_right_padded_rows_continue_where_each_ends(pair):
 
 def test_packed_segments_do_not_see_each_other(pair):
     model, decoder, params = pair
-    tokens = np.random.default_rng(4).integers(0, 97, (1, 18))
+    tokens = np.random.default_rng(4).integers(0, 264, (1, 18))
     segments = np.array([[1] * 5 + [2] * 9 + [3] * 2 + [0] * 2])
     positions = np.concatenate([np.arange(n) for n in (5, 9, 2, 2)])[None]
     ours, _ = run(decoder, params, tokens, positions, segments)
@@ -160,7 +124,7 @@ def test_packed_segments_do_not_see_each_other(pair):
 def test_branches_see_the_trunk_and_themselves(pair):
     model, decoder, params = pair
     rng = np.random.default_rng(5)
-    trunk, one, two = rng.integers(0, 97, 6), rng.integers(0, 97, 3), rng.integers(0, 97, 4)
+    trunk, one, two = rng.integers(0, 264, 6), rng.integers(0, 264, 3), rng.integers(0, 264, 4)
     tokens = np.concatenate([trunk, one, two])[None]
     branches = np.array([[0] * 6 + [1] * 3 + [2] * 4])
     positions = np.concatenate([np.arange(6), 6 + np.arange(3), 6 + np.arange(4)])[None]

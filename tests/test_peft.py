@@ -12,7 +12,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from peft_pair import FAMILIES, TOKENS, Pair, their_logits, their_texts
+import transformers
+from families import ENCODER_DECODERS, FAMILIES
+from peft_pair import TOKENS, Pair, their_logits, their_texts
 from safetensors.numpy import load_file, save_file
 
 from sqa_jax.adapters import adapter as adapters
@@ -21,26 +23,26 @@ from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.students.decoder import Decoder
+from sqa_jax.students.weights import save_safetensors
 
-METHODS = {
-    "lora": peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"]),
-    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
-    "projected prefix": peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24
-    ),
-    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-}
+METHODS = ("lora", "prefix", "projected prefix", "prompt")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES | ENCODER_DECODERS)
 def pair(request, tmp_path_factory) -> Pair:
     return Pair(request.param, tmp_path_factory.mktemp(request.param) / "model")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Pair:
+    """For what does not depend on the family."""
+    return Pair("llama", tmp_path_factory.mktemp("llama") / "model")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_to_ours_to_peft(pair, tmp_path, method):
     """Each way, logits and greedy texts are those of PEFT."""
-    made = pair.theirs(pair.save(METHODS[method], tmp_path / "made"))
+    made = pair.theirs(pair.save(pair.config(method), tmp_path / "made"))
     settings, tree = pair.ours(tmp_path / "made")
     expected = their_logits(made)
     assert np.abs(expected - their_logits(pair.reference())).max() > 1e-2
@@ -69,28 +71,28 @@ LORAS = {
 
 
 @pytest.mark.parametrize("variant", LORAS)
-def test_every_kind_of_lora_is_read(pair, tmp_path, variant):
+def test_every_kind_of_lora_is_read(llama, tmp_path, variant):
     options = dict(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"])
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options | LORAS[variant])
-    expected = their_logits(pair.theirs(pair.save(config, tmp_path / "made")))
-    settings, tree = pair.ours(tmp_path / "made")
-    np.testing.assert_allclose(pair.logits(settings, tree), expected, atol=1e-4)
+    expected = their_logits(llama.theirs(llama.save(config, tmp_path / "made")))
+    settings, tree = llama.ours(tmp_path / "made")
+    np.testing.assert_allclose(llama.logits(settings, tree), expected, atol=1e-4)
     # What PEFT saves of "all-linear" is the list of what it found; a file written by hand may say the words.
     raw = json.loads((tmp_path / "made/adapter_config.json").read_text())
     if variant == "all-linear":
         (tmp_path / "made/adapter_config.json").write_text(json.dumps({**raw, "target_modules": "all-linear"}))
-        jax.tree.map(np.testing.assert_array_equal, pair.ours(tmp_path / "made")[1], tree)
+        jax.tree.map(np.testing.assert_array_equal, llama.ours(tmp_path / "made")[1], tree)
 
 
-def test_what_is_missing_in_rank_and_layers_has_no_gradient(pair, tmp_path):
+def test_what_is_missing_in_rank_and_layers_has_no_gradient(llama, tmp_path):
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2], rank_pattern={r"2\.self_attn\.q_proj": 2})  # fmt: skip
-    settings, tree = pair.ours(pair.save(config, tmp_path / "made"))
-    student, weights = pair.student.config, jax.tree.map(jnp.asarray, tree)
+    settings, tree = llama.ours(llama.save(config, tmp_path / "made"))
+    student, weights = llama.student.config, jax.tree.map(jnp.asarray, tree)
     places = np.tile(np.arange(TOKENS.shape[1]), (2, 1))
 
     def loss(tree):
         adaptation = adapters.activate(settings, tree, student)
-        out, _ = Decoder(student).apply({"params": pair.student.params}, TOKENS, places, np.ones_like(TOKENS), adaptation, method="logits")  # fmt: skip
+        out, _ = Decoder(student).apply({"params": llama.student.params}, TOKENS, places, np.ones_like(TOKENS), adaptation, method="logits")  # fmt: skip
         return jnp.square(out).mean()
 
     gradient = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(weights)["lora"])
@@ -133,35 +135,35 @@ def written(pair, settings, tree, directory: Path) -> Path:
         (("lora", "prefix"), {}),
     ],
 )
-def test_ours_to_peft_to_ours_is_equal_bit_for_bit(pair, tmp_path, methods, options):
-    settings, tree = made_here(pair, methods, **options)
-    again, read = pair.ours(written(pair, settings, tree, tmp_path / "peft"))
+def test_ours_to_peft_to_ours_is_equal_bit_for_bit(llama, tmp_path, methods, options):
+    settings, tree = made_here(llama, methods, **options)
+    again, read = llama.ours(written(llama, settings, tree, tmp_path / "peft"))
     if "prefix" in tree:  # PEFT knows what the reparametrisation puts out, not what it is made of
-        tree = {**tree, "prefix": adapters.activate(settings, tree, pair.student.config).prefix}
+        tree = {**tree, "prefix": adapters.activate(settings, tree, llama.student.config).prefix}
     jax.tree.map(np.testing.assert_array_equal, read, tree)
     assert again.methods == methods
     if "lora" in methods:
         for key in ("rank", "alpha", "rslora"):
             assert again.lora[key] == settings.lora[key]
-        assert set(again.lora.targets) == set(settings.lora.targets)
+        assert set(again.lora.targets) == set(tree["lora"])
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_lora_beside_a_soft_prompt_is_two_adapters(pair, tmp_path, method):
+def test_lora_beside_a_soft_prompt_is_two_adapters(llama, tmp_path, method):
     """PEFT puts the second on a model into which the first is merged, as the model card says."""
-    settings, tree = made_here(pair, ("lora", method), **{"lora.rank": 2})
-    folder = written(pair, settings, tree, tmp_path / "both")
+    settings, tree = made_here(llama, ("lora", method), **{"lora.rank": 2})
+    folder = written(llama, settings, tree, tmp_path / "both")
     assert sorted(path.name for path in folder.iterdir()) == sorted(["lora", method])
-    merged = pair.theirs(folder / "lora").merge_and_unload()
+    merged = llama.theirs(folder / "lora").merge_and_unload()
     model = peft.PeftModel.from_pretrained(merged, folder / method).eval()
-    np.testing.assert_allclose(pair.logits(settings, tree), their_logits(model), atol=2e-4)
-    assert pair.generated(settings, tree) == their_texts(model)
+    np.testing.assert_allclose(llama.logits(settings, tree), their_logits(model), atol=2e-4)
+    assert llama.generated(settings, tree) == their_texts(model)
 
 
-def test_targets_mean_no_layer_that_is_not_adapted(pair):
+def test_targets_mean_no_layer_that_is_not_adapted(llama):
     """Short names where they say enough; whole names where a short one would also mean another layer."""
-    settings, tree = made_here(pair, ("lora",), **{"lora.targets": ("q_proj", "down_proj")})
-    files = to_peft(settings, tree, pair.student.config, "")
+    settings, tree = made_here(llama, ("lora",), **{"lora.targets": ("q_proj", "down_proj")})
+    files = to_peft(settings, tree, llama.student.config, "")
     assert files["lora"].config["target_modules"] == ["down_proj", "q_proj"]
     known = {"encoder_q": ("encoder.0.q", "encoder.1.q"), "decoder_q": ("decoder.0.q",), "v": ("encoder.0.v",)}
     assert _targets({"encoder_q": 0, "v": 0}, known) == ["encoder.0.q", "encoder.1.q", "encoder.0.v"]
@@ -174,13 +176,25 @@ def test_modules_are_those_of_transformers(pair):
     assert {*ours, "lm_head"} == {*linear, "lm_head"} and len(set(ours)) == len(ours)
 
 
+def test_merged_models_are_those_of_transformers(pair, tmp_path):
+    """LoRA merged into the weights, written, and loaded by transformers: PEFT's own logits with the adapter."""
+    made = pair.theirs(pair.save(pair.config("lora"), tmp_path / "made"))
+    settings, tree = pair.ours(tmp_path / "made")
+    merged = adapters.merge(settings, tree, pair.student.params, pair.student.config)
+    save_safetensors(merged, pair.student.config, tmp_path / "merged")
+    auto = transformers.AutoModelForSeq2SeqLM if pair.encodes else transformers.AutoModelForCausalLM
+    np.testing.assert_allclose(
+        their_logits(auto.from_pretrained(tmp_path / "merged").eval()), their_logits(made), atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("tree", "words"),
     [({"full": {}}, "--format hf"), ({"prefix": {}, "prompt": {}}, "prefix and a prompt"), ({}, "bare student")],
 )
-def test_what_peft_cannot_hold_is_refused(pair, tree, words):
+def test_what_peft_cannot_hold_is_refused(llama, tree, words):
     with pytest.raises(UserError, match=words):
-        to_peft(default().adapter, tree, pair.student.config, "")
+        to_peft(default().adapter, tree, llama.student.config, "")
 
 
 # ---- what is wrong with files
@@ -192,7 +206,7 @@ def saved(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
     pair = Pair("llama", root / "model")
     for method in ("lora", "prefix"):
-        pair.save(METHODS[method], root / method)
+        pair.save(pair.config(method), root / method)
     return root, pair.student.config
 
 

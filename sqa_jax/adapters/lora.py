@@ -32,6 +32,11 @@ def scale(settings) -> float:
     return settings.alpha / (settings.rank**0.5 if settings.rslora else settings.rank)
 
 
+def target_of(name: str) -> str:
+    """What `config.adapter.lora.targets` calls a layer: the last part of its name."""
+    return name.rpartition(".")[2]
+
+
 def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
     """A new adapter: a ~ U(±√(1/in)) as in the reference implementation and PEFT (Kaiming, a = √5), b = 0.
 
@@ -39,13 +44,13 @@ def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
       UserError: a target is no linear layer of the student, or the rank is not positive.
     """
     layers = linear_layers(student)
-    target_of = {name: name.rpartition(".")[2] for name in layers}
-    if unknown := sorted(set(settings.targets) - set(target_of.values())):
-        known = ", ".join(dict.fromkeys(target_of.values()))
+    targets = dict.fromkeys(map(target_of, layers))
+    if unknown := sorted(set(settings.targets) - set(targets)):
+        known = ", ".join(targets)
         raise UserError(f"config.adapter.lora.targets: {unknown} are no layers of this student; choose from {known}")
     if settings.rank < 1:
         raise UserError(f"config.adapter.lora.rank is {settings.rank}; it must be 1 or more")
-    names = sorted(name for name in layers if not settings.targets or target_of[name] in settings.targets)
+    names = sorted(name for name in layers if target_of(name) in (settings.targets or targets))
     tree = {}
     for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
         depth, width_in, width_out = layers[name].shape

@@ -7,6 +7,9 @@
                    What a reparametrising MLP puts out is stored, never the MLP.
     prompt tuning  prompt_embeddings (P, D)
 
+For an encoder–decoder PEFT looks up layer i's prefix as layer 2 i mod L's (see `sqa_jax.adapters.prefix`), and stores
+P further rows of a prompt that it never reads.
+
 As in peft 0.21 (`peft.utils.save_and_load`, `peft.PeftModel.get_prompt`). PEFT holds one method an adapter; LoRA
 beside a prefix or a prompt is two adapters, in a folder each.
 """
@@ -22,9 +25,10 @@ import numpy as np
 from sqa_jax.adapters.adapter import activate
 from sqa_jax.errors import UserError
 from sqa_jax.files import write_json
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.layout import leaves
+from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.layout import linear_layers
 from sqa_jax.students.safetensors_file import write_safetensors
+from sqa_jax.students.t5_config import T5Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = "prompt_embeddings"
@@ -38,14 +42,17 @@ class PeftFiles(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def lora_modules(student: DecoderConfig) -> dict[str, tuple[str, ...]]:
+def lora_modules(student: StudentConfig) -> dict[str, tuple[str, ...]]:
     """What PEFT calls each linear layer that LoRA may adapt: {our name: its module in layer 0, 1, …}."""
-    linear = student.linear_shapes()
     return {
-        leaf.path[-2]: tuple(name.removesuffix(".weight") for name in leaf.names)
-        for leaf in leaves(student)
-        if leaf.path[-1] == "kernel" and leaf.path[-2] in linear
+        name: tuple(own.removesuffix(".weight") for own in leaf.names) for name, leaf in linear_layers(student).items()
     }
+
+
+def stored_prefix(student: StudentConfig) -> np.ndarray:
+    """The layer of PEFT's file that holds each layer's prefix, [L]."""
+    layers = np.arange(student.num_layers)
+    return 2 * layers % student.num_layers if isinstance(student, T5Config) else layers
 
 
 def lora_keys(module: str) -> tuple[str, str]:
@@ -53,7 +60,12 @@ def lora_keys(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
-def to_peft(settings, tree: Tree, student: DecoderConfig, base: str, revision: str = "") -> dict[str, PeftFiles]:
+def submodules(student: StudentConfig) -> int:
+    """PEFT's count of stacks: two of an encoder–decoder."""
+    return 2 if isinstance(student, T5Config) else 1
+
+
+def to_peft(settings, tree: Tree, student: StudentConfig, base: str, revision: str = "") -> dict[str, PeftFiles]:
     """An adapter as PEFT's files, {method: files}.
 
     Args:
@@ -74,7 +86,7 @@ def to_peft(settings, tree: Tree, student: DecoderConfig, base: str, revision: s
             "PEFT cannot put a prefix and a prompt in front of one model; train with one of them (lora may be beside it)"
         )
     about = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if isinstance(student, T5Config) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision or None,
         "inference_mode": True,
@@ -98,7 +110,7 @@ def write_peft(files: dict[str, PeftFiles], directory: Path) -> None:
         write_safetensors(folder / WEIGHTS, one.tensors)
 
 
-def _lora(settings, tree: Tree, student: DecoderConfig) -> PeftFiles:
+def _lora(settings, tree: Tree, student: StudentConfig) -> PeftFiles:
     known = lora_modules(student)
     tensors = {}
     for name, layer in tree.items():
@@ -129,28 +141,30 @@ def _targets(adapted, known: dict[str, tuple[str, ...]]) -> list[str]:
     return [module for name in adapted for module in known[name]]
 
 
-def _prefix(prefix: dict[str, jax.Array], student: DecoderConfig) -> PeftFiles:
-    stacked = np.stack([np.asarray(prefix["key"]), np.asarray(prefix["value"])], axis=1)  # [L, 2, P, K·d]
-    length = stacked.shape[2]
+def _prefix(prefix: dict[str, jax.Array], student: StudentConfig) -> PeftFiles:
+    own = np.stack([np.asarray(prefix["key"]), np.asarray(prefix["value"])], axis=1)  # [L, 2, P, K·d]
+    length, stacked = own.shape[2], np.zeros_like(own)
+    stacked[stored_prefix(student)] = own
     config = {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": length,
         "num_layers": student.num_layers,
         "num_attention_heads": student.num_kv_heads,
         "token_dim": student.num_kv_heads * student.head_dim,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": submodules(student),
         "prefix_projection": False,
     }
     return PeftFiles(config, {EMBEDDINGS: np.ascontiguousarray(stacked.transpose(2, 0, 1, 3)).reshape(length, -1)})
 
 
-def _prompt(embedding: jax.Array, student: DecoderConfig) -> PeftFiles:
+def _prompt(embedding: jax.Array, student: StudentConfig) -> PeftFiles:
     config = {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": embedding.shape[0],
         "num_layers": student.num_layers,
         "num_attention_heads": student.num_heads,
         "token_dim": student.hidden_size,
-        "num_transformer_submodules": 1,
+        "num_transformer_submodules": submodules(student),
     }
-    return PeftFiles(config, {EMBEDDINGS: np.asarray(embedding)})
+    unread = np.zeros_like(embedding, shape=((submodules(student) - 1) * len(embedding), embedding.shape[1]))
+    return PeftFiles(config, {EMBEDDINGS: np.concatenate([np.asarray(embedding), unread])})

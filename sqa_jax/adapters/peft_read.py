@@ -16,10 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sqa_jax.adapters import lora
-from sqa_jax.adapters.peft_format import CONFIG, EMBEDDINGS, WEIGHTS, lora_keys, lora_modules
+from sqa_jax.adapters.peft_format import (
+    CONFIG,
+    EMBEDDINGS,
+    WEIGHTS,
+    lora_keys,
+    lora_modules,
+    stored_prefix,
+    submodules,
+)
+from sqa_jax.adapters.prefix import depth
 from sqa_jax.errors import UserError
 from sqa_jax.files import local_path, read_json, sha256_file, sha256_json
-from sqa_jax.students.config import DecoderConfig
+from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.load import student_config
 from sqa_jax.students.safetensors_file import open_safetensors
 
@@ -69,7 +78,7 @@ def given_adapter(config) -> tuple[Any, PeftAdapter | None]:
     return config, adapter
 
 
-def read_peft(directory: str | Path, student: DecoderConfig) -> PeftAdapter:
+def read_peft(directory: str | Path, student: StudentConfig) -> PeftAdapter:
     """Reads a directory with PEFT's two files, or one with such a folder for each of several methods.
 
     Raises:
@@ -121,7 +130,7 @@ class _Files:
             )
         self._handle = open_safetensors(self._file)
 
-    def guarded(self, read, student: DecoderConfig) -> tuple[dict[str, Any], Tree]:
+    def guarded(self, read, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
         """Calls a reader; what a damaged value in `adapter_config.json` makes of it becomes a `UserError`."""
         try:
             return read(self, student)
@@ -152,7 +161,7 @@ class _Files:
         return {key: np.asarray(self._handle.get_tensor(key), np.float32) for key in expected}
 
 
-def _read_lora(files: _Files, student: DecoderConfig) -> tuple[dict[str, Any], Tree]:
+def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
     """LoRA of any ranks and scales as one stacked tree of the largest rank.
 
     What is missing in rank is zero in both a and b: it adds nothing, has no gradient and stays zero, and so do layers
@@ -182,11 +191,15 @@ def _read_lora(files: _Files, student: DecoderConfig) -> tuple[dict[str, Any], T
         "rank": rank,
         "alpha": float(alpha * (rank / usual) ** (0.5 if rslora else 1.0)),
         "rslora": rslora,
-        "targets": tuple(name for name, layers in modules.items() if not ranks.keys().isdisjoint(layers)),
+        "targets": tuple(
+            dict.fromkeys(
+                lora.target_of(name) for name, layers in modules.items() if not ranks.keys().isdisjoint(layers)
+            )
+        ),
     }
     unit = lora.scale(SimpleNamespace(**settings))
     tree = {}
-    for name in settings["targets"]:
+    for name in (name for name in modules if lora.target_of(name) in settings["targets"]):
         _, width_in, width_out = student.linear_shapes()[name]
         a = np.zeros((len(modules[name]), width_in, rank), np.float32)
         b = np.zeros((len(modules[name]), rank, width_out), np.float32)
@@ -255,24 +268,27 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _read_prefix(files: _Files, student: DecoderConfig) -> tuple[dict[str, Any], Tree]:
-    length, width = _length(files), student.num_kv_heads * student.head_dim
+def _read_prefix(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
+    length, width = _length(files, student), student.num_kv_heads * student.head_dim
     flat = files.read({EMBEDDINGS: (length, 2 * student.num_layers * width)})[EMBEDDINGS]
     stacked = flat.reshape(length, student.num_layers, 2, width).transpose(2, 1, 0, 3)
-    tree = dict(zip(("key", "value"), map(np.ascontiguousarray, stacked), strict=True))
+    own = stacked[:, stored_prefix(student)[: depth(student)]]
+    tree = dict(zip(("key", "value"), map(np.ascontiguousarray, own), strict=True))
     return {"length": length, "reparametrize": False}, tree
 
 
-def _read_prompt(files: _Files, student: DecoderConfig) -> tuple[dict[str, Any], Tree]:
-    length = _length(files)
-    return {"length": length}, {"embedding": files.read({EMBEDDINGS: (length, student.hidden_size)})[EMBEDDINGS]}
+def _read_prompt(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
+    length = _length(files, student)
+    stored = files.read({EMBEDDINGS: (submodules(student) * length, student.hidden_size)})[EMBEDDINGS]
+    return {"length": length}, {"embedding": stored[:length]}
 
 
-def _length(files: _Files) -> int:
-    if files.config.get("num_transformer_submodules") not in (None, 1):
+def _length(files: _Files, student: StudentConfig) -> int:
+    found, stacks = files.config.get("num_transformer_submodules"), submodules(student)
+    if found not in (None, stacks):
         raise UserError(
-            f"{files.where}: num_transformer_submodules is {files.config['num_transformer_submodules']}, but the student is "
-            "a decoder alone; the adapter is for another base"
+            f"{files.where}: num_transformer_submodules is {found}, but the student has {stacks}; the adapter is for another "
+            "base, or of a kind that is not supported"
         )
     return int(files.config["num_virtual_tokens"])
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqa_jax.students.config import FULL, NOPE, WINDOW, DecoderConfig, Rope
+from sqa_jax.students.config import FULL, NOPE, WINDOW, DecoderConfig, Rope, StudentConfig
+from sqa_jax.students.t5_config import T5Config
 
 
 class Published(NamedTuple):
@@ -19,7 +20,7 @@ class Published(NamedTuple):
     """
 
     hub: str
-    config: DecoderConfig
+    config: StudentConfig
 
 
 def _smollm2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, theta: float) -> DecoderConfig:
@@ -97,4 +98,8 @@ CATALOGUE: dict[str, Published] = {
     "gemma2-9b": Published("google/gemma-2-9b-it", _gemma2(3584, 14336, 42, 16, 8)),
     "gemma3-270m": Published("google/gemma-3-270m-it", _gemma3(640, 2048, 18)),
     "gemma3-1b": Published("google/gemma-3-1b-it", _gemma3(1152, 6912, 26)),
+    "flan-t5-small": Published("google/flan-t5-small", T5Config(32128, 512, 1024, 8, 8, 6, 64)),
+    "flan-t5-base": Published("google/flan-t5-base", T5Config(32128, 768, 2048, 12, 12, 12, 64)),
+    "flan-t5-large": Published("google/flan-t5-large", T5Config(32128, 1024, 2816, 24, 24, 16, 64)),
+    "flan-t5-xl": Published("google/flan-t5-xl", T5Config(32128, 2048, 5120, 24, 24, 32, 64)),
 }  # fmt: skip
