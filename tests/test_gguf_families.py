@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ import transformers
 
 from sqa_jax.errors import UserError
 from sqa_jax.students.config import Rope
+from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.gguf_config import from_gguf
 from sqa_jax.students.load import load_student
 from sqa_jax.students.sources import GGUFSource
@@ -178,6 +182,18 @@ def test_transformers_reads_the_same_tensors(case):
     source = GGUFSource(case.path)
     for name in source.shapes:
         np.testing.assert_allclose(source.read(name), theirs[name].numpy(), rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_logits(case):
+    """Past the window, from the file alone."""
+    tokens = np.random.default_rng(0).integers(0, 260, (2, 3 * WINDOW))
+    with torch.no_grad():
+        expected = case.model(torch.tensor(tokens)).logits.numpy()
+    student = load_student(case.path)
+    positions = np.tile(np.arange(tokens.shape[1]), (2, 1))
+    inputs = map(jnp.asarray, (tokens, positions, np.ones_like(tokens)))
+    ours, _ = jax.jit(partial(Decoder(student.config).apply, method="logits"))({"params": student.params}, *inputs)
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def changed(case, keys: dict[str, Any], drop: tuple[str, ...] = (), extra: dict[str, np.ndarray] | None = None) -> str:
