@@ -114,7 +114,7 @@ def _rope(source: GGUFSource, theta: float, head_dim: int, get: Callable[..., An
     kind, divisors = get("rope.scaling.type", "none"), source.rope_divisors
     if divisors is not None and kind == "none":
         # All of Meta's models have the other parameters as they are by default.
-        rope = Rope(theta, "llama3", factor=float(divisors.max()))
+        rope = Rope(theta, "llama3", factor=max(1.0, float(divisors.max())))
         expected = rope.divisors(head_dim)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
             raise UserError(
