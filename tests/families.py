@@ -7,7 +7,7 @@ import transformers
 
 SIZES = dict(
     vocab_size=264, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    max_position_embeddings=1024, pad_token_id=None, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 LLAMA3_ROPE = dict(
     rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
