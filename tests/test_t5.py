@@ -44,7 +44,7 @@ START, END = 0, 1
 VARIANTS = {
     "1.1, untied, gated": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, num_layers=3),
     # transformers generates only if the encoder has at least as many layers as the decoder.
-    "1.0, tied, relu": dict(feed_forward_proj="relu", num_layers=3, num_decoder_layers=2),
+    "1.0, tied, relu": dict(feed_forward_proj="relu", num_layers=5, num_decoder_layers=4),
 }
 
 
@@ -56,8 +56,8 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flan(tmp_path_factory):
-    """A pair of the newer kind, with an even number of layers."""
-    return make_pair(tmp_path_factory.mktemp("flan"), {**VARIANTS["1.1, untied, gated"], "num_layers": 4})
+    """A pair of the newer kind."""
+    return make_pair(tmp_path_factory.mktemp("flan"), {**VARIANTS["1.1, untied, gated"], "num_layers": 2})
 
 
 def make_pair(directory, options):
@@ -72,7 +72,7 @@ def make_pair(directory, options):
     with torch.no_grad():
         for name, p in model.named_parameters():  # away from the uniform start, so that a mix-up of two tensors shows
             p.add_(torch.randn_like(p) * (0.2 if "norm" in name else 0.5 if "relative" in name else 0.1))
-        model.shared.weight.mul_(0.2)  # so that greedy texts do not repeat one token
+        model.shared.weight.mul_(0.05)  # so that greedy texts do not repeat one token
     model.save_pretrained(directory)
     tokenizer_at(directory)
     student = load_student(str(directory))
@@ -142,7 +142,9 @@ def test_training_loss(flan):
     """The loss of packed rows, whose decoder has just as many places as there are targets, is PyTorch's."""
     model, student, params = flan
     targets = sum(len(target) for _, target in SEQUENCES)
-    loss = row_losses(adapter_settings("lora"), student, {}, params, packed(SEQUENCES, 80, targets), None)
+    loss = jax.jit(lambda params, row: row_losses(adapter_settings("lora"), student, {}, params, row, None))(
+        params, packed(SEQUENCES, 80, targets)
+    )
     expected = sum(
         model(input_ids=torch.tensor([prompt]), labels=torch.tensor([target])).loss.item() * len(target)
         for prompt, target in SEQUENCES
@@ -182,10 +184,11 @@ def _split(tokens, positions, segments, virtual, most):
     return split(tokens, positions, segments, START, virtual, most)
 
 
-def adapter_settings(*methods, **lora):
+def adapter_settings(*methods):
     config = default().adapter
     config.methods = methods
-    config.lora.rank, config.prefix.length, config.prefix.reparametrize, config.prompt.length = 4, 3, False, 5
+    config.lora.rank, config.lora.alpha = 4, 4.0
+    config.prefix.length, config.prefix.reparametrize, config.prompt.length = 3, False, 5
     return config
 
 
@@ -208,17 +211,27 @@ def scores(model, choice):
         yield torch.log_softmax(logits, -1)[range(len(option)), option].numpy()
 
 
-def greedy(model, prompt, count, eos):
+def generate(model, prompt):
+    """transformers' own greedy text of ten tokens."""
+    prompt = torch.tensor([prompt[:-1]])
+    out = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False, eos_token_id=[96],
+        pad_token_id=0, decoder_start_token_id=START,
+    )  # fmt: skip
+    return out[0, 1:].tolist()
+
+
+def reread(model, prompt):
+    """The same by reading everything anew for each token: PEFT's own generation leaves a T5's prefix out."""
+    text = [START]
     with torch.no_grad():
-        prompt = torch.tensor([prompt[:-1]])
-        out = model.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False,
-            eos_token_id=list(eos), pad_token_id=0, decoder_start_token_id=START,
-        )  # fmt: skip
-    return trim(out[0, 1:].numpy(), eos)
+        while len(text) <= 10 and text[-1] != 96:
+            logits = model(input_ids=torch.tensor([prompt[:-1]]), decoder_input_ids=torch.tensor([text])).logits
+            text.append(int(logits[0, -1].argmax()))
+    return text[1:]
 
 
-def equals(model, student, settings_, tree, params):
+def equals(model, greedy, student, settings_, tree, params):
     """Likelihoods of options that are branches of packed rows, and texts from a cache whose rows are refilled."""
     scorer = LikelihoodScorer(settings_, student, MESH, 96, 2)
     found = dict(scorer(tree, params, CHOICES))
@@ -226,20 +239,20 @@ def equals(model, student, settings_, tree, params):
     for index, log_probs in found.items():
         for ours, theirs in zip(log_probs, scores(model, CHOICES[index]), strict=True):
             np.testing.assert_allclose(ours, theirs[len(theirs) - len(ours) :], atol=1e-4)
+    free = [greedy(model, prompt) for prompt in PROMPTS]
     # An end token that really comes up, so that rows end at different times.
-    free = greedy(model, PROMPTS[0], 10, [96])
-    eos = (next(token for k, token in enumerate(free[1:], 1) if token not in free[:k]), 96)
-    expected = {k: greedy(model, prompt, 10, eos) for k, prompt in enumerate(PROMPTS)}
-    assert dict(Generator(settings_, student, MESH, eos, 10, batch=2)(tree, params, PROMPTS)) == expected
-    assert len(expected[0]) < 10
+    end = next(text[k] for text in free for k in range(1, 9) if text[k : k + 1] and text[k] not in text[:k])
+    expected = {k: trim(np.array(text), (end, 96)) for k, text in enumerate(free)}
+    assert dict(Generator(settings_, student, MESH, (end, 96), 10, batch=2)(tree, params, PROMPTS)) == expected
+    assert len({len(text) for text in expected.values()}) > 1
 
 
 def test_likelihood_and_generation(pair):
     model, student, params = pair
-    equals(model, student, adapter_settings("lora"), {}, params)
+    equals(model, generate, student, adapter_settings("lora"), {}, params)
 
 
-def shaken(tree, scale=0.3):
+def shaken(tree, scale=0.2):
     """The tree away from its start, so that nothing is zero."""
     keys = iter(jax.random.split(jax.random.key(9), 1000))
     return jax.tree.map(lambda leaf: leaf + scale * jax.random.normal(next(keys), leaf.shape), tree)
@@ -255,7 +268,7 @@ def test_lora_equals_peft(flan):
     settings_.lora.targets = ("q", "wo", "k")
     tree = new_adapter(settings_, student, params)
     assert len(tree["lora"]) == 2 * 3 + 2
-    lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=32, target_modules=["q", "wo", "k"])
+    lora = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=4, target_modules=["q", "wo", "k"])
     theirs, tensors = peft.get_peft_model(copy.deepcopy(model), lora).eval(), {}
     for name, pair_ in tree["lora"].items():
         for i, key in enumerate(linear_layers(student.config)[name].names):
@@ -264,36 +277,34 @@ def test_lora_equals_peft(flan):
             tensors[f"{key}.lora_B.weight"] = torch.tensor(np.asarray(pair_["b"][i]).T.copy())
     result = peft.set_peft_model_state_dict(theirs, tensors)
     assert not result.unexpected_keys and not [k for k in result.missing_keys if "lora" in k]
-    equals(theirs, student, settings_, tree, params)
+    equals(theirs, reread, student, settings_, tree, params)
     merged = adapters.merge(settings_, tree, params, student.config)
     row = packed(SEQUENCES, 80, 40)
-    one, other = (
-        student.apply({"params": p}, row["tokens"], row["positions"], row["segments"], adapted)[0]
-        for p, adapted in (
-            (params, adapters.activate(settings_, tree, student.config)),
-            (merged, adapters.Adaptation()),
-        )
+    read = jax.jit(
+        lambda p, adapted: student.apply({"params": p}, row["tokens"], row["positions"], row["segments"], adapted)[0]
     )
+    one = read(params, adapters.activate(settings_, tree, student.config))
+    other = read(merged, adapters.Adaptation())
     np.testing.assert_allclose(one, other, atol=1e-3)
 
 
-def test_prefix_equals_peft(pair, flan):
+def test_prefix_equals_peft(pair):
     """With an odd number of decoder layers (a prefix each), and an even one (two layers share one, as in PEFT)."""
-    for model, student, params in (pair, flan):
-        settings_, c = adapter_settings("prefix"), student.config
-        tree = new_adapter(settings_, student, params)
-        own = np.stack([tree["prefix"]["key"], tree["prefix"]["value"]], axis=1)  # [n, 2, P, H·d]
-        assert len(own) == (c.num_layers if c.num_layers % 2 else c.num_layers // 2)
-        stored = np.zeros((c.num_layers, *own.shape[1:]), np.float32)
-        stored[[2 * j % c.num_layers for j in range(len(own))]] = own
-        prefix = peft.PrefixTuningConfig(
-            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_layers=c.num_layers, num_attention_heads=4, token_dim=40
-        )
-        theirs = peft.get_peft_model(copy.deepcopy(model), prefix).eval()
-        with torch.no_grad():
-            flat = torch.tensor(stored.transpose(2, 0, 1, 3).reshape(3, -1))
-            theirs.prompt_encoder["default"].embedding.weight.copy_(flat)
-        equals(theirs, student, settings_, tree, params)
+    model, student, params = pair
+    settings_, c = adapter_settings("prefix"), student.config
+    tree = new_adapter(settings_, student, params)
+    own = np.stack([tree["prefix"]["key"], tree["prefix"]["value"]], axis=1)  # [n, 2, P, H·d]
+    assert len(own) == (c.num_layers if c.num_layers % 2 else c.num_layers // 2)
+    stored = np.zeros((c.num_layers, *own.shape[1:]), np.float32)
+    stored[[2 * j % c.num_layers for j in range(len(own))]] = own
+    prefix = peft.PrefixTuningConfig(
+        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_layers=c.num_layers, num_attention_heads=4, token_dim=40
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(model), prefix).eval()
+    with torch.no_grad():
+        flat = torch.tensor(stored.transpose(2, 0, 1, 3).reshape(3, -1))
+        theirs.prompt_encoder["default"].embedding.weight.copy_(flat)
+    equals(theirs, reread, student, settings_, tree, params)
 
 
 def test_prompt_equals_peft(flan):
@@ -304,7 +315,7 @@ def test_prompt_equals_peft(flan):
     theirs = peft.get_peft_model(copy.deepcopy(model), prompt).eval()
     with torch.no_grad():
         theirs.prompt_encoder["default"].embedding.weight[:5] = torch.tensor(np.asarray(tree["prompt"]["embedding"]))
-    equals(theirs, student, settings_, tree, params)
+    equals(theirs, reread, student, settings_, tree, params)
 
 
 def test_eight_devices_and_rematerialisation_change_nothing():
@@ -312,12 +323,15 @@ def test_eight_devices_and_rematerialisation_change_nothing():
     c = T5_SHAPES["t5-tiny"]
     params, settings_ = random_params(c, 0), adapter_settings("lora", "prefix", "prompt")
     settings_.prefix.reparametrize, settings_.prefix.hidden = True, 8
+    settings_.lora.targets = ("q", "wo")  # each costs the compiler a second
     tree = new_adapter(settings_, T5(c), params)
     row = packed([([5, 9, 11], [3, 4, 2]), ([8], [6, 2])], 32, 8, virtual=5)
     batch = {name: jnp.repeat(values, 4, axis=0) for name, values in row.items()}
     config = default().mesh
     config.data, config.fsdp, config.tensor = 2, 2, 2
     mesh = make_mesh(config, jax.devices()[:8])
+    everything = adapter_settings("lora", "prefix")
+    assert shardings(jax.eval_shape(lambda base: adapters.init_adapter(everything, c, base, 0), params), mesh)
     results = []
     for remat, place in (
         ("none", lambda x: x),
@@ -331,7 +345,7 @@ def test_eight_devices_and_rematerialisation_change_nothing():
         results.append(jax.jit(jax.value_and_grad(loss))(*map(place, (tree, params, batch))))
     (one, gradient), (eight, sharded) = results
     np.testing.assert_allclose(one, eight, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, sharded)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), gradient, sharded)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, path
 
@@ -395,8 +409,8 @@ def test_a_damaged_configuration_is_refused(flan, change, words):
     ("change", "words"),
     [
         ({"num_decoder_layers": 10**9}, "tensors cannot be the configured 1000000000 layers"),
-        ({"num_layers": 5}, r"encoder.block.4.*is missing, but the configuration asks for it"),
-        ({"num_decoder_layers": 3}, r"decoder.block.3.*is not part of the configured model"),
+        ({"num_layers": 3}, r"encoder.block.2.*is missing, but the configuration asks for it"),
+        ({"num_decoder_layers": 1}, r"decoder.block.1.*is not part of the configured model"),
         ({"d_ff": 81}, r"has shape \(80, 48\), but the configuration says \(81, 48\)"),
         ({"decoder_start_token_id": 50}, "token 50 .*is not a special token of its tokenizer"),
     ],
@@ -465,7 +479,7 @@ def test_operations_are_two_for_each_weight_that_a_token_meets():
 
 
 def test_eight_examples_are_learnt_chosen_and_generated(tmp_path):
-    """The verbs on a random T5: overfit, then generate the targets and choose them by likelihood."""
+    """The verbs on a random T5: overfit, choose the answers by likelihood, and generate the targets."""
     from sqa_jax.data import sample
     from sqa_jax.data.prompts import Format, render_target
     from sqa_jax.data.sources import load_problems
@@ -475,20 +489,26 @@ def test_eight_examples_are_learnt_chosen_and_generated(tmp_path):
     (tmp_path / "eight" / "pid_splits.json").write_text(json.dumps({split: pids for split in ("train", "val", "test")}))
     changes = {
         "student.path": "random:t5-tiny", "data.source": "dir", "data.path": tmp_path / "eight", "data.cache": tmp_path / "cache",
-        "recipe.answer": "both", "optimizer.learning_rate": 3e-3, "train.steps": 200, "train.eval_every": 0, "eval.val_limit": 2,
-        "eval.batch_rows": 1, "eval.max_new_tokens": 100, "eval.batch_questions": 8, "eval.checkpoint": "last",
+        "recipe.answer": "both", "optimizer.learning_rate": 3e-3, "train.steps": 160, "train.eval_every": 0, "train.row_length": 512,
+        "eval.mode": "generate", "eval.max_new_tokens": 100, "eval.batch_questions": 8, "eval.checkpoint": "last",
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in changes.items()] + ["--config.adapter.methods=('full',)"]
-    for verb, more in (
-        ("train", []),
-        ("evaluate", ["--config.eval.mode=generate"]),
-        ("evaluate", ["--config.eval.folder=chosen"]),
-    ):
-        command = [sys.executable, "-m", f"sqa_jax.{verb}", "--config", "configs/test.py", "--workdir", str(tmp_path / "run"), *flags, *more]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    for verb in ("train", "evaluate"):
+        command = [
+            sys.executable,
+            "-m",
+            f"sqa_jax.{verb}",
+            "--config",
+            "configs/test.py",
+            "--workdir",
+            str(tmp_path / "run"),
+        ]
+        result = subprocess.run([*command, *flags], capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
         assert result.returncode == 0, result.stderr
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["val_accuracy"] == 100, "options are chosen by likelihood"
+    rows = map(json.loads, (tmp_path / "run/eval/test/predictions.jsonl").read_text().splitlines())
     problems = load_problems("dir", str(tmp_path / "eight")).split("test")
-    gold = {p.pid: render_target(Format("QCM", "A"), p.choices, p.answer, "", "", "both") for p in problems}
-    for folder in ("test", "chosen"):
-        rows = map(json.loads, (tmp_path / f"run/eval/{folder}/predictions.jsonl").read_text().splitlines())
-        assert {row["pid"]: row["text"] for row in rows} == gold
+    assert {row["pid"]: row["text"] for row in rows} == {
+        p.pid: render_target(Format("QCM", "A"), p.choices, p.answer, "", "", "both") for p in problems
+    }
