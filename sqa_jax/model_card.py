@@ -56,7 +56,7 @@ def model_card(
     )
     facts = {
         "Base": f"`{path}`" + (f", revision `{config.student.revision}`" if config.student.revision else ""),
-        "Adapted by": _methods(config.adapter, methods),
+        "Adapted by": _methods(config.adapter, methods, trained),
     }
     terms = f"The terms of the base (`{path}`) hold."
     if trained:
@@ -79,7 +79,7 @@ def model_card(
         "## Accuracy",
         markdown_table(columns, scores) if scores else "Not evaluated.",
         "## Use",
-        "The prompt is as in training; another one costs accuracy.",
+        "The prompt is as sqa_jax writes it; another one costs accuracy.",
         f"```python\n{_snippet(config, student, methods, kind, out)}\n```",
         "## Licence",
         terms,
@@ -87,7 +87,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _methods(settings, methods: Sequence[str]) -> str:
+def _methods(settings, methods: Sequence[str], trained: bool) -> str:
     lora = settings.lora
     words = {
         "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on "
@@ -96,7 +96,7 @@ def _methods(settings, methods: Sequence[str]) -> str:
         "prompt": f"a prompt of {settings.prompt.length} positions",
         "full": "training all weights",
     }
-    begun = f"; training began with the adapter `{settings.peft}`" if settings.peft else ""
+    begun = f"; {'training began with' if trained else 'it is'} the adapter `{settings.peft}`" if settings.peft else ""
     return (
         "; ".join(words[method] for method in methods) + begun if methods else "nothing: these are the base's weights"
     )

@@ -25,6 +25,7 @@ from test_train import last_adapter, tiny_config
 from sqa_jax import export as verb
 from sqa_jax.adapters import peft_format
 from sqa_jax.adapters.adapter import init_adapter
+from sqa_jax.agent.run import Runs
 from sqa_jax.config import default
 from sqa_jax.data.dataset import encoder_for, load_config_problems
 from sqa_jax.data.prompts import option_targets
@@ -109,6 +110,15 @@ def test_evaluation_chooses_what_peft_finds_likeliest(begun, tmp_path):
                 logits = model(torch.tensor([prompt.tokens + option])).logits[0, len(prompt.tokens) - 1 : -1]
             scores.append(float(torch.log_softmax(logits, -1)[range(len(option)), option].sum()))
         assert row["answer"] == int(np.argmax(scores))
+
+
+def test_an_agent_may_have_it(begun, tmp_path):
+    pair, adapter, _, config = begun
+    config = config.copy_and_resolve_references()
+    config.adapter.lora.rank = 16
+    runs = Runs(config, tmp_path)
+    assert runs.config.adapter.lora.rank == 4
+    jax.tree.map(np.testing.assert_array_equal, runs._adapter, pair.ours(adapter)[1])
 
 
 def card_of(out: Path) -> tuple[dict, str, str]:

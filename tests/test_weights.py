@@ -28,7 +28,7 @@ from sqa_jax.students.layout import leaves
 from sqa_jax.students.load import load_student
 from sqa_jax.students.sources import SafetensorsSource
 from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.weights import _read_box, save_safetensors
+from sqa_jax.students.weights import _read_box, save_safetensors, write_model
 
 VARIANTS = {
     "plain": {},
@@ -185,6 +185,23 @@ def test_saved_weights_are_read_by_transformers(tmp_path, variant):
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, again(tokens).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_models_are_written_in_shards(tmp_path, dtype):
+    model = make_model().to(getattr(torch, dtype))
+    student = load_student(save(model, tmp_path / "m"))
+    (tmp_path / "out").mkdir()
+    write_model(student.params, student.config, tmp_path / "out", dtype, "20KB")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert all(shard.stat().st_size < 24_000 or len(load_file(shard)) == 1 for shard in shards)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert again.dtype == model.dtype and all(
+        torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items()
+    )
+    byte_tokenizer().save_pretrained(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, load_student(str(tmp_path / "out")).params, student.params)
 
 
 def test_saving_never_leaves_half(tmp_path, tiny_student):

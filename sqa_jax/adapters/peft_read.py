@@ -186,7 +186,8 @@ def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], T
     tensors = files.read(shapes)
 
     rank = max(ranks.values())
-    (usual, alpha), _ = collections.Counter((ranks[module], alphas[module]) for module in adapted).most_common(1)[0]
+    counts = collections.Counter((ranks[module], alphas[module]) for module in adapted)
+    usual, alpha = max(counts, key=lambda pair: (counts[pair], pair))
     settings = {
         "rank": rank,
         "alpha": float(alpha * (rank / usual) ** (0.5 if rslora else 1.0)),
