@@ -172,7 +172,6 @@ def to_hf(config: StudentConfig) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "max_position_embeddings": c.max_positions,
         "hidden_activation" if c.family in ("gemma2", "gemma3_text") else "hidden_act": activation,
-        "dtype": "float32",
         # Else transformers takes the family's own, which need not be in this vocabulary.
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         **own,

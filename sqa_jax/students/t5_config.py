@@ -168,5 +168,4 @@ def to_hf(config: T5Config) -> dict[str, Any]:
         "scale_decoder_outputs": config.scale_outputs,
         "decoder_start_token_id": config.decoder_start,
         "pad_token_id": config.decoder_start,
-        "torch_dtype": "float32",
     }
