@@ -40,7 +40,7 @@ def default() -> ConfigDict:
     student.revision = ""  # of a hub id
     student.dtype = "auto"  # computation: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
     student.attention = "auto"  # auto: one fused kernel where the platform has it | plain | splash (TPU) | cudnn (GPU)
-    student.remat = "dots"  # none | dots | full: what the backward pass recomputes, see students/decoder.py
+    student.remat = "dots"  # none | dots | full: what the backward pass recomputes, see students/layers.py
 
     config.adapter = adapter = ConfigDict()
     adapter.methods = ("lora",)  # any of lora, prefix, prompt together; or ("full",)

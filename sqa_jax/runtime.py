@@ -13,8 +13,9 @@ from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.decoder import REMAT_POLICIES, Decoder
+from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.fused_attention import fused_attention
+from sqa_jax.students.layers import REMAT_POLICIES
 from sqa_jax.students.load import Student, load_student
 from sqa_jax.students.modules import T5, Module
 from sqa_jax.students.t5_config import T5Config

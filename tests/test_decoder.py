@@ -13,7 +13,8 @@ import torch
 import transformers
 from families import FAMILIES, VARIANTS, make_model
 
-from sqa_jax.students.decoder import Adaptation, Decoder, init_cache
+from sqa_jax.students.cache import Adaptation, init_cache
+from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.layout import build, leaves
 from sqa_jax.students.load import load_student

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from sqa_jax.adapters import lora, prefix, prompt
 from sqa_jax.errors import UserError
+from sqa_jax.students.cache import Adaptation
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.decoder import Adaptation
 from sqa_jax.students.modules import module_for, read
 from sqa_jax.students.t5_config import T5Config
 

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.parallel.mesh import replicated
+from sqa_jax.students.cache import Adaptation
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.decoder import Adaptation, Decoder
+from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.modules import Module, read
 
 _STEP = 8  # its length is a multiple of this, so that few shapes are compiled

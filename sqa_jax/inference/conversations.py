@@ -27,7 +27,8 @@ from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.generate import trim
 from sqa_jax.inference.likelihood import Choice, layout
 from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
-from sqa_jax.students.decoder import Cache, Decoder, Grid, init_cache
+from sqa_jax.students.cache import Cache, Grid, init_cache
+from sqa_jax.students.decoder import Decoder
 from sqa_jax.training.loss import target_log_probs
 
 _WIDTHS = (16, 64, 256)  # tokens of a row that a step reads: attention works on so many of each

@@ -10,7 +10,7 @@ it comes back to the host when so many have ended that the next pack fits.
           1     q q 1 2 3 4 5 6 7 8 9 …
 
 Shapes in comments: B rows; packs of R lines (one for each data shard) of T tokens and at most M prompts; N new
-tokens at most; D hidden; cache shapes as in `sqa_jax.students.decoder`.
+tokens at most; D hidden; cache shapes as in `sqa_jax.students.cache`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.rows import first_fit
 from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.decoder import Cache, init_cache
+from sqa_jax.students.cache import Cache, init_cache
 from sqa_jax.students.modules import Module, bounded, read
 
 _STEP = 128  # the cache's and the packed lines' lengths are multiples of this, so that few shapes are compiled

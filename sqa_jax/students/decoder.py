@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from sqa_jax.students.attention import (
     EVERYWHERE,
@@ -27,169 +26,13 @@ from sqa_jax.students.attention import (
     rotate,
     visibility,
 )
-from sqa_jax.students.block_attention import SAVED, attend_causal
+from sqa_jax.students.block_attention import attend_causal
+from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, Grid, behind_prefix, used_places, with_prompt
 from sqa_jax.students.config import WINDOW, DecoderConfig
 from sqa_jax.students.fused_attention import FusedAttention
-
-LINEAR = "linear"  # name of a linear layer's result, LoRA included: one array, where the two products would be two
-
-# What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of the linear
-# layers and of fused attention; "none" keeps everything.
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, SAVED),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
+from sqa_jax.students.layers import Linear, RMSNorm, stacked
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
-
-
-class Adaptation(NamedTuple):
-    """What adapters add to a decoder, in the form in which the forward pass uses it.
-
-    Attributes:
-      lora: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, with the scale already in `b`.
-      prefix: {"key": [L, P, K·d], "value": [L, P, K·d]}, keys as after the rotation.
-      prompt: [P, D], embeddings of the first P positions of every sequence.
-    """
-
-    lora: dict[str, Any] | None = None
-    prefix: dict[str, jax.Array] | None = None
-    prompt: jax.Array | None = None
-
-    @property
-    def prefix_length(self) -> int:
-        return 0 if self.prefix is None else self.prefix["key"].shape[1]
-
-    @property
-    def prompt_length(self) -> int:
-        return 0 if self.prompt is None else self.prompt.shape[0]
-
-
-NO_ADAPTATION = Adaptation()
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens read so far.
-
-    Attributes:
-      key, value: [L, B, K, S, d], as attention's products want them.
-      segments: [B, S], as in `visibility`; slots not yet written are `PADDING`.
-      length: [B], slots in use: where the row's next token goes.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    segments: jax.Array
-    length: jax.Array
-
-
-class Grid(NamedTuple):
-    """How packed tokens lie in the rows of a cache, so that only attention works row by row.
-
-    Attributes:
-      rows: [A] rows of the cache that read something; the cache's number of rows for none.
-      places: [A, W] which of the N packed tokens are read, in order; N for none.
-      back: [N] where in `places`, flat, each token is; A·W for none.
-    """
-
-    rows: jax.Array
-    places: jax.Array
-    back: jax.Array
-
-    def spread(self, x: jax.Array) -> jax.Array:
-        """[B, T, …] of packed tokens → [A, W, …]."""
-        return x.reshape(-1, *x.shape[2:]).at[self.places].get(mode="fill", fill_value=0)
-
-    def packed(self, x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        """[A, W, …] → [B, T, …] of packed tokens, `shape` being (B, T)."""
-        flat = x.reshape(-1, *x.shape[2:]).at[self.back].get(mode="fill", fill_value=0)
-        return flat.reshape(*shape, *x.shape[2:])
-
-
-def init_cache(config: DecoderConfig, rows: int, slots: int, adaptation: Adaptation, dtype=jnp.float32) -> Cache:
-    """An empty cache for `slots` tokens a row; a prefix, where there is one, lies in front of them."""
-    P = adaptation.prefix_length
-    shape = (config.num_layers, rows, config.num_kv_heads, P + slots, config.head_dim)
-    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    segments = jnp.full((rows, P + slots), PADDING, jnp.int32)
-    if adaptation.prefix is not None:
-        heads = (config.num_layers, 1, P, config.num_kv_heads, config.head_dim)
-        key, value = (
-            empty.at[..., :P, :].set(adaptation.prefix[name].reshape(heads).swapaxes(2, 3).astype(dtype))
-            for name, empty in (("key", key), ("value", value))
-        )
-        segments = segments.at[:, :P].set(EVERYWHERE)
-    return Cache(key, value, segments, jnp.full((rows,), P, jnp.int32))
-
-
-@jax.custom_vjp
-def narrow_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x w for a narrow w, [N, in] · [in, out], with a gradient of w that CPUs compute three to eight times faster.
-
-    It contracts the N tokens, and CPUs want the contracted dimension last in the first factor: the narrower
-    one of the two is laid out anew, which costs little.
-    """
-    return x @ w
-
-
-def _narrow_forward(x, w):
-    return x @ w, (x, w)
-
-
-def _narrow_backward(saved, dy):
-    x, w = saved
-    if w.shape[0] < w.shape[1]:
-        dw = jax.lax.optimization_barrier(x.T) @ dy
-    else:
-        dw = (jax.lax.optimization_barrier(dy.T) @ x).T
-    return dy @ w.T, dw
-
-
-narrow_product.defvjp(_narrow_forward, _narrow_backward)
-
-
-class Linear(nn.Module):
-    """y = x W (+ b), and x W + dropout(x) A B where LoRA adapts it (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
-
-    features: int
-    use_bias: bool
-    dtype: Any
-    lora_dropout: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, lora: dict[str, jax.Array] | None = None) -> jax.Array:
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        # Tokens in one dimension: the backward pass of products with two (rows, tokens) takes twice as long on CPUs.
-        *leading, width = x.shape
-        x = x.reshape(-1, width)
-        y = x @ kernel.astype(self.dtype)
-        if self.use_bias:
-            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        if lora is not None:
-            dropped = nn.Dropout(self.lora_dropout, deterministic=not self.has_rng("dropout"))(x)
-            low = narrow_product(dropped, lora["a"].astype(self.dtype))
-            y += narrow_product(low, lora["b"].astype(self.dtype))
-        return checkpoint_name(y, LINEAR).reshape(*leading, self.features)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
-
-    With `offset` by 1 + scale, as Gemma's norms.
-    """
-
-    epsilon: float
-    offset: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        start = nn.initializers.zeros if self.offset else nn.initializers.ones
-        scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32) + self.offset
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
-        return (normed * scale).astype(x.dtype)
 
 
 class Surroundings(NamedTuple):
@@ -278,13 +121,8 @@ class Attention(nn.Module):
                 return own.astype(self.dtype).swapaxes(1, 2)
 
             key, value = map(known, cache)
-        elif layer.adaptation.prefix is not None:
-
-            def before(name, tail):
-                prefix = layer.adaptation.prefix[name].astype(tail.dtype).reshape(1, -1, *tail.shape[2:])
-                return jnp.concatenate([jnp.broadcast_to(prefix, (B, *prefix.shape[1:])), tail], axis=1)
-
-            key, value = before("key", key), before("value", value)
+        else:
+            key, value = behind_prefix(layer.adaptation.prefix, key, value)
         if around.segments is not None:
             out = self.fused(query, key, value, around.segments, visible, layer.windowed)
         else:
@@ -369,17 +207,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
-        block = Block
-        if self.remat != "none":
-            # Inside a scan, common-subexpression elimination cannot undo the recomputation.
-            block = nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "read": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_layers,
-        )(c, self.dtype, self.lora_dropout, self.fused)
+        self.layers = stacked(Block, c.num_layers, self.remat)(c, self.dtype, self.lora_dropout, self.fused)
         self.norm = RMSNorm(c.norm_epsilon, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, 0.0)
@@ -418,16 +246,12 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         if c.embedding_scale:
             x *= jnp.asarray(c.hidden_size**0.5, x.dtype)
-        if adaptation.prompt is not None:
-            P = adaptation.prompt_length
-            virtual = adaptation.prompt[jnp.minimum(positions, P - 1)].astype(self.dtype)
-            x = jnp.where((positions < P)[..., None], virtual, x)
+        x = with_prompt(x, positions, adaptation)
 
         P = adaptation.prefix_length
         key_branches = None
         if cache is None:
             slots = jnp.broadcast_to(jnp.arange(P, P + T), (B, T))
-            places = P + positions
             key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=EVERYWHERE)
             if branches is not None:
                 key_branches = jnp.pad(branches, ((0, 0), (P, 0)))
@@ -437,10 +261,6 @@ class Decoder(nn.Module):
                 rows, segments = grid.rows, grid.spread(segments)
                 branches = None if branches is None else grid.spread(branches)
             slots = cache.length.at[rows].get(mode="clip")[:, None] + jnp.arange(segments.shape[1])
-
-            first = jnp.argmax(segments != PADDING, axis=1)[:, None]
-            own = positions if grid is None else grid.spread(positions)
-            places = own + jnp.take_along_axis(slots - own, first, axis=1)
 
             def entered(known, new):  # (all rows, those that read)
                 known = known.at[rows[:, None], slots].set(new, mode="drop")
@@ -455,11 +275,14 @@ class Decoder(nn.Module):
         if 0 < c.window < visible.shape[-1]:
             # Places are slots but for branches, which are as far from their trunk as if they were alone.
             if cache is None:
+                places = P + positions
                 key_places = jnp.concatenate([key_slots[:, :P], places], axis=1)
             else:
-                _, key_places = entered(
-                    jnp.broadcast_to(jnp.arange(cache.segments.shape[1]), cache.segments.shape), places
-                )
+                own = positions if grid is None else grid.spread(positions)
+                first = jnp.argmax(segments != PADDING, axis=1)[:, None]
+                places = own + jnp.take_along_axis(slots - own, first, axis=1)
+                everywhere = jnp.broadcast_to(jnp.arange(cache.segments.shape[1]), cache.segments.shape)
+                _, key_places = entered(everywhere, places)
             lately = visible & near(places, key_places[:, : visible.shape[-1]], c.window)
 
         # A prefix takes the first P positions, as it does in PEFT.
@@ -478,9 +301,7 @@ class Decoder(nn.Module):
         carry = (x, None if cache is None else (cache.key, cache.value))
         (x, kv), _ = self.layers(carry, layers, around)
         if cache is not None:
-            # Trailing padding is not kept: the row's next token overwrites it.
-            used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, segments.shape[1] + 1), 0), axis=1)
-            cache = Cache(*kv, all_segments, cache.length.at[rows].add(used, mode="drop"))
+            cache = Cache(*kv, all_segments, cache.length.at[rows].add(used_places(segments), mode="drop"))
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:

@@ -8,8 +8,9 @@ import jax
 
 from sqa_jax.students import decoder as decoder_only
 from sqa_jax.students import t5
+from sqa_jax.students.cache import Adaptation
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.decoder import Adaptation, Decoder
+from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.t5 import T5
 from sqa_jax.students.t5_config import T5Config
 

@@ -24,7 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sqa_jax.students.attention import EVERYWHERE, PADDING, visibility
 from sqa_jax.students.block_attention import SAVED
-from sqa_jax.students.decoder import NO_ADAPTATION, REMAT_POLICIES, Adaptation, Cache, Linear, RMSNorm
+from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, behind_prefix, used_places, with_prompt
+from sqa_jax.students.layers import Linear, RMSNorm, stacked
 from sqa_jax.students.t5_config import T5Config
 from sqa_jax.students.t5_split import Split, split
 
@@ -173,13 +174,7 @@ class DecoderBlock(nn.Module):
             encoded = cross.keys_and_values(sight.encoded, other)
             self.sow("read", "of_decoder", (key, value))
             self.sow("read", "of_encoder", encoded)
-            if prefix is not None:
-
-                def before(name, tail):
-                    front = prefix[name].astype(tail.dtype).reshape(1, -1, *tail.shape[2:])
-                    return jnp.concatenate([jnp.broadcast_to(front, (B, *front.shape[1:])), tail], axis=1)
-
-                key, value = before("key", key), before("value", value)
+            key, value = behind_prefix(prefix, key, value)
         else:
             rows, heads = jnp.arange(B)[:, None, None], jnp.arange(c.num_heads)[:, None]
             cache = tuple(
@@ -210,18 +205,9 @@ class Stack(nn.Module):
     lora_dropout: float
 
     def setup(self):
-        c, block = self.config, self.block
+        c = self.config
         self.relative_attention_bias = nn.Embed(c.num_buckets, c.num_heads)
-        if self.remat != "none":
-            # Inside a scan, common-subexpression elimination cannot undo the recomputation.
-            block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, "read": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=self.depth,
-        )(c, self.dtype, self.lora_dropout)
+        self.layers = stacked(self.block, self.depth, self.remat)(c, self.dtype, self.lora_dropout)
         self.norm = RMSNorm(c.norm_epsilon)
 
     def bias(self, relative: jax.Array, bidirectional: bool) -> jax.Array:
@@ -300,10 +286,7 @@ class T5(nn.Module):
 
     def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
         T, P = tokens.shape[1], adaptation.prefix_length
-        x = self.embed_tokens(tokens)
-        if adaptation.prompt is not None:
-            virtual = adaptation.prompt[jnp.minimum(positions, adaptation.prompt_length - 1)].astype(self.dtype)
-            x = jnp.where((positions < adaptation.prompt_length)[..., None], virtual, x)
+        x = with_prompt(self.embed_tokens(tokens), positions, adaptation)
         parts = self.split(tokens, positions, segments, adaptation)
 
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
@@ -349,9 +332,7 @@ class T5(nn.Module):
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), None)
         hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, sight)
-        # Trailing padding is not kept: the row's next token overwrites it.
-        used = jnp.max(jnp.where(segments != PADDING, jnp.arange(1, T + 1), 0), axis=1)
-        return self.decoder.norm(hidden), Cache(*kv, known, cache.length + used)
+        return self.decoder.norm(hidden), Cache(*kv, known, cache.length + used_places(segments))
 
     def split(self, tokens, positions, segments, adaptation: Adaptation) -> Split:
         """The rows' parts between encoder and decoder."""
