@@ -13,11 +13,11 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.runtime import make_decoder, start
-from sqa_jax.students.catalogue import CATALOGUE
+from sqa_jax.students.catalogue import CATALOGUE, SHAPES
 from sqa_jax.students.hf_config import from_hf, to_hf
 from sqa_jax.students.layout import leaves
 from sqa_jax.students.t5_config import T5Config
-from sqa_jax.students.tokenizer import byte_tokenizer
+from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
 from sqa_jax.students.weights import random_params, save_safetensors
 
 # Millions of parameters on the models' cards.
@@ -89,3 +89,8 @@ def test_a_published_shape_is_planned_without_its_weights():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     decoder = make_decoder(config, CATALOGUE["gemma2-2b"].config, mesh)
     assert decoder.config.attention_softcap == 50.0 and decoder.fused is None  # CPUs have no fused attention
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if isinstance(shape, T5Config)])
+def test_random_encoder_decoders_know_where_their_decoder_starts(name):
+    assert load_tokenizer(f"random:{name}").decoder_start_token == "<|pad|>"

@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import random
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_train import overfit_eight
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from sqa_jax.adapters import adapter as adapters
@@ -29,12 +26,12 @@ from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
 from sqa_jax.parallel.mesh import batch_sharding, make_mesh
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.catalogue import CATALOGUE
+from sqa_jax.students.catalogue import CATALOGUE, SHAPES
 from sqa_jax.students.flops import forward_flops
 from sqa_jax.students.layout import build, linear_layers
 from sqa_jax.students.load import load_student
 from sqa_jax.students.t5 import T5, distance_buckets
-from sqa_jax.students.t5_config import T5_SHAPES, from_hf, to_hf
+from sqa_jax.students.t5_config import from_hf, to_hf
 from sqa_jax.students.t5_split import split
 from sqa_jax.students.weights import random_params, save_safetensors
 from sqa_jax.training.loss import row_losses
@@ -320,7 +317,7 @@ def test_prompt_equals_peft(flan):
 
 def test_eight_devices_and_rematerialisation_change_nothing():
     """All methods together, their MLP included: losses and gradients of rows, weights and heads over a mesh."""
-    c = T5_SHAPES["t5-tiny"]
+    c = SHAPES["t5-tiny"]
     params, settings_ = random_params(c, 0), adapter_settings("lora", "prefix", "prompt")
     settings_.prefix.reparametrize, settings_.prefix.hidden = True, 8
     settings_.lora.targets = ("q", "wo")  # each costs the compiler a second
@@ -459,12 +456,12 @@ def test_what_an_encoder_decoder_cannot_do_is_refused():
         Dialogue(load_tokenizer("random:t5-tiny"), config.recipe, [])
     config.student.attention = "splash"
     with pytest.raises(UserError, match="attention=splash knows no position bias"):
-        make_decoder(config, T5_SHAPES["t5-tiny"], MESH)
+        make_decoder(config, SHAPES["t5-tiny"], MESH)
     config.adapter.lora.targets = ("q_proj",)
     with pytest.raises(
         UserError, match=r"\['q_proj'\] are no layers of this student; choose from q, k, v, o, wi_0, wi_1, wo"
     ):
-        adapters.init_adapter(config.adapter, T5_SHAPES["t5-tiny"], {}, 0)
+        adapters.init_adapter(config.adapter, SHAPES["t5-tiny"], {}, 0)
 
 
 def test_operations_are_two_for_each_weight_that_a_token_meets():
@@ -480,35 +477,6 @@ def test_operations_are_two_for_each_weight_that_a_token_meets():
 
 def test_eight_examples_are_learnt_chosen_and_generated(tmp_path):
     """The verbs on a random T5: overfit, choose the answers by likelihood, and generate the targets."""
-    from sqa_jax.data import sample
-    from sqa_jax.data.prompts import Format, render_target
-    from sqa_jax.data.sources import load_problems
-
-    sample.write(tmp_path / "eight")
-    pids = sorted(random.Random(0).sample(sample.generate().splits["train"], 8), key=int)
-    (tmp_path / "eight" / "pid_splits.json").write_text(json.dumps({split: pids for split in ("train", "val", "test")}))
-    changes = {
-        "student.path": "random:t5-tiny", "data.source": "dir", "data.path": tmp_path / "eight", "data.cache": tmp_path / "cache",
-        "recipe.answer": "both", "optimizer.learning_rate": 3e-3, "train.steps": 160, "train.eval_every": 0, "train.row_length": 512,
-        "eval.mode": "generate", "eval.max_new_tokens": 100, "eval.batch_questions": 8, "eval.checkpoint": "last",
-    }  # fmt: skip
-    flags = [f"--config.{key}={value}" for key, value in changes.items()] + ["--config.adapter.methods=('full',)"]
-    for verb in ("train", "evaluate"):
-        command = [
-            sys.executable,
-            "-m",
-            f"sqa_jax.{verb}",
-            "--config",
-            "configs/test.py",
-            "--workdir",
-            str(tmp_path / "run"),
-        ]
-        result = subprocess.run([*command, *flags], capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
-        assert result.returncode == 0, result.stderr
+    overfit_eight(tmp_path, **{"student.path": "random:t5-tiny", "train.steps": 160, "train.row_length": 512})
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["val_accuracy"] == 100, "options are chosen by likelihood"
-    rows = map(json.loads, (tmp_path / "run/eval/test/predictions.jsonl").read_text().splitlines())
-    problems = load_problems("dir", str(tmp_path / "eight")).split("test")
-    assert {row["pid"]: row["text"] for row in rows} == {
-        p.pid: render_target(Format("QCM", "A"), p.choices, p.answer, "", "", "both") for p in problems
-    }

@@ -103,3 +103,13 @@ CATALOGUE: dict[str, Published] = {
     "flan-t5-large": Published("google/flan-t5-large", T5Config(32128, 1024, 2816, 24, 24, 16, 64)),
     "flan-t5-xl": Published("google/flan-t5-xl", T5Config(32128, 2048, 5120, 24, 24, 32, 64)),
 }  # fmt: skip
+
+# Shapes for "random:<name>": those that learn nothing of language but run everywhere in seconds, with the tokenizer of
+# bytes, and the published ones.
+SHAPES: dict[str, StudentConfig] = {
+    "tiny": DecoderConfig(260, 64, 128, 2, 4, 2, 16, tie_embeddings=True),
+    "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
+    "t5-tiny": T5Config(260, 64, 128, 2, 2, 4, 16),
+    "t5-small": T5Config(260, 128, 256, 3, 3, 8, 16),
+    **{name: published.config for name, published in CATALOGUE.items()},
+}

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from sqa_jax.errors import UserError
+from sqa_jax.students.checks import check_numbers
 from sqa_jax.students.t5_config import T5Config
 
 ROPES = ("default", "linear", "llama3")
@@ -147,15 +148,7 @@ StudentConfig = DecoderConfig | T5Config
 
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:
     """The configuration, if its numbers are possible; raises `UserError` where they are not."""
-    kinds, may_be_zero = {"int": int, "float": (int, float)}, ("query_scale", "attention_softcap", "logit_softcap", "window")  # fmt: skip
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type not in kinds or (value == 0 and field.name in may_be_zero):
-            continue
-        if isinstance(value, bool) or not isinstance(value, kinds[field.type]) or value <= 0:
-            raise UserError(
-                f"{where}: {field.name} is {value!r}, which is not a positive number; fetch the model again"
-            )
+    check_numbers(config, where, ("query_scale", "attention_softcap", "logit_softcap", "window"))
     queries, keys = config.num_heads, config.num_kv_heads
     if queries % keys:
         raise UserError(

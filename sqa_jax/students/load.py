@@ -11,24 +11,16 @@ import jax.numpy as jnp
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.students import tokenizer as tokenizers
-from sqa_jax.students.catalogue import CATALOGUE
-from sqa_jax.students.config import DecoderConfig, StudentConfig
+from sqa_jax.students.catalogue import SHAPES
+from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.gguf_config import from_gguf
 from sqa_jax.students.gguf_tokenizer import gguf_tokenizer, turn_ends
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config, weight_files
 from sqa_jax.students.sources import GGUFSource, SafetensorsSource, WeightSource
-from sqa_jax.students.t5_config import T5_SHAPES, T5Config, as_stored
+from sqa_jax.students.t5_config import T5Config, as_stored
 from sqa_jax.students.weights import ShardingsFor, random_params, read_params
-
-# Shapes for "random:<name>" that learn nothing of language but run everywhere in seconds.
-_SMALL_SHAPES = {
-    "tiny": DecoderConfig(260, 64, 128, 2, 4, 2, 16, tie_embeddings=True),
-    "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
-    **T5_SHAPES,
-}
-_RANDOM_SHAPES = _SMALL_SHAPES | {name: published.config for name, published in CATALOGUE.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +50,8 @@ def load_student(
     """Loads a student.
 
     Args:
-      path: a Hugging Face directory or hub id; a .gguf file; "random:tiny", "random:small" or another name of
-        `CATALOGUE`, or "random:<directory with config.json>" for random weights (from `seed`) of that shape.
+      path: a Hugging Face directory or hub id; a .gguf file; "random:tiny" or another name of `SHAPES`, or
+        "random:<directory with config.json>", for random weights (from `seed`) of that shape.
       revision: branch, tag or commit of a hub id.
       dtype: of the parameters.
       shardings_for: where each parameter lies, given the tree of shapes.
@@ -118,10 +110,10 @@ def _student(path: str, config: StudentConfig, params: Any, vocabulary: Any, end
 
 
 def _random_config(name: str) -> StudentConfig:
-    if name in _RANDOM_SHAPES:
-        return _RANDOM_SHAPES[name]
+    if name in SHAPES:
+        return SHAPES[name]
     if not Path(name).is_dir():
-        sizes = ", ".join(_RANDOM_SHAPES)
+        sizes = ", ".join(SHAPES)
         raise UserError(f"random:{name}: choose one of {sizes}, or a directory that holds a config.json")
     return from_hf(read_hf_config(name), f"{name}/config.json")
 

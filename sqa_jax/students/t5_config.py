@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from sqa_jax.errors import UserError
+from sqa_jax.students.checks import check_numbers
 
 _FEED_FORWARD = {"gated-gelu": True, "relu": False}  # T5 1.1's and T5 1.0's
 
@@ -72,13 +73,6 @@ class T5Config:
         }
 
 
-# Shapes for "random:<name>" that run everywhere in seconds, with the tokenizer of bytes.
-T5_SHAPES = {
-    "t5-tiny": T5Config(260, 64, 128, 2, 2, 4, 16),
-    "t5-small": T5Config(260, 128, 256, 3, 3, 8, 16),
-}
-
-
 def from_hf(raw: dict[str, Any], where: str) -> T5Config:
     """A T5's options from Hugging Face's `config.json`.
 
@@ -121,14 +115,7 @@ def decoder_start(raw: dict[str, Any]) -> int:
 
 
 def _checked(config: T5Config, where: str) -> T5Config:
-    kinds = {"int": int, "float": (int, float)}
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), 0 if field.name == "decoder_start" else 1e-30
-        if field.type in kinds:
-            if isinstance(value, bool) or not isinstance(value, kinds[field.type]) or value < least:
-                raise UserError(
-                    f"{where}: {field.name} is {value!r}, which is not a positive number; fetch the model again"
-                )
+    check_numbers(config, where, ("decoder_start",))
     if config.decoder_start >= config.vocab_size:
         raise UserError(
             f"{where}: decoder_start_token_id {config.decoder_start} is not one of the model's {config.vocab_size} "

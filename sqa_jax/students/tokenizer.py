@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.errors import UserError
+from sqa_jax.students.catalogue import SHAPES
 from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
 from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config
 from sqa_jax.students.sources import GGUFSource
-from sqa_jax.students.t5_config import T5_SHAPES, decoder_start
+from sqa_jax.students.t5_config import decoder_start
 
 # transformers advises at import that no PyTorch was found; here that is intended.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -41,7 +42,7 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
         rest = path.removeprefix("random:")
         if (Path(rest) / "tokenizer.json").exists():
             return load_tokenizer(rest)
-        start = T5_SHAPES[rest].decoder_start if rest in T5_SHAPES else _start_in(rest)
+        start = getattr(SHAPES[rest], "decoder_start", None) if rest in SHAPES else _start_in(rest)
         return _with_start(byte_tokenizer(), start, path)
     where = locate(path, revision, weights=False)
     if not where.is_dir():
