@@ -325,8 +325,8 @@ def test_help_tells_what_is_read_and_written(verb):
     )
 
 
-def test_eight_examples_are_learnt_and_generated(tmp_path):
-    """The test that finds a shifted label, a missing end token or another prompt at inference: overfit, then *generate*."""
+def overfit_eight(tmp_path, **changes):
+    """Trains on eight questions of the sample and answers them, by the verbs; checks that each text is its target."""
     from sqa_jax.data import sample
     from sqa_jax.data.prompts import Format, render_target
     from sqa_jax.data.sources import load_problems
@@ -335,26 +335,23 @@ def test_eight_examples_are_learnt_and_generated(tmp_path):
     pids = sorted(random.Random(0).sample(sample.generate().splits["train"], 8), key=int)
     (tmp_path / "eight" / "pid_splits.json").write_text(json.dumps({split: pids for split in ("train", "val", "test")}))
     changes = {
-        "student.path": "random:small", "data.source": "dir", "data.path": tmp_path / "eight", "data.cache": tmp_path / "cache",
-        "recipe.answer": "both", "optimizer.learning_rate": 3e-3, "train.steps": 120, "train.eval_every": 0, "eval.val_limit": 2,
-        "eval.batch_rows": 1, "eval.mode": "generate", "eval.max_new_tokens": 100, "eval.batch_questions": 8, "eval.checkpoint": "last",
+        "data.source": "dir", "data.path": tmp_path / "eight", "data.cache": tmp_path / "cache", "recipe.answer": "both",
+        "optimizer.learning_rate": 3e-3, "train.eval_every": 0, "eval.mode": "generate", "eval.max_new_tokens": 100,
+        "eval.batch_questions": 8, "eval.checkpoint": "last", **changes,
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in changes.items()] + ["--config.adapter.methods=('full',)"]
     for verb in ("train", "evaluate"):
-        command = [
-            sys.executable,
-            "-m",
-            f"sqa_jax.{verb}",
-            "--config",
-            "configs/test.py",
-            "--workdir",
-            str(tmp_path / "run"),
-            *flags,
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+        command = [sys.executable, "-m", f"sqa_jax.{verb}", "--config", "configs/test.py", "--workdir", str(tmp_path / "run")]  # fmt: skip
+        result = subprocess.run([*command, *flags], capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
         assert result.returncode == 0, result.stderr
     rows = map(json.loads, (tmp_path / "run/eval/test/predictions.jsonl").read_text().splitlines())
     problems = load_problems("dir", str(tmp_path / "eight")).split("test")
     assert {row["pid"]: row["text"] for row in rows} == {
         p.pid: render_target(Format("QCM", "A"), p.choices, p.answer, "", "", "both") for p in problems
     }
+
+
+def test_eight_examples_are_learnt_and_generated(tmp_path):
+    """The test that finds a shifted label, a missing end token or another prompt at inference: overfit, then *generate*."""
+    changes = {"student.path": "random:small", "train.steps": 120, "eval.val_limit": 2, "eval.batch_rows": 1}
+    overfit_eight(tmp_path, **changes)
