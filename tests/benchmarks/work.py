@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.adapters.peft_format import to_peft, write_peft
 from sqa_jax.data.dataset import build_or_reuse, encoder_for, load_config_problems
 from sqa_jax.data.loader import packed_rows, steps_of
 from sqa_jax.data.problem import Problem
@@ -96,7 +96,8 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
     save_safetensors(student.params, student.config, root / "student")
     words.save_pretrained(root / "student")
     write_json(root / "student" / "generation_config.json", {"eos_token_id": ends, "pad_token_id": words.pad_token_id})
-    _save_peft(adapter_of(config, flags["run"], runtime), config.adapter.lora, student.config, root / "adapter")
+    adapter = to_peft(config.adapter, adapter_of(config, flags["run"], runtime), student.config, "")
+    write_peft(adapter, root / "adapter")
 
     dataset, _ = build_or_reuse(config, words, load_config_problems(config))
     rows = packed_rows(dataset, config, 0, words.pad_token_id)
@@ -140,24 +141,6 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
         "options_per_question": float(np.mean([len(own) for own in options])),
         "tokens_per_prompt": float(np.mean([len(prompt) for prompt in prompts])),
     }
-
-
-def _save_peft(tree: Any, lora, student: DecoderConfig, directory: Path) -> None:
-    """The adapter as PEFT reads it."""
-    tensors = {}
-    for name, layer in tree["lora"].items():
-        module = student.linear_shapes()[name][0]
-        for index in range(student.num_layers):
-            key = f"base_model.model.model.layers.{index}.{module}.{name}"
-            for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
-                tensors[f"{key}.{theirs}.weight"] = np.ascontiguousarray(np.asarray(layer[ours][index]).T)
-    directory.mkdir()
-    save_file(tensors, directory / "adapter_model.safetensors")
-    described = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora,
-        "lora_dropout": lora.dropout, "target_modules": sorted(tree["lora"]),
-    }  # fmt: skip
-    write_json(directory / "adapter_config.json", described)
 
 
 def _products(student: DecoderConfig, batch_rows: int, tokens: int, targets: int) -> list[list[int]]:
