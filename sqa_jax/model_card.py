@@ -91,7 +91,7 @@ def _methods(settings, methods: Sequence[str], trained: bool) -> str:
     lora = settings.lora
     words = {
         "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on "
-        + ", ".join(lora.targets),
+        + (", ".join(lora.targets) or "all linear layers"),
         "prefix": f"a prefix of {settings.prefix.length} positions",
         "prompt": f"a prompt of {settings.prompt.length} positions",
         "full": "training all weights",
