@@ -1,0 +1,1 @@
+"""What turns pictures into features that a decoder reads."""
