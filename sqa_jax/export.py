@@ -5,6 +5,7 @@ Reads:  WORKDIR/config.json, the checkpoint that --config.eval.checkpoint names 
 Writes: the new directory --out, with a model card, and
         peft  adapter_config.json, adapter_model.safetensors; LoRA beside a prefix or a prompt is a folder each
         hf    config.json, generation_config.json, the tokenizer, and the weights, in several files where over 5 GB
+        and of a student that sees a picture of the sample for the card's snippet, and with hf what its processor needs
 
 It is read back and has to give the same logits before it gets its name; what exists is never overwritten.
 
@@ -15,6 +16,7 @@ Examples:
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,7 @@ from sqa_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sqa_jax.students.config import StudentConfig
+    from sqa_jax.data.pictures import PictureRows
     from sqa_jax.students.load import Student
 
 
@@ -43,7 +45,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     """
     from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.files import atomic_directory
-    from sqa_jax.model_card import model_card, results_of
+    from sqa_jax.model_card import PICTURE, example, model_card, results_of
     from sqa_jax.runtime import start
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
@@ -69,6 +71,10 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
             _write_model(config.adapter, runtime.student, tree, beside, dtype)
         card = model_card(config, runtime.student, tuple(tree), step, kind, out, results_of(root, which, step))
         (beside / "README.md").write_text(card, encoding="utf-8")
+        if runtime.student.config.vision is not None:
+            if kind == "hf":
+                _keep_processor(config, beside)
+            (beside / PICTURE).write_bytes(example(runtime.student).image.read())
     print(
         f"{out}: {'+'.join(tree) or 'the bare student'}, read back with the same logits; README.md says how to use it"
     )
@@ -82,8 +88,8 @@ def _write_adapter(config, student: Student, tree: Any, directory: Path) -> None
     write_peft(to_peft(settings, tree, student.config, config.student.path, config.student.revision), directory)
     written = read_peft(directory, student.config)
     again.update_from_flattened_dict(written.settings)
-    expected = _logits(settings, tree, student.params, student.config)
-    _check_equal(_logits(again, written.tree, student.params, student.config), expected, 1e-4)
+    expected = _logits(settings, tree, student)
+    _check_equal(_logits(again, written.tree, student), expected)
 
 
 def _write_model(settings, student: Student, tree: Any, directory: Path, dtype: str) -> None:
@@ -92,55 +98,94 @@ def _write_model(settings, student: Student, tree: Any, directory: Path, dtype: 
     from sqa_jax.adapters.adapter import merge
     from sqa_jax.files import write_json
     from sqa_jax.students.load import load_student
+    from sqa_jax.students.t5_config import T5Config
     from sqa_jax.students.weights import write_model
 
-    expected = _logits(settings, tree, student.params, student.config)
+    expected = _logits(settings, tree, student)
     # The merged model takes the base's place in memory.
     merged = jax.jit(lambda tree, base: merge(settings, tree, base, student.config), donate_argnums=1)(
         tree, student.params
     )
+    if dtype == "bfloat16":  # of each weight 8 bits are kept, and what is read must be just these
+        rounded = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(dtype).astype(a.dtype), tree), donate_argnums=0)
+        merged = rounded(merged)
+        expected = _logits(settings, {}, dataclasses.replace(student, params=merged))
     write_model(merged, student.config, directory, dtype)
     del merged
     student.tokenizer.save_pretrained(directory)
-    ends = {"eos_token_id": list(student.eos_ids), "pad_token_id": student.tokenizer.pad_token_id}
-    write_json(directory / "generation_config.json", ends)
+    generation = {"eos_token_id": list(student.eos_ids), "pad_token_id": student.tokenizer.pad_token_id}
+    if isinstance(student.config, T5Config):
+        generation["decoder_start_token_id"] = student.config.decoder_start
+    write_json(directory / "generation_config.json", generation)
     written = load_student(str(directory))
-    # 8 bits of each weight are kept in bfloat16, and what they lack adds up over the layers.
-    tolerance = {"float32": 1e-4, "bfloat16": 0.1}[dtype]
-    _check_equal(_logits(settings, {}, written.params, written.config), expected, tolerance)
+    _check_equal(_logits(settings, {}, written), expected)
 
 
-def _logits(settings, tree: Any, base: Any, student: StudentConfig) -> np.ndarray:
-    """Logits of a few tokens, in float32."""
+def _keep_processor(config, directory: Path) -> None:
+    """Puts the published settings of a student's processor, where it has some, in place of those that we write."""
+    import shutil
+
+    from sqa_jax.students.paths import locate
+
+    if config.student.path.startswith("random:"):
+        return
+    where = locate(config.student.path, config.student.revision)
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        if (where / name).exists():
+            shutil.copyfile(where / name, directory / name)
+
+
+def _logits(settings, tree: Any, student: Student) -> np.ndarray:
+    """Logits of a few tokens in float32, which stand behind a picture where the student sees."""
     import jax
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
-    from sqa_jax.students.modules import module_for
+    from sqa_jax.data.packing import with_virtual
+    from sqa_jax.students.modules import module_for, seen
     from sqa_jax.students.t5_config import T5Config
 
-    virtual = adapters.virtual_tokens(settings) if tree else 0
-    tokens = 7919 * np.arange(1, virtual + 17)[None] % student.vocab_size
-    if isinstance(student, T5Config):  # the decoder reads the last ones
-        tokens[:, virtual + 8] = student.decoder_start
-    places, ones = np.arange(virtual + 16)[None], np.ones_like(tokens)
+    config, virtual = student.config, adapters.virtual_tokens(settings).count if tree else 0
+    words = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
+    pictures = None if config.vision is None else _picture(student)
+    tokens = with_virtual([*(pictures.pictures.prompt("", student.tokenizer) if pictures else []), *words], virtual)
+    batch = {"tokens": np.asarray([tokens], np.int32)}
+    if isinstance(config, T5Config):  # the decoder reads the last ones
+        batch["tokens"][:, virtual + 8] = config.decoder_start
+    if pictures is not None:
+        batch = pictures.of_rows(batch, pictures.room(pictures.count(tokens)))
+    places = np.arange(len(tokens))[None]
 
     @jax.jit
-    def read(tree, base):
-        adaptation = adapters.activate(settings, tree, student)
-        variables = {"params": adapters.weights(tree, base)}
-        return module_for(student)(student).apply(variables, tokens, places, ones, adaptation, method="logits")[0][
-            :, virtual:
-        ]
+    def read(tree, base, batch):
+        adaptation, weights = adapters.activate(settings, tree, config), {"params": adapters.weights(tree, base)}
+        module = module_for(config)(config)
+        more = seen(module, weights["params"], batch, adaptation)
+        hidden, _ = module.apply(weights, batch["tokens"], places, np.ones_like(places), adaptation, **more)
+        return module.apply(weights, hidden[:, -len(words) :], method="unembed")
 
     with jax.default_matmul_precision("float32"):
-        return np.asarray(read(tree, base))
+        return np.asarray(read(tree, student.params, batch))
 
 
-def _check_equal(found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+def _picture(student: Student) -> PictureRows:
+    """One picture, of question ""."""
+    import numpy as np
+
+    from sqa_jax.data.pictures import PictureRows, PictureSet
+    from sqa_jax.model_card import example
+    from sqa_jax.students.vision.family import module_of
+
+    config = student.config
+    pieces, *sizes = module_of(config.vision).picture(config.vision, example(student).image.open())
+    sizes = np.asarray([[len(pieces), *sizes]])
+    return PictureRows(PictureSet(config.vision, config.vocab_size, "", pieces, sizes, {"": 0}, {}))
+
+
+def _check_equal(found: np.ndarray, expected: np.ndarray) -> None:
     """Raises `RuntimeError` unless the logits are equal: no user's mistake makes them differ."""
     difference, largest = abs(found - expected).max(), abs(expected).max()
-    if not difference <= tolerance * largest:
+    if not difference <= 1e-4 * largest:
         raise RuntimeError(
             f"what was written gives other logits when it is read: they differ by {difference} of {largest}"
         )

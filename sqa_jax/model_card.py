@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
 from sqa_jax.data.dataset import encoder_for
+from sqa_jax.data.problem import Problem
 from sqa_jax.data.recipes import arm_format
 from sqa_jax.data.sources import HUB_ID, load_problems
 from sqa_jax.files import read_json
 from sqa_jax.metrics.cells import percent
 from sqa_jax.metrics.table import markdown_table
 from sqa_jax.students.load import Student
+from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.vision.family import Vision
+from sqa_jax.students.vision.paligemma import WORDS
+
+PICTURE = "example.png"  # beside the card of a student that sees: what its snippet shows
 
 
 def results_of(workdir: Path, which: str, step: int | None) -> dict[str, dict[str, Any]]:
@@ -49,7 +55,7 @@ def model_card(
     about = ModelCardData(
         base_model=None if local else path,
         library_name="peft" if kind == "peft" else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASKS[_kind(student)][0],
         tags=["sqa_jax", *methods, *(["science", "multiple-choice", "distillation"] if trained else [])],
         datasets=[HUB_ID] if trained and not sample else None,
         license=("apache-2.0" if sample else "cc-by-nc-sa-4.0") if trained else None,
@@ -79,8 +85,7 @@ def model_card(
         "## Accuracy",
         markdown_table(columns, scores) if scores else "Not evaluated.",
         "## Use",
-        "The prompt is as sqa_jax writes it; another one costs accuracy.",
-        f"```python\n{_snippet(config, student, methods, kind, out)}\n```",
+        *_use(config, student, methods, kind, out),
         "## Licence",
         terms,
     ]
@@ -89,9 +94,9 @@ def model_card(
 
 def _methods(settings, methods: Sequence[str], trained: bool) -> str:
     lora = settings.lora
+    layers = (", ".join(lora.targets) or "all linear layers") + (", tower and connector included" if lora.tower else "")
     words = {
-        "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on "
-        + (", ".join(lora.targets) or "all linear layers"),
+        "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on {layers}",
         "prefix": f"a prefix of {settings.prefix.length} positions",
         "prompt": f"a prompt of {settings.prompt.length} positions",
         "full": "training all weights",
@@ -113,35 +118,109 @@ def _data(data) -> str:
     return f"{where[data.source]}, split `{data.train_split}`{limit}{teacher}"
 
 
+def _use(config, student: Student, methods: Sequence[str], kind: str, out: str) -> list[str]:
+    """How it is used."""
+    vision, soft = student.config.vision, {"prefix", "prompt"} & set(methods)
+    if soft and vision is not None and (vision.has_places or student.config.prompt_both_ways):
+        lost = "positions of pictures in rows and columns" if vision.has_places else "mask that lets a prompt's tokens see each other"  # fmt: skip
+        return [
+            f"PEFT reads the files, but where it puts a {soft.pop()} in front it leaves out this model's {lost}, and so "
+            "answers otherwise than the model was trained; `sqa_jax.evaluate` answers as it was."
+        ]
+    snippet = f"```python\n{_snippet(config, student, methods, kind, out)}\n```"
+    apart = "" if vision is not None else ", each part tokenized by itself"
+    return [f"The prompt is as sqa_jax writes it{apart}; another one costs accuracy.", snippet]
+
+
+# Of each kind of student, its task on the hub, and transformers' class for it.
+_TASKS = {
+    "decoder": ("text-generation", "AutoModelForCausalLM"),
+    "encoder–decoder": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "seeing": ("image-text-to-text", "AutoModelForImageTextToText"),
+}
+
+
+def _kind(student: Student) -> str:
+    if isinstance(student.config, T5Config):
+        return "encoder–decoder"
+    return "decoder" if student.config.vision is None else "seeing"
+
+
+def example(student: Student) -> Problem:
+    """The question of the sample that a card asks; of a student that sees it has a picture."""
+    return next(one for one in load_problems("sample").split("test") if student.config.vision is None or one.image)
+
+
+class _Unseen(NamedTuple):
+    """Shows a picture in a prompt as a processor of transformers wants it: not as features, but as what stands for them."""
+
+    vision: Vision
+
+    def prompt(self, pid: str, tokenizer: Any) -> list[int]:
+        return tokenizer(self.vision.placeholder, add_special_tokens=False)["input_ids"]
+
+
 def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: str) -> str:
     """Python that answers a question of the sample."""
-    problem = load_problems("sample").split("test")[0]
-    (prompt,) = encoder_for(config, student.tokenizer).encode([problem], [arm_format(config.recipe)])
+    vision, tokenizer, kind_of_student = student.config.vision, student.tokenizer, _kind(student)
+    auto, reader = _TASKS[kind_of_student][1], "Tokenizer" if vision is None else "Processor"
+    encodes = kind_of_student == "encoder–decoder"
     base, comment = (_written(out), []) if kind == "hf" else _base(config)
     lines = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *(["from PIL import Image"] if vision is not None else []),
+        f"from transformers import {auto}, Auto{reader}",
         "",
         *comment,
-        f"tokenizer = AutoTokenizer.from_pretrained({base})",
-        f"model = AutoModelForCausalLM.from_pretrained({base})",
+        f"{reader.lower()} = Auto{reader}.from_pretrained({base})",
+        f"model = {auto}.from_pretrained({base})",
     ]
     if kind == "peft":
         folders = [out] if len(methods) == 1 else [f"{out}/{method}" for method in methods]
         steps = [f"model = PeftModel.from_pretrained(model, {_written(folder)})" for folder in folders]
         lines = ["from peft import PeftModel", *lines, *"\nmodel = model.merge_and_unload()\n".join(steps).split("\n")]
-        if {"prefix", "prompt"} & set(methods):
-            lines.insert(
-                0,
-                '# pip install peft "transformers<5.24": under 5.24, generate of peft 0.21 loses prefixes and prompts',
-            )
-    ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={student.tokenizer.pad_token_id}"
+        lost = ({"prefix"} if encodes else {"prefix", "prompt"}) & set(methods)
+        if lost:
+            version = f'# pip install peft "transformers<5.24": under 5.24, generate of peft 0.21 loses a {lost.pop()}'
+            lines.insert(0, version)
+    ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={tokenizer.pad_token_id}"
+    new = "reply[0]" if encodes else 'reply[0, inputs["input_ids"].shape[1] :]'
     lines += [
-        f"prompt = {_written(student.tokenizer.decode(prompt.tokens))}",
-        'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        *(_asked_in_parts(config, student) if vision is None else _asked_with_picture(config, student, out)),
         f"reply = model.generate(**inputs, max_new_tokens={config.eval.max_new_tokens}, do_sample=False, {ends})",
-        'print(tokenizer.decode(reply[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        f"print({reader.lower()}.decode({new}, skip_special_tokens=True))",
     ]
     return "\n".join(lines)
+
+
+def _asked_in_parts(config, student: Student) -> list[str]:
+    """Lines that make a question's `inputs`, each part of its prompt tokenized by itself, as training tokenizes it."""
+    encoder = encoder_for(config, student.tokenizer)
+    before, after = encoder.around
+    if isinstance(student.config, T5Config):  # `generate` itself starts the decoder
+        after = after.removesuffix(student.tokenizer.decoder_start_token)
+    prompt = [before, *(text for _, text in encoder.parts(example(student), arm_format(config.recipe))), after]
+    return [
+        "prompt = [",
+        *(f"    {_written(part)}," for part in prompt if part),
+        "]",
+        'inputs = tokenizer(prompt, is_split_into_words=True, add_special_tokens=False, return_tensors="pt")',
+    ]
+
+
+def _asked_with_picture(config, student: Student, out: str) -> list[str]:
+    """Lines that make the `inputs` of a question with its picture, by the model's own processor."""
+    vision, tokenizer = student.config.vision, student.tokenizer
+    encoder = encoder_for(config, tokenizer, _Unseen(vision))
+    (encoded,) = encoder.encode([example(student)], [arm_format(config.recipe)])
+    prompt = tokenizer.decode(encoded.tokens)
+    if not vision.placeholder:  # the processor puts what is around it
+        prompt = WORDS[0] + prompt.removeprefix(tokenizer.bos_token or "").removesuffix(vision.prompt_end)
+    given = f'{"add_special_tokens=False, " * bool(vision.placeholder)}return_tensors="pt"'
+    return [
+        f"prompt = {_written(prompt)}",
+        f"picture = Image.open({_written(f'{out}/{PICTURE}')})",
+        f"inputs = processor(images=[picture], text=prompt, {given})",
+    ]
 
 
 def _base(config) -> tuple[str, list[str]]:

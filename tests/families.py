@@ -45,14 +45,21 @@ T5 = dict(
 
 
 def make_model(family: str, **options) -> torch.nn.Module:
-    """A random PyTorch model, away from the uniform start, so that a mix-up of two tensors shows."""
+    """A random PyTorch model, away from the uniform start, so that a mix-up of two tensors shows.
+
+    Layers say more than embeddings, so that greedy texts depend on the whole prompt and do not repeat one token.
+    """
     torch.manual_seed(0)
     if family == "t5":
         model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | options)).eval()
     else:
         config = transformers.CONFIG_MAPPING[family](**SIZES | options)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    layers = 0.1 if family == "t5" else 0.25  # T5 does not divide attention's scores by the heads' width
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * (0.2 if "norm" in name or "bias" in name else 0.05))
+            spread = 0.2 if "norm" in name or "bias" in name else 0.05 if "embed" in name else layers
+            p.add_(torch.randn_like(p) * spread)
+        if family == "t5":
+            model.shared.weight.mul_(0.05)
     return model

@@ -14,6 +14,7 @@ from families import ENCODER_DECODERS, FAMILIES, make_model
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.config import default
+from sqa_jax.data.packing import with_virtual
 from sqa_jax.inference.generate import Generator
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.students.load import load_student
@@ -86,8 +87,8 @@ class Pair:
 
     def logits(self, settings, tree) -> np.ndarray:
         """Of the tokens that a decoder reads."""
-        virtual = adapters.virtual_tokens(settings)
-        tokens = np.pad(self.rows, ((0, 0), (virtual, 0)))
+        virtual = adapters.virtual_tokens(settings).count
+        tokens = np.asarray([with_virtual(row, virtual) for row in self.rows])
         positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
 
         def read(tree, base):
@@ -102,7 +103,8 @@ class Pair:
     def generated(self, settings, tree) -> list[list[int]]:
         mesh = make_mesh(default().mesh, jax.devices()[:1])
         generator = Generator(settings, self.module, mesh, [ENDS], 12, len(TOKENS))
-        return [ids for _, ids in sorted(generator(tree, self.student.params, self.prompts.tolist()))]
+        prompts = [with_virtual(prompt, adapters.virtual_tokens(settings).count) for prompt in self.prompts.tolist()]
+        return [ids for _, ids in sorted(generator(tree, self.student.params, prompts))]
 
 
 def _call(model, prompt: np.ndarray, behind: np.ndarray):

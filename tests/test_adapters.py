@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.config import default
+from sqa_jax.data.packing import with_virtual
 from sqa_jax.errors import UserError
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import Decoder
@@ -52,9 +53,9 @@ def shaken(tree, scale=0.3):
 
 
 def logits(config, tree, base, tokens):
-    """Logits of the real tokens, with virtual places in front where the adapter has a prompt."""
-    virtual = adapters.virtual_tokens(config) if tree else 0
-    tokens = np.pad(tokens, ((0, 0), (virtual, 0)))
+    """Logits of the real tokens, with a soft prompt's in front where the adapter has one."""
+    virtual = adapters.virtual_tokens(config).count if tree else 0
+    tokens = np.asarray([with_virtual(row, virtual) for row in tokens])
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     out, _ = Decoder(CONFIG).apply(
         {"params": adapters.weights(tree, base)}, jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(positions),
@@ -155,7 +156,7 @@ def test_methods_combine(base):
         assert np.abs(logits(partial, others, base, TOKENS) - together).max() > 1e-3
 
     def loss(tree):
-        tokens = jnp.pad(jnp.asarray(TOKENS), ((0, 0), (3, 0)))
+        tokens = jnp.asarray([with_virtual(row, 3) for row in TOKENS])
         positions = jnp.tile(jnp.arange(12), (2, 1))
         out, _ = Decoder(CONFIG).apply(
             {"params": base},

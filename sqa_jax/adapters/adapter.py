@@ -6,19 +6,24 @@ state and the checkpoints hold nothing of the base.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sqa_jax.adapters import lora, prefix, prompt
+from sqa_jax.adapters import lora, prefix, prompt, visual
+from sqa_jax.data.packing import NO_VIRTUAL, Virtual
 from sqa_jax.errors import UserError
 from sqa_jax.students.cache import Adaptation
 from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.layout import VISION
 from sqa_jax.students.modules import module_for, read
 from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.vision.adaptation import TowerAdaptation
 
-METHODS = ("lora", "prefix", "prompt", "full")
+_SEEING = f"{VISION}."  # what names of a tower's and a connector's layers begin with
+METHODS = ("lora", "prefix", "prompt", "full", "visual")
 Tree = dict[str, Any]
 
 
@@ -35,13 +40,25 @@ def check_methods(methods) -> None:
         )
 
 
-def virtual_tokens(settings) -> int:
-    """Places that a soft prompt takes in front of every sequence."""
-    return settings.prompt.length if "prompt" in settings.methods else 0
+def virtual_tokens(settings) -> Virtual:
+    """The tokens that a soft prompt adds to every sequence."""
+    prompt = settings.prompt
+    return Virtual(prompt.length, prompt.behind_picture) if "prompt" in settings.methods else NO_VIRTUAL
 
 
-def init_adapter(settings, student: StudentConfig, base: Tree, seed: int) -> Tree:
+def prompt_words(settings, tokenizer: Any) -> list[int]:
+    """The ids of `config.adapter.prompt.text` where a soft prompt starts from it, else none."""
+    prompt = settings.prompt
+    if "prompt" not in settings.methods or prompt.init != "text":
+        return []
+    return tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+
+
+def init_adapter(settings, student: StudentConfig, base: Tree, seed: int, words: Sequence[int] = ()) -> Tree:
     """A new adapter tree in float32. A pure function of its arguments: run it under `jit` to shard it.
+
+    Args:
+      words: as `prompt_words` gives them.
 
     Raises:
       UserError: `config.adapter` is not usable with this student.
@@ -55,7 +72,10 @@ def init_adapter(settings, student: StudentConfig, base: Tree, seed: int) -> Tre
         activations = _activations(student, base, settings.prefix.length, keys["prefix"])
         tree["prefix"] = prefix.init(settings.prefix, student, keys["prefix"], activations)
     if "prompt" in settings.methods:
-        tree["prompt"] = prompt.init(settings.prompt, base["embed_tokens"]["embedding"], keys["prompt"])
+        table = base["embed_tokens"]["embedding"]
+        tree["prompt"] = prompt.init(settings.prompt, student, table, keys["prompt"], words)
+    if "visual" in settings.methods:
+        tree["visual"] = visual.init(settings.visual, student, keys["visual"])
     if "full" in settings.methods:
         tree["full"] = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), base)  # a copy: training donates it
     return tree
@@ -78,11 +98,26 @@ def weights(tree: Tree, base: Tree) -> Tree:
 
 
 def activate(settings, tree: Tree, student: StudentConfig) -> Adaptation:
-    """The adapter in the form that the decoder uses. Differentiable; an empty tree is the bare student."""
+    """The adapter in the form that the student uses. Differentiable; an empty tree is the bare student."""
+    low = lora.activate(settings.lora, tree["lora"]) if "lora" in tree else {}
+    reading = {name: layer for name, layer in low.items() if not name.startswith(_SEEING)}
     return Adaptation(
-        lora=lora.activate(settings.lora, tree["lora"]) if "lora" in tree else None,
+        lora=reading or None,
         prefix=prefix.activate(settings.prefix, tree["prefix"], student) if "prefix" in tree else None,
         prompt=tree["prompt"]["embedding"] if "prompt" in tree else None,
+        tower=_tower(tree, {name.removeprefix(_SEEING): low[name] for name in low.keys() - reading.keys()}),
+    )
+
+
+def _tower(tree: Tree, low: Tree) -> TowerAdaptation | None:
+    """What is added to tower and connector, whose linear layers are adapted by `low`."""
+    if not low and "visual" not in tree:
+        return None
+    stacked = {name: layer for name, layer in low.items() if layer["a"].ndim == 3}
+    return TowerAdaptation(
+        prompts=tree["visual"]["embedding"] if "visual" in tree else None,
+        lora=stacked or None,
+        connector={name: low[name] for name in low.keys() - stacked.keys()} or None,
     )
 
 
@@ -90,10 +125,10 @@ def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
     """One model of base and adapter: LoRA is added into the kernels, a fully trained model is itself.
 
     Raises:
-      UserError: the tree holds a prefix or a prompt, which no weight can express.
+      UserError: the tree holds a prefix or prompts, which no weight can express.
     """
-    rest = sorted(set(tree) - {"lora", "full"})
-    if rest:
-        raise UserError(f"an adapter with {' and '.join(rest)} cannot be merged into weights; export it as an adapter")
+    if rest := sorted(set(tree) - {"lora", "full"}):
+        other = "only sqa_jax has it, evaluate the run itself" if "visual" in rest else "export it as an adapter"
+        raise UserError(f"an adapter with {' and '.join(rest)} cannot be merged into weights; {other}")
     base = weights(tree, base)
     return lora.merge(settings.lora, tree["lora"], base, student) if "lora" in tree else base

@@ -10,7 +10,8 @@ is x · a · b with a [in, r] = Aᵀ and b [r, out] = Bᵀ.
 
 Tree: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, float32. A T5's layers are named with stack and module, such
 as "decoder.cross_attn.q"; `config.adapter.lora.targets` are last parts of names, so that "q" adapts all three, as in
-PEFT.
+PEFT. With `config.adapter.lora.tower` the layers of a student's tower and connector have it, too: "vision.q_proj"; the
+connector's are not stacked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.layout import linear_layers
+from sqa_jax.students.layout import linear_layers, tower_layers
+from sqa_jax.students.leaf import Leaf
 
 Tree = dict[str, Any]
 
@@ -37,13 +39,20 @@ def target_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def adaptable(student: StudentConfig, tower: bool = True) -> dict[str, Leaf]:
+    """The kernels that LoRA may adapt, by their names in its tree; those of a tower, too, where there is one."""
+    return linear_layers(student) | (tower_layers(student) if tower else {})
+
+
 def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
     """A new adapter: a ~ U(±√(1/in)) as in the reference implementation and PEFT (Kaiming, a = √5), b = 0.
 
     Raises:
-      UserError: a target is no linear layer of the student, or the rank is not positive.
+      UserError: a target is no linear layer of the student, it has no tower to adapt, or the rank is not positive.
     """
-    layers = linear_layers(student)
+    if settings.tower and student.vision is None:
+        raise UserError("config.adapter.lora.tower: this student reads text alone; leave it at False")
+    layers = adaptable(student, settings.tower)
     targets = dict.fromkeys(map(target_of, layers))
     if unknown := sorted(set(settings.targets) - set(targets)):
         known = ", ".join(targets)
@@ -53,11 +62,11 @@ def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
     names = sorted(name for name in layers if target_of(name) in (settings.targets or targets))
     tree = {}
     for name, layer_key in zip(names, jax.random.split(key, len(names)), strict=True):
-        depth, width_in, width_out = layers[name].shape
+        *depth, width_in, width_out = layers[name].shape
         bound = width_in**-0.5
         tree[name] = {
-            "a": jax.random.uniform(layer_key, (depth, width_in, settings.rank), jnp.float32, -bound, bound),
-            "b": jnp.zeros((depth, settings.rank, width_out), jnp.float32),
+            "a": jax.random.uniform(layer_key, (*depth, width_in, settings.rank), jnp.float32, -bound, bound),
+            "b": jnp.zeros((*depth, settings.rank, width_out), jnp.float32),
         }
     return tree
 
@@ -69,7 +78,7 @@ def activate(settings, tree: Tree) -> Tree:
 
 def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
     """The base with W₀ + s · a · b in place of W₀, computed in float32, in the base's own type."""
-    layers = linear_layers(student)
+    layers = adaptable(student)
     name_of = {layers[name].path: name for name in tree}
 
     def merged(path, kernel):
@@ -77,7 +86,7 @@ def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
         if name is None:
             return kernel
         a, b = tree[name]["a"], tree[name]["b"]
-        update = scale(settings) * jnp.einsum("lir,lro->lio", a, b, precision="highest")
+        update = scale(settings) * jnp.einsum("...ir,...ro->...io", a, b, precision="highest")
         return (kernel + update).astype(kernel.dtype)
 
     return jax.tree_util.tree_map_with_path(merged, base)

@@ -10,12 +10,16 @@
 For an encoder–decoder PEFT looks up layer i's prefix as layer 2 i mod L's (see `sqa_jax.adapters.prefix`), and stores
 P further rows of a prompt that it never reads.
 
+Modules are called as in transformers 5. PEFT puts a prompt in front of all, a picture included.
+
 As in peft 0.21 (`peft.utils.save_and_load`, `peft.PeftModel.get_prompt`). PEFT holds one method an adapter; LoRA
 beside a prefix or a prompt is two adapters, in a folder each.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +27,11 @@ import jax
 import numpy as np
 
 from sqa_jax.adapters.adapter import activate
+from sqa_jax.adapters.lora import adaptable
 from sqa_jax.errors import UserError
 from sqa_jax.files import write_json
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.layout import linear_layers
+from sqa_jax.students.layout import modules
 from sqa_jax.students.safetensors_file import write_safetensors
 from sqa_jax.students.t5_config import T5Config
 
@@ -42,11 +47,18 @@ class PeftFiles(NamedTuple):
     tensors: dict[str, np.ndarray]
 
 
-def lora_modules(student: StudentConfig) -> dict[str, tuple[str, ...]]:
-    """What PEFT calls each linear layer that LoRA may adapt: {our name: its module in layer 0, 1, …}."""
-    return {
-        name: tuple(own.removesuffix(".weight") for own in leaf.names) for name, leaf in linear_layers(student).items()
-    }
+def lora_modules(student: StudentConfig, keys: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+    """What PEFT calls each linear layer that LoRA may adapt: {our name: its module in layer 0, 1, …}.
+
+    Args:
+      keys: of a file: what it holds is called as there, which may be as in an older release of transformers.
+    """
+
+    def called(weight: str) -> str:
+        *older, newest = modules(student, weight.removesuffix(".weight"))
+        return next((module for module in older if lora_keys(module)[0] in keys), newest)
+
+    return {name: tuple(map(called, leaf.names)) for name, leaf in adaptable(student).items()}
 
 
 def stored_prefix(student: StudentConfig) -> np.ndarray:
@@ -81,6 +93,16 @@ def to_peft(settings, tree: Tree, student: StudentConfig, base: str, revision: s
         )
     if "full" in tree:
         raise UserError("full fine-tuning leaves a model, not an adapter; export it with --format hf")
+    if "visual" in tree:
+        raise UserError(
+            "PEFT has no deep visual prompts: evaluate the run itself, or train without the method visual "
+            "(config.adapter.lora.tower adapts the tower in a form that PEFT has)"
+        )
+    if "prompt" in tree and settings.prompt.behind_picture and student.vision is not None:
+        raise UserError(
+            "PEFT puts a prompt in front of the picture, this one is behind it; train with "
+            "--config.adapter.prompt.behind_picture=False"
+        )
     if {"prefix", "prompt"} <= set(tree):
         raise UserError(
             "PEFT cannot put a prefix and a prompt in front of one model; train with one of them (lora may be beside it)"
@@ -114,7 +136,7 @@ def _lora(settings, tree: Tree, student: StudentConfig) -> PeftFiles:
     known = lora_modules(student)
     tensors = {}
     for name, layer in tree.items():
-        a, b = np.asarray(layer["a"]), np.asarray(layer["b"])
+        a, b = (np.asarray(layer[part]).reshape(-1, *layer[part].shape[-2:]) for part in "ab")
         for index, module in enumerate(known[name]):
             key_a, key_b = lora_keys(module)
             tensors[key_a], tensors[key_b] = np.ascontiguousarray(a[index].T), np.ascontiguousarray(b[index].T)
@@ -124,21 +146,30 @@ def _lora(settings, tree: Tree, student: StudentConfig) -> PeftFiles:
         "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rslora,
-        "target_modules": _targets(tree, known),
+        "target_modules": _targets(tree, known, student.vision is not None),
         "bias": "none",
     }
     return PeftFiles(config, tensors)
 
 
-def _targets(adapted, known: dict[str, tuple[str, ...]]) -> list[str]:
-    """The shortest `target_modules` that mean these layers and no others: last parts of names, else whole names."""
+def _targets(adapted, known: dict[str, tuple[str, ...]], sees: bool) -> list[str] | str:
+    """The shortest `target_modules` that mean these layers and no others: last parts of names, else an expression.
+
+    A student that sees has modules that are no linear layers and end alike, such as the convolution of its patches.
+    """
 
     def last(names) -> set[str]:
         return {module.rpartition(".")[2] for name in names for module in known[name]}
 
-    if last(adapted).isdisjoint(last(set(known) - set(adapted))):
+    if not sees and last(adapted).isdisjoint(last(set(known) - set(adapted))):
         return sorted(last(adapted))
-    return [module for name in adapted for module in known[name]]
+    return "|".join(map(_expression, (known[name] for name in adapted)))
+
+
+def _expression(layers: tuple[str, ...]) -> str:
+    """A regular expression for a module of all layers, whose names differ in the layer's number."""
+    parts = zip(*(module.split(".") for module in layers), strict=True)
+    return r"\.".join(re.escape(own[0]) if len(set(own)) == 1 else r"\d+" for own in parts)
 
 
 def _prefix(prefix: dict[str, jax.Array], student: StudentConfig) -> PeftFiles:

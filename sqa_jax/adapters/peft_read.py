@@ -29,6 +29,7 @@ from sqa_jax.adapters.prefix import depth
 from sqa_jax.errors import UserError
 from sqa_jax.files import local_path, read_json, sha256_file, sha256_json
 from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.layout import tower_layers
 from sqa_jax.students.load import student_config
 from sqa_jax.students.safetensors_file import open_safetensors
 
@@ -109,6 +110,7 @@ class _Files:
     Attributes:
       config: what `adapter_config.json` holds.
       kind: PEFT's name of the method.
+      keys: of its tensors.
     """
 
     def __init__(self, folder: Path):
@@ -129,6 +131,7 @@ class _Files:
                 f"which writes {WEIGHTS}"
             )
         self._handle = open_safetensors(self._file)
+        self.keys = set(self._handle.keys())
 
     def guarded(self, read, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
         """Calls a reader; what a damaged value in `adapter_config.json` makes of it becomes a `UserError`."""
@@ -143,14 +146,13 @@ class _Files:
     def read(self, expected: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         """All tensors, in float32; they are exactly those expected, {key: shape}."""
         another = f"the adapter is for another base ({self.config.get('base_model_name_or_path')}) or for another version of it"
-        there = set(self._handle.keys())
-        if extra := sorted(there - set(expected)):
+        if extra := sorted(self.keys - set(expected)):
             more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
             raise UserError(
                 f"{self._file}: tensor {extra[0]}{more} is for nothing that {CONFIG} adapts and the student has; {another}"
             )
         for key, shape in expected.items():
-            if key not in there:
+            if key not in self.keys:
                 raise UserError(
                     f"{self._file}: tensor {key} {shape} is missing, but {CONFIG} asks for it; save the adapter again with PEFT"
                 )
@@ -167,7 +169,7 @@ def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], T
     What is missing in rank is zero in both a and b: it adds nothing, has no gradient and stays zero, and so do layers
     without LoRA. The scale is the one that most modules have; the b of the others takes up what theirs differs by.
     """
-    config, modules = files.config, lora_modules(student)
+    config, layers_of, modules = files.config, lora.adaptable(student), lora_modules(student, files.keys)
     began = str(config.get("init_lora_weights")).lower()
     if began.startswith(_MOVES_WEIGHTS):
         raise UserError(
@@ -180,7 +182,7 @@ def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], T
     rslora = bool(config.get("use_rslora"))
     shapes = {}
     for name, layers in modules.items():
-        _, width_in, width_out = student.linear_shapes()[name]
+        *_, width_in, width_out = layers_of[name].shape
         for module in filter(ranks.__contains__, layers):
             shapes |= dict(zip(lora_keys(module), [(ranks[module], width_in), (width_out, ranks[module])], strict=True))
     tensors = files.read(shapes)
@@ -188,20 +190,20 @@ def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], T
     rank = max(ranks.values())
     counts = collections.Counter((ranks[module], alphas[module]) for module in adapted)
     usual, alpha = max(counts, key=lambda pair: (counts[pair], pair))
+    names = [name for name, layers in modules.items() if not ranks.keys().isdisjoint(layers)]
     settings = {
         "rank": rank,
         "alpha": float(alpha * (rank / usual) ** (0.5 if rslora else 1.0)),
         "rslora": rslora,
-        "targets": tuple(
-            dict.fromkeys(
-                lora.target_of(name) for name, layers in modules.items() if not ranks.keys().isdisjoint(layers)
-            )
-        ),
+        "targets": tuple(dict.fromkeys(map(lora.target_of, names))),
+        "tower": any(name in tower_layers(student) for name in names),
     }
     unit = lora.scale(SimpleNamespace(**settings))
     tree = {}
-    for name in (name for name in modules if lora.target_of(name) in settings["targets"]):
-        _, width_in, width_out = student.linear_shapes()[name]
+    for name, leaf in lora.adaptable(student, settings["tower"]).items():
+        if lora.target_of(name) not in settings["targets"]:
+            continue
+        *_, width_in, width_out = leaf.shape
         a = np.zeros((len(modules[name]), width_in, rank), np.float32)
         b = np.zeros((len(modules[name]), rank, width_out), np.float32)
         for index, module in enumerate(modules[name]):
@@ -210,7 +212,7 @@ def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], T
                 scale = lora.scale(SimpleNamespace(alpha=alphas[module], rank=own, rslora=rslora))
                 a[index, :, :own] = tensors[key_a].T
                 b[index, :own] = tensors[key_b].T * np.float32(scale / unit)
-        tree[name] = {"a": a, "b": b}
+        tree[name] = {"a": a, "b": b} if leaf.stacked else {"a": a[0], "b": b[0]}
     return settings, tree
 
 
