@@ -24,6 +24,7 @@ def get_config(which="smollm2-135m,lora"):
     config.student.path = CATALOGUE[name].hub
     config.adapter.methods = tuple(methods or ["lora"])
     config.recipe.answer = "text"
+    config.recipe.caption = CATALOGUE[name].config.vision is None  # who sees the image needs no description of it
     config.train.row_length = 1024
     config.train.batch_rows = 8
     config.eval.row_length = 1024

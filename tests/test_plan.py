@@ -30,6 +30,7 @@ from sqa_jax.plan.work import count
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.hf_config import to_hf
 from sqa_jax.students.load import student_config
+from sqa_jax.students.t5_config import T5Config
 
 use_compiler_only()
 
@@ -193,6 +194,38 @@ def test_generation_is_the_loop_to_the_last_token():
     assert row["flops"] == pytest.approx(64 * 20 * 2 * (layers * (kernels + 2 * heads * places) + D * V), rel=0.02)
     assert row["tokens_per_second"] == pytest.approx(64 * 20 / row["seconds"]["estimate"])
     assert row["seconds"]["binds"] == "memory" and not row["collectives"]
+
+
+def test_an_encoder_decoder_by_hand():
+    """Its encoder meets all places of a row, its decoder as many as there may be targets, and reads the encoder's."""
+    student, one = T5Config(1022, 256, 512, 2, 3, 4, 128), topology("v5e:1x1")
+    config = config_for()
+    config.adapter.lora.targets = ("q",)
+    row = plan(config, student, *one, DATA)
+    read, written, D, F, V, inner = 2 * 8 * 256, 2 * 8 * 128, 256, 512, 1022, 4 * 128
+    kernels = 4 * D * inner + 3 * D * F  # of a layer without cross-attention
+    expected = (
+        2
+        * 2
+        * (  # forward, and gradients of the inputs
+            read * (2 * kernels + 3 * 2 * D * inner)  # the encoder; keys and values for the decoder's layers
+            + written * (3 * (kernels + 2 * D * inner) + D * V)  # the decoder, its logits
+        )
+    )
+    expected += 2 * 3 * RANK * (D + inner) * (2 * read + 2 * 3 * written)  # LoRA: gradients of its weights, too
+    # Scores and values: two products forward, one again and four backward.
+    expected += 2 * 7 * inner * (2 * read * 256 + 3 * written * (128 + 256))
+    assert expected <= row["flops"] < 1.03 * expected
+    assert row["trained_parameters"] == RANK * (D + inner) * (2 + 2 * 3)
+    # The model's operations know no padding: of each sequence the encoder reads one half, the decoder writes the other.
+    assert row["utilization"]["roofline"] < 1 and row["model_flops"] < row["flops"]
+
+    config.adapter.methods, config.adapter.prompt.length = ("prompt",), 4
+    config.eval.batch_questions, config.eval.max_new_tokens, config.recipe.max_prompt = 64, 20, 200
+    row = plan_generation(config, student, *one)
+    # Each token meets the decoder's weights. One query a head is no product of matrices.
+    assert row["flops"] == pytest.approx(64 * 20 * 2 * (3 * (kernels + 2 * D * inner) + D * V), rel=0.02)
+    assert row["seconds"]["binds"] == "memory"
 
 
 def test_memory_that_is_short_is_a_plan_too():

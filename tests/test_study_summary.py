@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from sqa_jax.data.problem import Problem
+from sqa_jax.data.problem import ImageFile, Problem
 from sqa_jax.study import summary
 from sqa_jax.study.matrix import Run
 from sqa_jax.study.statistics import holm
 
+IMAGE = ImageFile("none", bytes)
 PROBLEMS = [
     Problem(
         str(k), "Which?", ("a", "b"), k % 2, subject=("natural science", "social science")[k % 3 == 0], grade="grade3"
@@ -36,7 +38,9 @@ NOTHING = summary.System(np.zeros((0, 40)), np.zeros((0, 40), int), [], [(0, "ou
 
 
 def hypotheses(systems, over_seeds=False):
-    rows = summary.test_hypotheses({("s", arm, "lora"): system for arm, system in systems.items()}, over_seeds)
+    rows = summary.test_hypotheses(
+        {("s", arm, "lora"): system for arm, system in systems.items()}, PROBLEMS, over_seeds
+    )
     return {row["name"]: row for row in rows}
 
 
@@ -60,11 +64,35 @@ def test_every_adapter_and_student_is_a_family_member():
         for student in ("s", "t") for adapter in ("lora", "prefix") for arm in ("golden", "teacher_answer")
     }  # fmt: skip
     systems["s", "zero_shot", "none"] = made(some(rng, 0.5))
-    rows = [row for row in summary.test_hypotheses(systems, False) if row["name"] == "H3.1"]
+    rows = [row for row in summary.test_hypotheses(systems, PROBLEMS, False) if row["name"] == "H3.1"]
     assert [(row["student"], row["adapter"]) for row in rows] == [
         ("s", "lora"), ("s", "prefix"), ("t", "lora"), ("t", "prefix"),
     ]  # fmt: skip
     assert [row["adjusted_p"] for row in rows] == pytest.approx(holm([row["p"] for row in rows]))
+
+
+def test_soft_prompts_are_a_hypothesis_of_students_that_see():
+    """H2 is tested for soft methods of a student that sees, against it untrained; on images alone, by hand."""
+    rng = np.random.default_rng(2)
+    shares = {("zero_shot", "none"): 0.3, ("golden", "prompt"): 0.9, ("golden", "lora"): 0.9}
+    seen, blind = ({(name, *key): made(some(rng, share)) for key, share in shares.items()} for name in ("v", "t"))
+    for system in seen.values():
+        system.records[0]["sees"] = True
+    pictured = [dataclasses.replace(p, image=IMAGE if k % 4 == 0 else None) for k, p in enumerate(PROBLEMS)]
+    rows = [row for row in summary.test_hypotheses({**seen, **blind}, pictured, False) if row["soft"]]
+    assert {(row["student"], row["adapter"]) for row in rows} == {("v", "prompt")}
+    by_name = {row["name"]: row for row in rows}
+    first, second = seen["v", "zero_shot", "none"].correct, seen["v", "golden", "prompt"].correct
+    assert by_name["H2"]["difference"] == pytest.approx(second.mean() - first.mean())
+    assert by_name["H2, images"]["difference"] == pytest.approx(second[:, ::4].mean() - first[:, ::4].mean())
+    assert by_name["H2, images"]["n"] == 10 and by_name["H2, teacher"]["verdict"] == "not tested"
+    found = {(r["adapter"], r["minus"], r["questions"]): r for r in summary.adapter_differences(seen, pictured, False)}
+    assert set(found) == {
+        (adapter, minus, questions)
+        for adapter, minus in (("prompt", "none"), ("lora", "none"), ("lora", "prompt"))
+        for questions in ("all", "with an image")
+    }
+    assert found["lora", "none", "all"]["p"] < 0.01
 
 
 def test_a_large_difference_is_decided_and_the_signs_are_the_statements():
@@ -152,7 +180,7 @@ def test_a_study_of_which_everything_failed_has_tables(tmp_path):
     systems = summary.collect(runs, [{"status": "failed", "error": "no", "seed": 0}], tmp_path, PROBLEMS, "test")
     (key,) = systems
     assert summary.summarize_system(key, systems[key], PROBLEMS, False)["failed"] == [(0, "no")]
-    assert all(row["verdict"] == "not tested" for row in summary.test_hypotheses(systems, False))
+    assert all(row["verdict"] == "not tested" for row in summary.test_hypotheses(systems, PROBLEMS, False))
     assert summary.examples(systems, runs, tmp_path, PROBLEMS, "test") == []
     assert summary.agreement(systems) == {"names": [], "share": []}
     assert summary.differences(systems, PROBLEMS, "golden", False) == []

@@ -39,7 +39,7 @@ def make_plan(config: Any, name: str, slices: int, programs: tuple[str, ...]) ->
 
     about, where = _about(config, name, slices)
     if "train" in programs:
-        about["train"] = plan(config, *where, data_of(config))
+        about["train"] = plan(config, *where, data_of(config, where[0]))
     if "generate" in programs:
         about["generate"] = plan_generation(config, *where)
     return about
@@ -51,7 +51,7 @@ def make_sweep(config: Any, name: str, slices: int, most: int, rows: int) -> dic
     from sqa_jax.plan.sweep import sweep
 
     about, where = _about(config, name, slices)
-    return {**about, "sweep": sweep(config, *where, data_of(config), most, rows)}
+    return {**about, "sweep": sweep(config, *where, data_of(config, where[0]), most, rows)}
 
 
 def _about(config: Any, name: str, slices: int) -> tuple[dict[str, Any], tuple]:
@@ -63,7 +63,11 @@ def _about(config: Any, name: str, slices: int) -> tuple[dict[str, Any], tuple]:
         "topology": name, "slices": slices, "chips": len(devices), "chip": kind,
         "student": config.student.path, "methods": list(config.adapter.methods),
     }  # fmt: skip
-    return about, (student_config(config.student.path, config.student.revision), kind, devices)
+    return about, (
+        student_config(config.student.path, config.student.revision, config.student.picture_tokens),
+        kind,
+        devices,
+    )
 
 
 def main() -> None:

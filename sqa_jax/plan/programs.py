@@ -10,23 +10,29 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.data.packing import Limits, choose_limits, pack_row
+from sqa_jax.data.packing import Limits, choose_limits, pack_row, room_for
+from sqa_jax.data.pictures import PictureRows, PictureSet
+from sqa_jax.errors import UserError
+from sqa_jax.inference.features import trains_tower
 from sqa_jax.inference.generate import Generator
 from sqa_jax.parallel.mesh import check_rows, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.plan.communication import expected_bytes
 from sqa_jax.runtime import held_dtype, make_decoder
 from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.flops import forward_flops, training_flops
+from sqa_jax.students.flops import forward_flops, see_flops, training_flops
+from sqa_jax.students.vision.family import module_of
 from sqa_jax.students.weights import shapes
 from sqa_jax.training.optimizer import make_optimizer
 from sqa_jax.training.step import compile_step, init_state, make_step
 
 # ScienceQA's 12,726 training questions as configs/study.py words them (QCM-AE), in SmolLM2's tokens: 146 tokens a
 # question, half of them to be learned, measured on 540 questions.
-_SCIENCEQA_TOKENS, _MEAN_LENGTH, _TARGET_SHARE = 12_726 * 146, 146, 0.5
+_SCIENCEQA_QUESTIONS, _MEAN_LENGTH, _TARGET_SHARE = 12_726, 146, 0.5
+_PICTURED, _PICTURE = 0.49, (500, 350)  # part of them that has a picture, and the pixels of a usual one
 
 
 class Data(NamedTuple):
@@ -38,6 +44,8 @@ class Data(NamedTuple):
       target_share: part of the tokens that is learned.
       limits: shape of a packed row.
       source: where these numbers come from.
+      feature_share: part of the tokens that shows pictures.
+      picture: features of a picture on average.
     """
 
     tokens: float
@@ -45,6 +53,8 @@ class Data(NamedTuple):
     target_share: float
     limits: Limits
     source: str
+    feature_share: float = 0.0
+    picture: float = 0.0
 
 
 class Step(NamedTuple):
@@ -70,28 +80,64 @@ class Step(NamedTuple):
     expected: dict[str, float]
 
 
-def data_of(config) -> Data:
+def data_of(config, student: DecoderConfig) -> Data:
     """The epoch of a configuration: of its dataset, which is built if it is not there, as training does.
+
+    For a random student it is about what ScienceQA's training questions make.
 
     Raises:
       UserError: the data cannot be read; `config.plan.tokens` does without them.
     """
-    from sqa_jax.data.dataset import build_or_reuse, load_config_problems
+    from sqa_jax.data.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
     from sqa_jax.data.loader import packed_rows
     from sqa_jax.students.tokenizer import load_tokenizer
 
     virtual, length = adapters.virtual_tokens(config.adapter), config.train.row_length
     if config.plan.tokens or config.student.path.startswith("random:"):
-        tokens = config.plan.tokens or _SCIENCEQA_TOKENS
-        one = np.array([min(_MEAN_LENGTH, length - virtual)])
-        limits = choose_limits(one, np.ceil(_TARGET_SHARE * one).astype(int), length, virtual, [""])
+        picture = _usual_picture(student)
+        mean = _MEAN_LENGTH + _PICTURED * picture
+        targets, share = _TARGET_SHARE * _MEAN_LENGTH, _PICTURED * picture / mean
+        one = np.array([min(math.ceil(mean) + virtual.count, length)])
+        limits = choose_limits(one, np.array([min(math.ceil(targets), length)]), length, [""])
+        limits = limits._replace(both_ways=student.prompt_both_ways)
+        if picture:
+            if picture > length:
+                raise UserError(
+                    f"a usual picture takes {picture} tokens, more than config.train.row_length = {length}; raise it, or lower "
+                    "config.student.picture_tokens"
+                )
+            seen = np.array([math.ceil(share * one[0])])
+            limits = limits._replace(features=_no_pictures(student).room(max(picture, room_for(one, seen, length))))
+        tokens = config.plan.tokens or _SCIENCEQA_QUESTIONS * mean
         source = "config.plan.tokens" if config.plan.tokens else "about ScienceQA's training questions"
-        return Data(tokens, _MEAN_LENGTH, _TARGET_SHARE, limits, source)
-    tokenizer = load_tokenizer(config.student.path, config.student.revision)
-    dataset, _ = build_or_reuse(config, tokenizer, load_config_problems(config))
-    rows = packed_rows(dataset, config, virtual, tokenizer.pad_token_id)
+        return Data(tokens, mean, targets / mean, limits, source, share, picture)
+    tokenizer, problems = load_tokenizer(config.student.path, config.student.revision), load_config_problems(config)
+    pictures = config_pictures(config, student, training_problems(config, problems))
+    dataset, _ = build_or_reuse(config, tokenizer, problems, pictures)
+    seen = pictures and PictureRows(pictures)
+    rows = packed_rows(dataset, config, tokenizer.pad_token_id, virtual, student.prompt_both_ways, seen)
     tokens, prompts = sum(map(len, rows.tokens)), int(np.sum(rows.prompt_lengths))
-    return Data(tokens, tokens / len(rows.tokens), 1 - prompts / tokens, rows.limits, str(dataset.path))
+    about = Data(tokens, tokens / len(rows.tokens), 1 - prompts / tokens, rows.limits, str(dataset.path))
+    if seen is None:
+        return about
+    features = sum(map(seen.count, rows.tokens))
+    return about._replace(
+        feature_share=features / tokens, picture=float(pictures.firsts[-1]) / max(1, len(pictures.sizes))
+    )
+
+
+def _usual_picture(student: DecoderConfig) -> int:
+    """Features of a usual picture; 0 for a student that sees none."""
+    if student.vision is None:
+        return 0
+    made = module_of(student.vision).picture(student.vision, Image.new("RGB", _PICTURE))
+    return len(made.pieces) * student.vision.features_of_piece
+
+
+def _no_pictures(student: DecoderConfig, features: np.ndarray | None = None) -> PictureRows:
+    """What puts nothing into rows that could hold pictures."""
+    empty = PictureSet(student.vision, student.vocab_size, "", np.zeros(0), np.zeros((0, 3), int), {}, {})
+    return PictureRows(empty, features)
 
 
 def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Step:
@@ -107,6 +153,11 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
     optimizer = make_optimizer(config.optimizer, 1000)  # steps of the run, which do not change the program
     state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
     row = pack_row([], [], data.limits, 0)
+    through = trains_tower(config.adapter)
+    known = config.student.cache_features and not through
+    if student.vision is not None:
+        features = np.zeros((0, student.hidden_size), decoder.dtype) if known else None
+        row |= _no_pictures(student, features)(row["tokens"], data.limits.features)[1]
     batch = {
         name: jax.ShapeDtypeStruct((settings.accumulate, settings.batch_rows, *a.shape), a.dtype)
         for name, a in row.items()
@@ -116,6 +167,10 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
     held = bytes_on_chip(state, mesh)
     sent = sum(a.size * a.dtype.itemsize for a in batch.values()) // row_shards(mesh)
     targets = data.target_share * tokens
+    seen = (
+        0.0 if known or student.vision is None else see_flops(student.vision, data.feature_share * tokens, data.picture)
+    )
+    methods = tuple(config.adapter.methods)
     return Step(
         functools.partial(step.lower, state, base, batch),
         held + bytes_on_chip(base, mesh) + sent,
@@ -123,7 +178,7 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
         _size(base or adapter),
         _size(adapter),
         tokens,
-        training_flops(student, tuple(config.adapter.methods), _size(adapter), tokens, data.mean_length / 2, targets),
+        training_flops(student, methods, _size(adapter), tokens, data.mean_length / 2, targets, seen, through),
         expected_bytes(student, base, adapter, mesh, settings, data.limits.targets, decoder.dtype),
     )
 
@@ -137,7 +192,7 @@ def decode_loop(config, student: DecoderConfig, mesh: Mesh) -> tuple[jax.stages.
     Raises:
       UserError: the configuration, the mesh and the student do not fit each other.
     """
-    settings, virtual = config.eval, adapters.virtual_tokens(config.adapter)
+    settings, virtual = config.eval, adapters.virtual_tokens(config.adapter).count
     base, adapter = _trees(config, student, mesh)
     decoder = make_decoder(config, student, mesh)
     any_end = (0,)  # which token ends a text does not change the program
@@ -158,7 +213,10 @@ def _trees(config, student: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Shapes of the base, which is empty where the adapter is the whole model, and of the adapter."""
     adapters.check_methods(config.adapter.methods)
     base = shapes(student, held_dtype(config, mesh))
-    adapter = jax.eval_shape(lambda base: adapters.init_adapter(config.adapter, student, base, config.seed), base)
+    words = (0,)  # those that a prompt starts from do not change the program
+    adapter = jax.eval_shape(
+        lambda base: adapters.init_adapter(config.adapter, student, base, config.seed, words), base
+    )
     return {} if "full" in config.adapter.methods else base, adapter
 
 

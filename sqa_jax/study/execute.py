@@ -9,11 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqa_jax.data.dataset import build_or_reuse, config_records, records_by_pid, training_problems
+from sqa_jax.data.dataset import (
+    DistillationDataset,
+    build_or_reuse,
+    config_pictures,
+    config_records,
+    records_by_pid,
+    training_problems,
+)
+from sqa_jax.data.pictures import PictureRows, PictureSet
 from sqa_jax.data.recipes import Example, Records, arm_format, arm_of, examples
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
+from sqa_jax.students.load import Student
 from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
 from sqa_jax.study.matrix import Run, run_config
 from sqa_jax.teach.prompts import prompt
@@ -117,9 +126,12 @@ class Executor:
 
         own = self._config(run)
         runtime = self._load(own)
-        made: dict[str, Any] = {"student_fingerprint": runtime.student.fingerprint}
+        made: dict[str, Any] = {
+            "student_fingerprint": runtime.student.fingerprint,
+            "sees": runtime.student.config.vision is not None,
+        }
         if run.trained:
-            dataset, _ = build_or_reuse(own, runtime.student.tokenizer, self.problems)
+            dataset, _ = self._dataset(own, runtime.student)
             manifest = dataset.manifest
             made["dataset"] = {
                 key: manifest[key] for key in ("rows", "rows_by_source", "tokens", "target_tokens", "dropped")
@@ -173,11 +185,19 @@ class Executor:
         from sqa_jax.adapters.adapter import virtual_tokens
         from sqa_jax.data.loader import packed_rows, steps_of
 
-        own, tokenizer = self._config(run), runtime.student.tokenizer
-        dataset, _ = build_or_reuse(own, tokenizer, self.problems)
-        rows = packed_rows(dataset, own, virtual_tokens(own.adapter), tokenizer.pad_token_id)
+        own, student = self._config(run), runtime.student
+        dataset, pictures = self._dataset(own, student)
+        rows = packed_rows(
+            dataset, own, student.tokenizer.pad_token_id, virtual_tokens(own.adapter), student.config.prompt_both_ways,
+            pictures and PictureRows(pictures),
+        )  # fmt: skip
         step = own.train.row_length * own.train.batch_rows * own.train.accumulate
         return steps_of(own, rows), rows.real_tokens() * step
+
+    def _dataset(self, own, student: Student) -> tuple[DistillationDataset, PictureSet | None]:
+        """The dataset of a run, and the pictures of its questions."""
+        pictures = config_pictures(own, student.config, training_problems(own, self.problems))
+        return build_or_reuse(own, student.tokenizer, self.problems, pictures)[0], pictures
 
     def _teacher(self, own) -> dict[str, Any]:
         """What the replies cost that a run learned from."""

@@ -15,6 +15,8 @@ class Hypothesis:
 
     Attributes:
       sign: +1 where it says that `second` is better, -1 where it says worse.
+      soft: it is about soft prompts on students that see, and about nothing else.
+      images: on questions with an image alone.
     """
 
     name: str
@@ -22,9 +24,25 @@ class Hypothesis:
     first: str
     second: str
     sign: int
+    soft: bool = False
+    images: bool = False
 
+    def concerns(self, sees: bool, adapter: str) -> bool:
+        """Whether it says something of a student that sees or not, adapted by methods such as "prompt+visual"."""
+        return not self.soft or (sees and set(adapter.split("+")) <= SOFT)
+
+
+SOFT = {"prompt", "prefix", "visual"}  # methods that put trained tokens, or what would be their keys, into the input
 
 HYPOTHESES = (
+    Hypothesis("H2", "Soft prompts improve a good multimodal model.", "zero_shot", "golden", +1, soft=True),
+    Hypothesis(
+        "H2, images", "They do so on questions with an image.", "zero_shot", "golden", +1, soft=True, images=True
+    ),
+    Hypothesis(
+        "H2, teacher", "So do those that learned from the teacher's answers and solutions.",
+        "zero_shot", "teacher_answer", +1, soft=True,
+    ),
     Hypothesis(
         "H3.1",
         "Learning from the teacher's answer and solution instead of the data's lowers accuracy.",

@@ -10,6 +10,7 @@ from sqa_jax.files import atomic_write
 from sqa_jax.metrics.cells import cell, count, duration, money, percent, points
 from sqa_jax.metrics.figures import svg
 from sqa_jax.metrics.leaderboard import COLUMNS
+from sqa_jax.study.matrix import NO_ADAPTER
 from sqa_jax.study.plots import PLOTS, label
 
 Results = dict[str, Any]
@@ -42,6 +43,7 @@ def write_report(results: Results, root: Path) -> None:
         leaderboard(results),
         hypothesis_table(results),
         difference_table(results),
+        adapter_table(results),
         cost_table(results),
         benchmark_table(results),
         explanation_table(results),
@@ -122,6 +124,17 @@ def difference_table(results: Results) -> Table:
         table.setdefault(label(row, results), {})[row["subject"]] = text
     rows = [[name, *(cells.get(subject, "–") for subject in subjects)] for name, cells in table.items()]
     return "differences", [f"minus {results['config']['study']['reference']}", *(s or "all" for s in subjects)], rows
+
+
+def adapter_table(results: Results) -> Table:
+    rows = [
+        [
+            label(row, results), "untrained" if row["minus"] == NO_ADAPTER else row["minus"], row["questions"], str(row["n"]),
+            points(row["difference"]), f"{points(row['low'])} to {points(row['high'])}", f"{row['p']:.2g}",
+        ]
+        for row in results["adapters"]
+    ]  # fmt: skip
+    return "adapters", ["system", "minus", "questions", "n", "difference", "95 % interval", "p"], rows
 
 
 def cost_table(results: Results) -> Table:

@@ -15,7 +15,7 @@ from sqa_jax.files import read_jsonl
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import COLUMNS, correctness, read_predictions, score
 from sqa_jax.study.hypotheses import HYPOTHESES, verdict
-from sqa_jax.study.matrix import NO_ADAPTER, Run, student_name
+from sqa_jax.study.matrix import NO_ADAPTER, ZERO_SHOT, Run, student_name
 from sqa_jax.study.statistics import Comparison, bootstrap_interval, compare, holm
 
 Key = tuple[str, str, str]  # student, arm, adapter
@@ -35,6 +35,11 @@ class System(NamedTuple):
     answers: np.ndarray
     records: list[dict[str, Any]]
     failed: list[tuple[int, str]]
+
+    @property
+    def sees(self) -> bool:
+        """Whether the student reads the questions' images."""
+        return any(record.get("sees") for record in self.records)
 
 
 def collect(
@@ -97,27 +102,36 @@ def summarize_system(key: Key, system: System, problems: Sequence[Problem], over
     return row
 
 
-def test_hypotheses(systems: dict[Key, System], over_seeds: bool) -> list[dict[str, Any]]:
+def test_hypotheses(systems: dict[Key, System], problems: Sequence[Problem], over_seeds: bool) -> list[dict[str, Any]]:
     """Every hypothesis for each student and adapter, with Holm's correction over all that could be tested."""
     tested, untested = [], []
+    pictured = _pictured(problems)
     for student, adapter in dict.fromkeys(
         (student, adapter) for student, _, adapter in systems if adapter != NO_ADAPTER
     ):
+        sees = any(system.sees for (name, _, _), system in systems.items() if name == student)
         for hypothesis in HYPOTHESES:
-            first, second = (systems.get((student, arm, adapter)) for arm in (hypothesis.first, hypothesis.second))
+            if not hypothesis.concerns(sees, adapter):
+                continue
+            arms = (hypothesis.first, hypothesis.second)
+            keys = [(student, arm, NO_ADAPTER if arm in ZERO_SHOT else adapter) for arm in arms]
+            first, second = map(systems.get, keys)
             row = {"student": student, "adapter": adapter, **dataclasses.asdict(hypothesis)}
             lacking = [
-                arm for arm, s in ((hypothesis.first, first), (hypothesis.second, second)) if s is None or not s.records
+                key for key, system in zip(keys, (first, second), strict=True) if not (system and system.records)
             ]
             if lacking:
-                why = "; ".join(_why_not(arm, systems.get((student, arm, adapter))) for arm in lacking)
+                why = "; ".join(_why_not(key[1], systems.get(key)) for key in lacking)
                 untested.append({**row, "verdict": "not tested", "why": why})
-            elif over_seeds and min(len(first.records), len(second.records)) < 2:
+            elif hypothesis.images and not pictured.any():
+                untested.append({**row, "verdict": "not tested", "why": "no question of the test has an image"})
+            elif over_seeds and _fewest(systems, keys) < 2:
                 untested.append(
                     {**row, "verdict": "not tested", "why": "seeds are to be resampled, and fewer than two finished"}
                 )
             else:
-                tested.append((row, hypothesis, _compare(first, second, over_seeds)))
+                own = pictured if hypothesis.images else slice(None)
+                tested.append((row, hypothesis, _compare(first, second, over_seeds, own)))
     adjusted = holm([comparison.p for _, _, comparison in tested])
     rows = []
     for (row, hypothesis, comparison), p in zip(tested, adjusted, strict=True):
@@ -126,8 +140,51 @@ def test_hypotheses(systems: dict[Key, System], over_seeds: bool) -> list[dict[s
     return rows + untested
 
 
+def adapter_differences(
+    systems: dict[Key, System], problems: Sequence[Problem], over_seeds: bool
+) -> list[dict[str, Any]]:
+    """Of each student and arm: each adapter minus the untrained student, and minus the adapters named before it.
+
+    On all questions, and on those with an image; findings to look at, not tests.
+    """
+    rows = []
+    pictured = _pictured(problems)
+    for (student, arm, adapter), system in systems.items():
+        if adapter == NO_ADAPTER or not system.records:
+            continue
+        others = [key for key in systems if key[0] == student and (key[1] == arm or key[1] == "zero_shot")]
+        for other in others[: others.index((student, arm, adapter))]:
+            if not systems[other].records:
+                continue
+            for questions, own in (("all", slice(None)), ("with an image", pictured)):
+                if questions == "all" or pictured.any():
+                    comparison = _compare(systems[other], system, over_seeds, own)
+                    row = {
+                        "student": student,
+                        "arm": arm,
+                        "adapter": adapter,
+                        "minus": other[2],
+                        "questions": questions,
+                    }
+                    rows.append({**row, **dataclasses.asdict(comparison)})
+    return rows
+
+
+def _fewest(systems: dict[Key, System], keys: Sequence[Key]) -> int:
+    """Seeds of the system that has the fewest; an untrained student is the same with every seed."""
+    return min(len(systems[key].records) for key in keys if key[2] != NO_ADAPTER)
+
+
+def _pictured(problems: Sequence[Problem]) -> np.ndarray:
+    return np.array([problem.image is not None for problem in problems], bool)
+
+
 def _compare(first: System, second: System, over_seeds: bool, own: np.ndarray | slice = slice(None)) -> Comparison:
-    """Compares on the questions `own`; a seed that failed in one of the two has no partner in `by_seed`."""
+    """Compares on the questions `own`; a seed that failed in one of the two has no partner in `by_seed`.
+
+    Seeds are resampled where both have several: an untrained student is the same with every seed.
+    """
+    over_seeds &= min(len(first.records), len(second.records)) > 1
     rows = {record["seed"]: row for row, record in enumerate(first.records)}
     pairs = [(rows[seed], row) for row, record in enumerate(second.records) if (seed := record["seed"]) in rows]
     return compare(first.correct[:, own], second.correct[:, own], over_seeds, pairs=pairs)
@@ -152,10 +209,9 @@ def differences(
         base = systems.get((student, reference, adapters[0] if adapter == NO_ADAPTER else adapter))
         if arm == reference or not system.records or base is None or not base.records:
             continue
-        enough = min(len(system.records), len(base.records)) > 1
         for subject in ("", *sorted({p.subject for p in problems if p.subject})):
             own = np.array([not subject or p.subject == subject for p in problems])
-            comparison = _compare(base, system, over_seeds and enough, own)
+            comparison = _compare(base, system, over_seeds, own)
             rows.append(
                 {
                     "student": student,
