@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 
-import datasets
+import numpy as np
+import pyarrow
 import pytest
 
+import datasets
 from sqa_jax.data import sample
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
@@ -121,6 +125,33 @@ def test_local_copy_of_the_hub_dataset(tmp_path):
             row["answer"],
         )
         assert (problem.image is None) == (row["image"] is None)
+
+
+def test_images_of_the_hub_stay_on_disk(tmp_path):
+    """What is held is far less than one image of ten, and each is there when somebody looks at it."""
+    size, count = 1 << 20, 10
+    contents = [np.random.default_rng(k).bytes(size) for k in range(count)]
+    features = datasets.Features(
+        {"image": datasets.Image(), "choices": datasets.List(datasets.Value("string")), "answer": datasets.Value("int8")}
+        | {"question": datasets.Value("string")}
+    )  # fmt: skip
+    columns = {
+        "image": [None, *({"bytes": content, "path": None} for content in contents)],
+        "question": ["Which?"] * (count + 1), "choices": [["a", "b"]] * (count + 1), "answer": [0] * (count + 1),
+    }  # fmt: skip
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(
+        tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    load_problems("hub", str(tmp_path))  # the parquet file becomes an Arrow file
+    gc.collect()
+    arrow = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    problems = load_problems("hub", str(tmp_path)).split("train")
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < size and pyarrow.total_allocated_bytes() - arrow < size, held
+    assert problems[0].image is None
+    assert [problem.image.read() for problem in problems[1:]] == contents
 
 
 def test_hub_out_of_reach_is_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""Where questions come from: the embedded sample, ScienceQA's own directory layout, or the hub."""
+"""Where questions come from: the embedded samples, ScienceQA's own directory layout, or the hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqa_jax.data.problem import ImageFile, Problem
+from sqa_jax.data.image import ImageFile
+from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_json
 
@@ -53,16 +54,18 @@ def load_problems(source: str, path: str = "", splits: str = "pid_splits.json", 
     """Loads questions.
 
     Args:
-      source: "sample", "dir" or "hub".
+      source: "sample", "pictures", "pictures-shifted", "dir" or "hub".
       path: the directory, or the hub dataset's id (or a local copy of it); "" is ScienceQA on the hub.
       splits: for "dir", the file in it that deals pids to splits.
-      images: "ignore", or "check" to open every image once.
+      images: "ignore", "check" to open every image once, or "drop": questions without their images.
 
     Raises:
       UserError: a file is missing or damaged, or a row is unusable; one line names the file and the row.
     """
     loaders: dict[str, Callable[[], ProblemSet]] = {
         "sample": _load_sample,
+        "pictures": lambda: _load_pictures("pictures", shifted=False),
+        "pictures-shifted": lambda: _load_pictures("pictures-shifted", shifted=True),
         "dir": lambda: _load_directory(Path(path), splits),
         "hub": lambda: _load_hub(path or HUB_ID),
     }
@@ -70,9 +73,12 @@ def load_problems(source: str, path: str = "", splits: str = "pid_splits.json", 
         raise UserError(f"config.data.source is {source!r}; choose one of {', '.join(loaders)}")
     if source == "dir" and not path:
         raise UserError("config.data.path is empty; with config.data.source = 'dir' it names ScienceQA's directory")
-    if images not in ("ignore", "check"):
-        raise UserError(f"config.data.images is {images!r}; choose ignore or check")
+    if images not in ("ignore", "check", "drop"):
+        raise UserError(f"config.data.images is {images!r}; choose ignore, check or drop")
     problems = loaders[source]()
+    if images == "drop":
+        blind = {name: tuple(dataclasses.replace(p, image=None) for p in own) for name, own in problems.splits.items()}
+        return dataclasses.replace(problems, splits=blind)
     if images == "check":
         for problem in problems.all().values():
             if problem.image is not None:
@@ -89,6 +95,17 @@ def _load_sample() -> ProblemSet:
         return ImageFile(f"sample image {pid}", lambda: sample.draw(pid, row))
 
     return _deal("sample", made.splits, made.problems, made.captions, image)
+
+
+def _load_pictures(name: str, shifted: bool) -> ProblemSet:
+    from sqa_jax.data.sample import pictures, scenes
+
+    rows, splits = pictures.generate(shifted)
+
+    def image(pid: str, row: Mapping[str, Any]) -> ImageFile:
+        return ImageFile(f"{name} image {pid}", lambda: scenes.draw_scene(row["scene"]))
+
+    return _deal(name, splits, rows, {}, image)
 
 
 def _load_directory(directory: Path, splits: str) -> ProblemSet:
@@ -188,13 +205,29 @@ def _load_hub(path: str) -> ProblemSet:
             raise UserError(f"{path}: has no column {sorted(missing)[0]!r}; it is not a copy of {HUB_ID}")
         rows = rows.cast_column("image", datasets.Image(decode=False))
         name = "val" if split == "validation" else split
-        splits[name] = tuple(_hub_problem(path, f"{name}-{i}", row, name) for i, row in enumerate(rows))
+        texts, images = rows.remove_columns("image"), rows.select_columns("image")
+        splits[name] = tuple(
+            _hub_problem(path, f"{name}-{i}", row, name, functools.partial(_hub_image, images, i) if pictured else None)
+            for i, (row, pictured) in enumerate(zip(texts, _pictured(images), strict=True))
+        )
     return ProblemSet(path, splits)
 
 
-def _hub_problem(path: str, pid: str, row: dict[str, Any], split: str) -> Problem:
-    encoded = row["image"]
-    image = None
-    if encoded is not None:
-        image = ImageFile(f"{path} image {pid}", lambda: encoded["bytes"] or Path(encoded["path"]).read_bytes())
+def _pictured(images: Any) -> list[bool]:
+    """Which rows of a hub dataset have an image, without reading it."""
+    import pyarrow.compute as pc
+
+    column = images.data.column("image")
+    held = (pc.is_valid(pc.struct_field(column, part)) for part in ("bytes", "path"))
+    return pc.and_(pc.is_valid(column), pc.or_(*held)).to_pylist()
+
+
+def _hub_image(images: Any, index: int) -> bytes:
+    """The encoded image of a row, read from the dataset's file, which is mapped into memory."""
+    encoded = images[index]["image"]
+    return encoded["bytes"] or Path(encoded["path"]).read_bytes()
+
+
+def _hub_problem(path: str, pid: str, row: dict[str, Any], split: str, read: Callable[[], bytes] | None) -> Problem:
+    image = read and ImageFile(f"{path} image {pid}", read)
     return _problem(path, pid, {**row, "choices": list(row["choices"])}, split, "", image)

@@ -1,0 +1,26 @@
+"""A tiny student learns to see, from nothing, on two CPU cores in minutes: the embedded questions about pictures.
+
+Its twin that sees nothing: --config.data.images=drop. In the shifted variant: --config.data.source=pictures-shifted.
+"""
+
+from sqa_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.data.source = "pictures"
+    config.student.path = "random:paligemma-small"
+    config.student.remat = "none"
+    config.recipe.format = "QM-A"
+    config.recipe.answer = "text"
+    config.adapter.methods = ("full",)
+    config.optimizer.learning_rate = 3e-3
+    config.train.row_length = 288  # two questions with their pictures
+    config.train.batch_rows = 8
+    config.train.epochs = 6.0
+    config.train.eval_every = 400
+    config.train.save_every = 400
+    config.eval.row_length = 288
+    config.eval.batch_rows = 16
+    config.eval.checkpoint = "last"
+    return config
