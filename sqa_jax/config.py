@@ -11,10 +11,12 @@ def default() -> ConfigDict:
     config.seed = 0  # of adapter initialisation, data order, dropout and subsets
 
     config.data = data = ConfigDict()
-    data.source = "sample"  # sample: made by the package | dir: ScienceQA's layout | hub: datasets
+    data.source = (
+        "sample"  # sample, pictures, pictures-shifted: made by the package | dir: ScienceQA's layout | hub: datasets
+    )
     data.path = ""  # dir: the directory; hub: a dataset id ("" is derek-thomas/ScienceQA)
     data.splits = "pid_splits.json"  # dir: which file deals the pids to splits
-    data.images = "ignore"  # ignore: only whether there is one | check: every image must open
+    data.images = "ignore"  # ignore: opened by those who look | check: every image must open | drop: nobody sees any
     data.teacher = ()  # files of recorded teacher replies (JSONL), or ("sample",)
     data.traces = ()  # conversations with tools to learn from, in place of recipe.arm: python -m sqa_jax.agent --traces
     data.train_split = "train"
@@ -40,10 +42,13 @@ def default() -> ConfigDict:
     student.revision = ""  # of a hub id
     student.dtype = "auto"  # computation: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
     student.attention = "auto"  # auto: one fused kernel where the platform has it | plain | splash (TPU) | cudnn (GPU)
+    # of a student that sees: compute what a frozen tower makes of pictures once, and keep it on disk
+    student.cache_features = True
+    student.picture_tokens = 0  # of a student that sees: most tokens of a picture; 0 is what it was published with
     student.remat = "dots"  # none | dots | full: what the backward pass recomputes, see students/layers.py
 
     config.adapter = adapter = ConfigDict()
-    adapter.methods = ("lora",)  # any of lora, prefix, prompt together; or ("full",)
+    adapter.methods = ("lora",)  # any of lora, prefix, prompt, visual together; or ("full",)
     # a directory with an adapter of PEFT to begin with, in place of a new one; methods, sizes and scales are then its own
     adapter.peft = ""
     adapter.lora = lora = ConfigDict()
@@ -52,13 +57,18 @@ def default() -> ConfigDict:
     lora.dropout = 0.0
     lora.rslora = False  # scale by alpha/sqrt(rank) in place of alpha/rank
     lora.targets = ()  # linear layers by name, such as ("q_proj", "v_proj"), or ("q", "v") of a T5; () is all of them
+    lora.tower = False  # of a student that sees: adapt the layers of tower and connector, too
     adapter.prefix = prefix = ConfigDict()
     prefix.length = 16
     prefix.reparametrize = True
     prefix.hidden = 512  # of the reparametrising MLP
     adapter.prompt = prompt = ConfigDict()
     prompt.length = 16
-    prompt.init = "vocabulary"  # vocabulary: rows of the embedding table | normal
+    prompt.init = "vocabulary"  # vocabulary: rows of the embedding table | mean: their mean | normal | text
+    prompt.text = ""  # text: the words to start from, repeated or cut to the length
+    prompt.behind_picture = False  # the prompt stands behind a question's picture, in place of in front of all
+    adapter.visual = visual = ConfigDict()
+    visual.length = 8  # deep prompts in every layer of the tower of a student that sees
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3

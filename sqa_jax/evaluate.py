@@ -25,6 +25,9 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqa_jax.inference.answer import Answered
     from sqa_jax.runtime import Runtime
 
 
@@ -40,6 +43,7 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.data.dataset import load_config_problems
     from sqa_jax.inference.answer import answers, way
+    from sqa_jax.inference.features import picture_rows
     from sqa_jax.metrics.leaderboard import read_predictions, score
     from sqa_jax.parallel.processes import main_first
     from sqa_jax.predictions import Predictions
@@ -59,6 +63,8 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
         check_evaluable(root, config, runtime.student.fingerprint)
     step, adapter = restore_adapter(config, root, runtime, given)
     base = {} if "full" in adapter else runtime.student.params
+    seen = picture_rows(config, runtime, problems)
+    unseen = {} if seen is None else seen.pictures.failed
 
     predictions = Predictions(
         root / "eval" / (settings.folder or settings.split),
@@ -66,6 +72,7 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
             "recipe": config.recipe.to_dict(), "eval": settings.to_dict(), "adapter": config.adapter.to_dict() if adapter else None,
             "student": runtime.student.fingerprint, "problems": [p.pid for p in problems], "data": loaded.fingerprint,
             "checkpoint": [settings.checkpoint, step], "seed": config.seed, **({"peft": given.fingerprint} if given else {}),
+            **({"pictures": seen.pictures.fingerprint} if seen else {}),
         },
     )  # fmt: skip
     if predictions.metrics is not None:
@@ -73,9 +80,8 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     missing = predictions.missing(problems)
     started = time.perf_counter()
     if missing:
-        found = answers(config, runtime)(adapter, base, missing)
-        rows = ({"pid": missing[one.index].pid, **one._asdict()} for one in found)
-        predictions.collect(({k: v for k, v in row.items() if k != "index"} for row in rows), len(problems))
+        found = answers(config, runtime, seen)(adapter, base, missing)
+        predictions.collect((_row(missing[one.index].pid, one, unseen) for one in found), len(problems))
     seconds = time.perf_counter() - started
     predictions.write(problems)
     with main_first():
@@ -83,8 +89,16 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     metrics |= {"split": settings.split, "mode": mode, "checkpoint": settings.checkpoint, "step": step}
     for name in ("read", "written", "scored"):
         metrics[f"tokens_{name}"] = sum(row[name] for row in predictions.known.values())
+    if seen is not None:
+        metrics["without_image"] = {"n": len(unseen), **seen.pictures.failures}
     metrics["questions_per_second"] = round(len(missing) / seconds, 3) if missing else None
     return predictions.finish(metrics)
+
+
+def _row(pid: str, one: Answered, unseen: Mapping[str, str]) -> dict[str, Any]:
+    """A row of predictions.jsonl; its "status" says where a question was asked without its picture, and why."""
+    row = {"pid": pid, **{name: value for name, value in one._asdict().items() if name != "index"}}
+    return row | ({"status": f"without its image: {unseen[pid]}"} if pid in unseen else {})
 
 
 def run_config(workdir: str):

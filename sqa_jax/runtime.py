@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sqa_jax.errors import UserError
-from sqa_jax.parallel.mesh import make_mesh, row_shards
+from sqa_jax.parallel.mesh import batch_sharding, make_mesh, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.decoder import Decoder
@@ -43,6 +43,7 @@ def start(config) -> Runtime:
         dtype=held_dtype(config, mesh),
         shardings_for=lambda tree: shardings(tree, mesh),
         seed=config.seed,
+        picture_tokens=config.student.picture_tokens,
     )
     return Runtime(mesh, student, make_decoder(config, student.config, mesh))
 
@@ -64,7 +65,8 @@ def make_decoder(config, student: StudentConfig, mesh: Mesh) -> Module:
             )
         return T5(student, dtype, config.student.remat, dropout, row_shards(mesh))
     fused = fused_attention(config.student.attention, student, dtype, mesh)
-    return Decoder(student, dtype, config.student.remat, dropout, fused, row_shards(mesh))
+    rows = batch_sharding(mesh) if mesh.size > 1 else None
+    return Decoder(student, dtype, config.student.remat, dropout, fused, row_shards(mesh), rows)
 
 
 def held_dtype(config, mesh: Mesh) -> Any:

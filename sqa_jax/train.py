@@ -3,7 +3,8 @@
 Reads:  the student and the questions that the configuration names; builds the dataset first if there is none
         with the configuration's fingerprint.
 Writes: WORKDIR/checkpoints/{last,best}, WORKDIR/metrics.jsonl, WORKDIR/tensorboard/, WORKDIR/config.json, and
-        WORKDIR/train.json when it is done. The same command continues an interrupted run where it stopped,
+        WORKDIR/train.json when it is done, beside WORKDIR/prompt.json with the words that are nearest to a trained
+        soft prompt. The same command continues an interrupted run where it stopped,
         bit for bit; SIGTERM and Ctrl-C save first.
 
 Example:
@@ -39,10 +40,12 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
+    from sqa_jax.adapters.nearest import tell_nearest
     from sqa_jax.adapters.peft_read import given_adapter
-    from sqa_jax.data.dataset import build_or_reuse, load_config_problems
+    from sqa_jax.data.dataset import build_or_reuse, load_config_problems, training_problems
     from sqa_jax.data.loader import make_loader, packed_rows, steps_of
     from sqa_jax.files import write_json
+    from sqa_jax.inference.features import picture_rows
     from sqa_jax.parallel.mesh import check_rows, own_rows, place_rows
     from sqa_jax.parallel.processes import Votes, is_main, main_first
     from sqa_jax.parallel.rules import shardings
@@ -66,10 +69,11 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     mesh, student, decoder = runtime
     check_rows(config.train.batch_rows, mesh, "train.batch_rows")
     problems = load_config_problems(config)
+    seen = picture_rows(config, runtime, training_problems(config, problems))
     with main_first():
-        dataset, reused = build_or_reuse(config, student.tokenizer, problems)
+        dataset, reused = build_or_reuse(config, student.tokenizer, problems, seen and seen.pictures)
     virtual = adapters.virtual_tokens(config.adapter)
-    rows = packed_rows(dataset, config, virtual, student.tokenizer.pad_token_id)
+    rows = packed_rows(dataset, config, student.tokenizer.pad_token_id, virtual, student.config.prompt_both_ways, seen)
     rows_per_step = config.train.batch_rows * config.train.accumulate
     steps = steps_of(config, rows)
     own = own_rows(mesh, config.train.batch_rows)
@@ -81,9 +85,11 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     # ---- state, in its shards
     optimizer = make_optimizer(config.optimizer, steps)
     base, first_tree = student.params, None if given is None else given.tree
+    words = adapters.prompt_words(config.adapter, student.tokenizer)
 
     def new_state(base, tree):
-        return init_state(tree or adapters.init_adapter(config.adapter, student.config, base, config.seed), optimizer)
+        new = tree or adapters.init_adapter(config.adapter, student.config, base, config.seed, words)
+        return init_state(new, optimizer)
 
     shape = jax.eval_shape(new_state, base, first_tree)
     placed = shardings(shape, mesh)
@@ -102,7 +108,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     # ---- the compiled step, and what looks at it
     step_fn = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), shape, base, mesh)
     validation = problems.split(config.eval.val_split)[: config.eval.val_limit or None]
-    validator = Validator(config, runtime, validation, virtual)
+    validator = Validator(config, runtime, validation, virtual, picture_rows(config, runtime, validation))
     report = Reporter(root, first, steps)
     size = sum(leaf.size for leaf in jax.tree.leaves(shape.adapter))
     report.say(
@@ -182,6 +188,9 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
         "best_val_loss": best_loss,
         "trained_parameters": size,
     }
+    if done == steps and "prompt" in state.adapter:
+        prompt, table = state.adapter["prompt"]["embedding"], base["embed_tokens"]["embedding"]
+        tell_nearest(root / "prompt.json", prompt, table, student.tokenizer, mesh)
     if not is_main():
         pass
     elif done == steps:

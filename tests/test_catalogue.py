@@ -18,6 +18,7 @@ from sqa_jax.students.hf_config import from_hf, to_hf
 from sqa_jax.students.layout import leaves
 from sqa_jax.students.t5_config import T5Config
 from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
+from sqa_jax.students.vision.qwen2_vl import Qwen2VLVision
 from sqa_jax.students.weights import random_params, save_safetensors
 
 # Millions of parameters on the models' cards.
@@ -27,6 +28,7 @@ CARDS = {
     "qwen2.5-3b": 3086, "qwen2.5-7b": 7616, "qwen3-0.6b": 596, "qwen3-1.7b": 1721, "qwen3-4b": 4022, "qwen3-8b": 8191,
     "gemma2-2b": 2614, "gemma2-9b": 9242, "gemma3-270m": 268, "gemma3-1b": 1000,
     "flan-t5-small": 77, "flan-t5-base": 248, "flan-t5-large": 783, "flan-t5-xl": 2850,
+    "paligemma-3b": 2923, "paligemma2-3b": 3032, "smolvlm-256m": 256, "smolvlm-500m": 507, "qwen2-vl-2b": 2209,
 }  # fmt: skip
 
 
@@ -44,11 +46,23 @@ def stand_in(config):
             config, vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=2, num_encoder_layers=2, num_heads=4,
             head_dim=8,
         )  # fmt: skip
+    vision = config.vision
+    if isinstance(vision, Qwen2VLVision):
+        ids = {"image_token": 260, "vision_start": 261, "vision_end": 262}
+        vision = dataclasses.replace(vision, width=32, embed_dim=16, depth=2, num_heads=2, **ids)
+    elif vision is not None:
+        tower = dataclasses.replace(
+            vision.tower, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, image_size=64, patch_size=8
+        )
+        vision = dataclasses.replace(vision, tower=tower, width=32, image_token=260)
+        if hasattr(vision, "longest_edge"):
+            vision = dataclasses.replace(vision, longest_edge=4 * tower.image_size)
     kinds = config.layer_types and (*config.layer_types[:3], *config.layer_types[-1:])
     return dataclasses.replace(
-        config, vocab_size=264, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4,
+        config, vocab_size=304, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=4,
         num_kv_heads=max(1, 4 * config.num_kv_heads // config.num_heads), head_dim=8, layer_types=kinds,
-        window=config.window and 16, query_scale=config.query_scale and 16,
+        window=config.window and 16, query_scale=config.query_scale and 16, vision=vision,
+        mrope_sections=config.mrope_sections and (1, 1, 2),
     )  # fmt: skip
 
 
@@ -63,7 +77,7 @@ def test_sizes_are_those_of_the_cards(name):
 def test_a_small_model_of_its_kind_is_loaded_by_its_configuration(name, tmp_path):
     small = stand_in(CATALOGUE[name].config)
     save_safetensors(random_params(small, 0), small, tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
+    byte_tokenizer(small.vision).save_pretrained(tmp_path / "model")
     config = settings(f"{name},lora,prompt")
     assert config.student.path == CATALOGUE[name].hub and config.adapter.methods == ("lora", "prompt")
     config.student.path, config.mesh.data = str(tmp_path / "model"), 8

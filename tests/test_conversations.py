@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.config import default
+from sqa_jax.data.packing import with_virtual
 from sqa_jax.inference.conversations import Conversations, _round_up
 from sqa_jax.inference.generate import Generator
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
@@ -79,7 +80,8 @@ def test_a_continued_cache_weighs_as_reading_anew(base, methods):
         Reference(config, tree, base),
     )
     common = ids(rng, 16)[0]
-    said = {row: common + own for row, own in enumerate(ids(rng, 5, 120, 31))}
+    virtual = adapters.virtual_tokens(config).count
+    said = {row: with_virtual(common + own, virtual) for row, own in enumerate(ids(rng, 5, 120, 31))}
     begun = conversations.start(tree, base, list(said.values()))
     assert conversations.begun >= 16
     pending = dict(enumerate(begun))

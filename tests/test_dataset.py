@@ -43,7 +43,7 @@ def config(tmp_path):
 def test_rows_are_what_the_recipe_says(config, problems):
     config.recipe.format = "QCM-AE"
     dataset, reused = build_or_reuse(config, TOKENIZER, problems)
-    tokens, prompt_lengths, pids = dataset.columns()
+    tokens, prompt_lengths, _, pids = dataset.columns()
     assert not reused and len(tokens) == dataset.manifest["rows"] == 40
     for ids, length, pid in zip(tokens, prompt_lengths, pids, strict=True):
         problem = problems.all()[pid]
@@ -135,8 +135,8 @@ def test_a_lecture_arm_prefers_replies_that_saw_the_lecture(config, problems):
 def test_domain_text_is_every_lecture_once_and_whole(config, problems):
     config.recipe.arm, config.recipe.max_target = "domain_text", 64
     dataset, _ = build_or_reuse(config, TOKENIZER, problems)
-    tokens, prompt_lengths, _ = dataset.columns()
-    chosen = {problems.all()[pid].lecture for pid in dataset.columns()[2]}
+    tokens, prompt_lengths, *_ = dataset.columns()
+    chosen = {problems.all()[pid].lecture for pid in dataset.columns().pids}
     assert set(prompt_lengths) == {1} and max(len(t) for t in tokens) <= 65
     text = TOKENIZER.decode([token for ids in tokens for token in ids[1:]])
     lectures = text.split("<|im_end|>")[:-1]
@@ -154,7 +154,7 @@ def test_an_arm_without_teacher_records_says_what_to_do(config, problems, arm):
 def test_subjects_and_unknown_subjects(config, problems):
     config.data.subjects, config.data.train_limit = ("language science",), 0
     dataset, _ = build_or_reuse(config, TOKENIZER, problems)
-    assert {problems.all()[pid].subject for pid in dataset.columns()[2]} == {"language science"}
+    assert {problems.all()[pid].subject for pid in dataset.columns().pids} == {"language science"}
     config.data.subjects = ("alchemy",)
     with pytest.raises(UserError, match="alchemy not in split 'train'; it has language science"):
         build_or_reuse(config, TOKENIZER, problems)
@@ -206,7 +206,7 @@ def test_teacher_records_round_trip_and_count(config, problems, tmp_path):
 def test_too_long_is_counted(config, problems):
     config.recipe.format, config.recipe.max_prompt, config.recipe.max_target = "QCML-AE", 420, 100
     dataset, _ = build_or_reuse(config, TOKENIZER, problems)
-    tokens, prompt_lengths, _ = dataset.columns()
+    tokens, prompt_lengths, *_ = dataset.columns()
     assert max(prompt_lengths) <= 420 and max(len(t) - n for t, n in zip(tokens, prompt_lengths, strict=True)) <= 100
     m = dataset.manifest
     assert m["shortened"]["lecture"]["rows"] > 0 and m["dropped"]["target longer than max_target"]["rows"] > 0

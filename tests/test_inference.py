@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.config import default
+from sqa_jax.data.packing import with_virtual
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
@@ -88,13 +89,15 @@ def test_soft_prompts_and_prefixes_are_seen(base, method):
     settings_ = adapter_settings(method)
     tree = adapters.init_adapter(settings_, CONFIG, base, 0)
     scorer = LikelihoodScorer(settings_, Decoder(CONFIG), MESH, 48, 2)
-    together = dict(scorer(tree, base, CHOICES))
-    begun = [choice._replace(prompt=[7, 8, 9] * 6 + choice.prompt) for choice in CHOICES[:3]]
+    virtual = adapters.virtual_tokens(settings_).count
+    choices = [choice._replace(prompt=with_virtual(choice.prompt, virtual)) for choice in CHOICES]
+    together = dict(scorer(tree, base, choices))
+    begun = [choice._replace(prompt=with_virtual([7, 8, 9] * 6 + choice.prompt, virtual)) for choice in CHOICES[:3]]
     alone = [option for choice in begun for _, option in scorer(tree, base, [choice])]
     for ours, theirs in zip([p for _, p in sorted(scorer(tree, base, begun))], alone, strict=True):
         for together_, alone_ in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(together_, alone_, atol=1e-4)
-    for index, choice in enumerate(CHOICES[:3]):
+    for index, choice in enumerate(choices[:3]):
         for k, option in enumerate(choice.options):
             (_, (alone, _)) = next(
                 scorer(tree, base, [Choice(list(choice.prompt) + option[:-1], [option[-1:], option[-1:]])])
@@ -108,21 +111,20 @@ def test_soft_prompts_and_prefixes_are_seen(base, method):
 @given(
     prompt=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     options=st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=5), min_size=2, max_size=5),
-    virtual=st.integers(0, 3),
 )
-def test_layout_reads_each_option_back(prompt, options, virtual):
+def test_layout_reads_each_option_back(prompt, options):
     """Walking a branch of the tree gives the prompt and the option; every scored token has its predecessor."""
-    tree = layout(Choice(prompt, options), virtual)
+    tree = layout(Choice(prompt, options))
     for number, option in enumerate(options):
         visible = (tree.branches == 0) | (tree.branches == number + 1)
         read = tree.tokens[visible].tolist()
-        assert (read + [option[-1]])[virtual:] == prompt + option
+        assert read + [option[-1]] == prompt + option
         np.testing.assert_array_equal(tree.positions[visible], np.arange(visible.sum()))
         own = tree.option == number
         assert tree.targets[own].tolist() == option[len(option) - own.sum() :] and own.any()
         np.testing.assert_array_equal(
             tree.positions[tree.predicting[own]] + 1,
-            virtual + len(prompt) + len(option) - own.sum() + np.arange(own.sum()),
+            len(prompt) + len(option) - own.sum() + np.arange(own.sum()),
         )
 
 
@@ -181,8 +183,7 @@ def rereading(settings_, tree, base, prompts, eos, count):
 
     texts = {}
     for k, prompt in enumerate(prompts):
-        read = [0] * (adapters.virtual_tokens(settings_) if "prompt" in tree else 0) + prompt
-        texts[k] = []
+        read, texts[k] = prompt, []
         while len(texts[k]) < count:
             text = read + texts[k]
             token = int(next_token(jnp.asarray([text + [0] * (192 - len(text))]), len(text)))
@@ -200,15 +201,17 @@ BEGUN = [[7, 8, 9] * 6 + prompt for prompt in ids(5, 11, 90, 1, 21)]  # they sha
 @pytest.mark.parametrize("methods", [(), ("prefix",), ("prompt",), ("prefix", "prompt", "lora")])
 def test_generation_equals_rereading_everything(base, adapted, methods):
     settings_, tree = adapter_settings(*methods), {name: adapted[1][name] for name in methods}
-    free = rereading(settings_, tree, base, MIXED + BEGUN, (), 10)
+    virtual = adapters.virtual_tokens(settings_).count
+    mixed, begun = ([with_virtual(prompt, virtual) for prompt in prompts] for prompts in (MIXED, BEGUN))
+    free = rereading(settings_, tree, base, mixed + begun, (), 10)
     eos = (free[1][0], next(t[4] for t in free.values() if t[4] not in t[:4] and free[1][0] not in t))
-    expected = rereading(settings_, tree, base, MIXED + BEGUN, eos, 10)
+    expected = rereading(settings_, tree, base, mixed + begun, eos, 10)
     assert {len(text) for text in expected.values()} >= {0, 4, 10}, "some end at once, on their way, and not at all"
     for batch in (1, 4):
         generator = Generator(settings_, Decoder(CONFIG), MESH, eos, 10, batch)
-        assert dict(generator(tree, base, MIXED + BEGUN)) == expected
-    begun = dict(generator(tree, base, BEGUN))
-    assert begun == {k: expected[len(MIXED) + k] for k in range(len(BEGUN))}
+        assert dict(generator(tree, base, mixed + begun)) == expected
+    alone = dict(generator(tree, base, begun))
+    assert alone == {k: expected[len(MIXED) + k] for k in range(len(BEGUN))}
 
 
 def test_finished_rows_are_refilled_while_others_go_on(base):
@@ -314,11 +317,19 @@ def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
     config.eval.temperature = 3.0  # greedy, random weights write nothing that can be seen
     config.eval.max_new_tokens, config.eval.batch_questions, config.eval.batch_rows = 12, 2, 8
     runtime = start(config)
-    problems, base = load_config_problems(config).split("test")[:10], runtime.student.params
+    problems, base = load_config_problems(config).split("test")[:6], runtime.student.params
     found = {one.index: (one.answer, one.text) for one in answers(config, runtime)({}, base, problems)}
-    assert sorted(found) == list(range(10))
+    assert sorted(found) == list(range(6))
     encoder = encoder_for(config, runtime.student.tokenizer)
-    forward = jax.jit(lambda tokens, places, mask: runtime.decoder.apply({"params": base}, tokens, places, mask)[0])
+
+    @jax.jit
+    def read(tokens, length):
+        places = jnp.arange(1024)[None]
+        logits, _ = runtime.decoder.apply(
+            {"params": base}, tokens, places, (places < length).astype(int), method="logits"
+        )
+        return jax.nn.log_softmax(logits[0], -1)
+
     reasons = []
     for index, problem in enumerate(problems):
         answer, text = found[index]
@@ -332,11 +343,7 @@ def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
             (target,) = encoder.plain([whole])
             row = np.zeros((1, 1024), np.int32)
             row[0, : len(prompt) + len(target)] = prompt + target
-            hidden = forward(
-                row, np.arange(1024)[None], (np.arange(1024) < len(prompt) + len(target))[None].astype(int)
-            )
-            logits = runtime.decoder.apply({"params": base}, hidden, method="unembed")[0]
-            log_probs = jax.nn.log_softmax(logits, -1)
+            log_probs = np.asarray(read(row, len(prompt) + len(target)))
             scores.append(sum(float(log_probs[len(prompt) + k - 1, t]) for k, t in enumerate(target)))
         assert scores[answer] >= max(scores) - 1e-3
         assert letter == f"{'ABCDEFGHIJ'[answer]}."

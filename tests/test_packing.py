@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqa_jax.data.loader import PackedRows, make_loader
-from sqa_jax.data.packing import Limits, choose_limits, pack_row
+from sqa_jax.data.packing import Limits, choose_limits, pack_row, with_virtual
 from sqa_jax.errors import UserError
 
 
@@ -17,7 +17,8 @@ def make(seed, count, longest=60, virtual=0, row=128, data_seed=0):
     prompts, targets = rng.integers(1, longest // 2, count), rng.integers(1, longest // 2, count)
     tokens = [rng.integers(1, 1000, p + t).astype(np.int32) for p, t in zip(prompts, targets, strict=True)]
     pids = [str(k) for k in range(count)]
-    limits = choose_limits(prompts + targets, targets, row, virtual, pids)
+    tokens, prompts = [np.asarray(with_virtual(own, virtual)) for own in tokens], prompts + virtual
+    limits = choose_limits(prompts + targets, targets, row, pids)
     return PackedRows(tokens, prompts, pids, limits, 0, seed)
 
 
@@ -34,7 +35,8 @@ def test_each_epoch_has_each_sequence_once_with_its_targets(seed, count, virtual
             row = rows[number]
             for segment, k in enumerate(rows.members(number), start=1):
                 own = row["segments"] == segment
-                np.testing.assert_array_equal(row["tokens"][own][virtual:], rows.tokens[k])
+                np.testing.assert_array_equal(row["tokens"][own], rows.tokens[k])
+                assert rows.tokens[k][:virtual].tolist() == [-1, -2, -3, -4, -5][:virtual]
                 np.testing.assert_array_equal(row["positions"][own], np.arange(own.sum()))
             # The masked-in targets, read through the tokens, are exactly what follows each predicting position.
             used = row["target_mask"] == 1
@@ -60,7 +62,7 @@ def test_rows_are_full():
     rng = np.random.default_rng(0)
     prompts = np.clip(rng.lognormal(4.4, 0.4, 3000), 20, 400).astype(int)  # about the lengths of ScienceQA's prompts
     targets = np.clip(rng.lognormal(2.5, 0.5, 3000), 5, 100).astype(int)
-    limits = choose_limits(prompts + targets, targets, 1024, 0, [""] * 3000)
+    limits = choose_limits(prompts + targets, targets, 1024, [""] * 3000)
     rows = PackedRows([np.zeros(n, np.int32) for n in prompts + targets], prompts, [""] * 3000, limits, 0, 0)
     assert rows.real_tokens() > 0.97
 
@@ -107,4 +109,4 @@ def test_processes_share_a_step_between_them():
 
 def test_a_question_longer_than_a_row_is_named():
     with pytest.raises(UserError, match="question b takes 70 tokens.*config.train.row_length = 64"):
-        choose_limits(np.array([10, 70]), np.array([2, 2]), 64, 0, ["a", "b"])
+        choose_limits(np.array([10, 70]), np.array([2, 2]), 64, ["a", "b"])

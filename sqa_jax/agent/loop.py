@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from sqa_jax.adapters.adapter import virtual_tokens
 from sqa_jax.agent.policies import Turn
 from sqa_jax.agent.tools import Result, Tool, call_tools
 from sqa_jax.data.dialogue import Call, Dialogue
+from sqa_jax.data.packing import NO_VIRTUAL
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.inference.conversations import Conversations
@@ -79,7 +81,13 @@ class Agent:
                 f"config.agent.context is {settings.context}, more than the student's {student.config.max_positions} "
                 "positions; lower it"
             )
+        if student.config.prompt_both_ways:
+            raise UserError(
+                f"{student.name} reads a prompt both ways, and so cannot hold a conversation with tools, which goes on behind "
+                "what was read; choose another --config.student.path"
+            )
         self._settings, self._student, self._tools = settings, student, dict(tools)
+        self._virtual = virtual_tokens(config.adapter)
         self.dialogue = Dialogue(student.tokenizer, config.recipe, [tool.spec for tool in tools.values()])
         self._conversations = Conversations(
             config.adapter, runtime.decoder, runtime.mesh, settings.batch, settings.context, self.dialogue.ends,
@@ -108,7 +116,8 @@ class Agent:
                     "tokens, more than config.recipe.max_prompt or config.agent.context; raise them"
                 )
         conversations = self._conversations
-        openings = conversations.start(adapter, base, [one.tokens for one in encoded])
+        virtual = self._virtual if "prompt" in adapter else NO_VIRTUAL
+        openings = conversations.start(adapter, base, [virtual.put(one.tokens) for one in encoded])
         coming, talks, due = iter(range(len(problems))), {}, set()
         while True:
             for row in set(range(conversations.rows)) - set(talks):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sqa_jax
+from sqa_jax.data.pictures import PictureSet, load_pictures
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.recipes import Example, Unusable, check_recipe, examples
 from sqa_jax.data.sources import ProblemSet, load_problems
@@ -18,11 +19,28 @@ from sqa_jax.data.tokenize import Encoded, Encoder
 from sqa_jax.data.traces import read_traces, trace_rows
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_file, sha256_json, write_json
+from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.tokenizer import fingerprint as tokenizer_fingerprint
 
-FORMAT = 2  # raised when the same inputs would make other rows
+FORMAT = 3  # raised when the same inputs would make other rows
 _BATCH = 1000  # questions tokenized in one call
 _NAMED = 50  # pids that the manifest names for each reason
+
+
+class Columns(NamedTuple):
+    """The rows of a dataset.
+
+    Attributes:
+      tokens: ids (int32) of each.
+      prompt_lengths: how many of them are prompt.
+      behind_pictures: how many of them end with the prompt's picture; 0 where there is none.
+      pids: the question that each was made of.
+    """
+
+    tokens: list[np.ndarray]
+    prompt_lengths: np.ndarray
+    behind_pictures: np.ndarray
+    pids: list[str]
 
 
 class DistillationDataset(NamedTuple):
@@ -31,8 +49,8 @@ class DistillationDataset(NamedTuple):
     path: Path
     manifest: dict[str, Any]
 
-    def columns(self) -> tuple[list[np.ndarray], np.ndarray, list[str]]:
-        """Of every row its ids (int32), its prompt's length, and its question's pid.
+    def columns(self) -> Columns:
+        """What packing wants of every row.
 
         Raises:
           UserError: the Arrow files are damaged.
@@ -41,7 +59,8 @@ class DistillationDataset(NamedTuple):
 
         try:
             rows = datasets.load_from_disk(str(self.path / "rows")).with_format("numpy")
-            tokens, prompt_lengths, pids = rows["tokens"][:], rows["prompt_length"][:], rows["pid"][:]
+            tokens, pids = rows["tokens"][:], rows["pid"][:]
+            prompt_lengths, behind_pictures = rows["prompt_length"][:], rows["behind_picture"][:]
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise UserError(
                 f"{self.path}: damaged ({type(error).__name__}); remove this folder and run again"
@@ -50,7 +69,8 @@ class DistillationDataset(NamedTuple):
             raise UserError(
                 f"{self.path}: holds {len(tokens)} rows, its manifest says {self.manifest['rows']}; remove this folder and run again"
             )
-        return [np.asarray(t, np.int32) for t in tokens], np.asarray(prompt_lengths), [str(p) for p in pids]
+        tokens = [np.asarray(t, np.int32) for t in tokens]
+        return Columns(tokens, np.asarray(prompt_lengths), np.asarray(behind_pictures), [str(p) for p in pids])
 
 
 def load_config_problems(config) -> ProblemSet:
@@ -59,10 +79,17 @@ def load_config_problems(config) -> ProblemSet:
     return load_problems(data.source, data.path, data.splits, data.images)
 
 
-def encoder_for(config, tokenizer: Any) -> Encoder:
+def config_pictures(config, student: StudentConfig, problems: Sequence[Problem]) -> PictureSet | None:
+    """The pictures of questions, for a student that sees; None for one that does not."""
+    if student.vision is None:
+        return None
+    return load_pictures(config.data.cache, student.vision, student.vocab_size, problems)
+
+
+def encoder_for(config, tokenizer: Any, pictures: PictureSet | None = None) -> Encoder:
     """The one encoder of a configuration, for training and for inference."""
     recipe = config.recipe
-    return Encoder(tokenizer, recipe.max_prompt, recipe.chat, recipe.caption)
+    return Encoder(tokenizer, recipe.max_prompt, recipe.chat, recipe.caption, pictures=pictures)
 
 
 def config_records(config, problems: ProblemSet) -> list[TeacherRecord]:
@@ -86,22 +113,27 @@ def records_by_pid(records: Iterable[TeacherRecord]) -> dict[str, dict[str, list
     return by_pid
 
 
-def build_or_reuse(config, tokenizer: Any, problems: ProblemSet) -> tuple[DistillationDataset, bool]:
+def build_or_reuse(
+    config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None = None
+) -> tuple[DistillationDataset, bool]:
     """The dataset of a configuration's training split, and whether it was there already.
 
     A dataset is written beside its place and renamed when it is whole, so one that is there is whole.
+
+    Args:
+      pictures: of the training questions, for a student that sees.
 
     Raises:
       UserError: the configuration, the data or the disk does not allow it.
     """
     check_recipe(config.recipe, bool(config.data.teacher))
-    inputs = _fingerprint_inputs(config, tokenizer, problems)
+    inputs = _fingerprint_inputs(config, tokenizer, problems, pictures)
     fingerprint = sha256_json(inputs)
     path = Path(config.data.cache) / fingerprint[:16]
     if path.exists():
         manifest = read_json(path / "manifest.json", "the dataset's manifest (remove this folder to build it again)")
         return DistillationDataset(path, manifest), True
-    rows, manifest = _make_rows(config, tokenizer, problems)
+    rows, manifest = _make_rows(config, tokenizer, problems, pictures)
     manifest = {"fingerprint": fingerprint, "made_of": inputs, **manifest}
     import datasets
 
@@ -111,6 +143,7 @@ def build_or_reuse(config, tokenizer: Any, problems: ProblemSet) -> tuple[Distil
         source=datasets.Value("string"),
         tokens=datasets.List(datasets.Value("int32")),
         prompt_length=datasets.Value("int32"),
+        behind_picture=datasets.Value("int32"),
     )
     try:
         with atomic_directory(path) as beside:
@@ -124,7 +157,7 @@ def build_or_reuse(config, tokenizer: Any, problems: ProblemSet) -> tuple[Distil
     return DistillationDataset(path, manifest), False
 
 
-def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[str, Any]:
+def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None) -> dict[str, Any]:
     """All that decides the rows, and nothing else: the same inputs make the same dataset."""
     files = [path for path in config.data.teacher if path != "sample"]
     for path in files:
@@ -144,6 +177,7 @@ def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet) -> dict[st
         "problems": problems.fingerprint,
         "teacher": [sha256_file(path) for path in files] + ["sample"] * ("sample" in config.data.teacher),
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        **({} if pictures is None else {"pictures": pictures.fingerprint}),
         **({"traces": [*map(sha256_file, traces), config.agent.context]} if (traces := config.data.traces) else {}),
     }
 
@@ -170,12 +204,14 @@ def training_problems(config, problems: ProblemSet) -> Sequence[Problem]:
     return chosen
 
 
-def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, list], dict[str, Any]]:
+def _make_rows(
+    config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None
+) -> tuple[dict[str, list], dict[str, Any]]:
     by_pid = records_by_pid(config_records(config, problems))
-    encoder, recipe = encoder_for(config, tokenizer), config.recipe
+    encoder, recipe = encoder_for(config, tokenizer, pictures), config.recipe
     arm = "tools" if config.data.traces else recipe.arm
     chosen = training_problems(config, problems)
-    rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length")}
+    rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length", "behind_picture")}
     dropped: dict[str, list[str]] = collections.defaultdict(list)
     shortened: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     texts: set[str] = set()  # plain texts so far: many questions share a lecture, which is learned once
@@ -186,7 +222,7 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
         elif len(row.tokens) - row.prompt_length > recipe.max_target:
             dropped["target longer than max_target"].append(pid)
         else:
-            values = (pid, arm, source, row.tokens, row.prompt_length)
+            values = (pid, arm, source, row.tokens, row.prompt_length, row.behind_picture)
             for name, value in zip(rows, values, strict=True):
                 rows[name].append(value)
             for part, count in row.shortened.items():
@@ -199,7 +235,11 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
             add(problem.pid, source, row)
         by_recipe = []
     else:
-        by_recipe = chosen
+        blind = {} if pictures is None else pictures.failed
+        by_recipe = [problem for problem in chosen if problem.pid not in blind]
+        for problem in chosen:
+            if problem.pid in blind:
+                dropped[blind[problem.pid]].append(problem.pid)
     for start in range(0, len(by_recipe), _BATCH):
         made = [
             e
@@ -229,6 +269,20 @@ def _make_rows(config, tokenizer: Any, problems: ProblemSet) -> tuple[dict[str, 
             for part, cuts in shortened.items()
         },
         "dropped": {reason: {"rows": len(pids), "pids": pids[:_NAMED]} for reason, pids in dropped.items() if pids},
+        **({} if pictures is None else {"pictures": _of_pictures(pictures)}),
+    }
+
+
+def _of_pictures(pictures: PictureSet) -> dict[str, Any]:
+    """How many questions have pictures, how many there are, and how large."""
+    features = np.diff(pictures.firsts)
+    return {
+        "questions": len(pictures.number_of),
+        "distinct": len(features),
+        "unusable": pictures.failures,
+        "pieces": f"pictures-{pictures.pieces_fingerprint[:16]}",
+        "bytes": pictures.pieces.nbytes,
+        "features": _percentiles(features.tolist()) if len(features) else {},
     }
 
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from sqa_jax.data.packing import Limits, choose_limits, pack_row, plan_rows
+from sqa_jax.data.dataset import DistillationDataset
+from sqa_jax.data.packing import NO_VIRTUAL, Limits, Virtual, choose_limits, pack_row, plan_rows, room_for
+from sqa_jax.data.pictures import PictureRows
 from sqa_jax.errors import UserError
 
 
@@ -24,6 +26,7 @@ class PackedRows:
       prompt_lengths: of each sequence, how many of them are prompt.
       pids: of each sequence, the question it was made of.
       limits: shape of a row; see `choose_limits`.
+      pictures: what puts into a row what it sees, where students see.
     """
 
     def __init__(
@@ -34,25 +37,27 @@ class PackedRows:
         limits: Limits,
         pad_id: int,
         seed: int,
+        pictures: PictureRows | None = None,
     ):
         self.tokens, self.prompt_lengths, self.pids = tokens, prompt_lengths, pids
-        self.limits, self.pad_id, self.seed = limits, pad_id, seed
+        self.limits, self.pad_id, self.seed, self.pictures = limits, pad_id, seed, pictures
         lengths = np.array([len(t) for t in tokens])
-        self._sizes, self._targets = lengths + limits.virtual, lengths - prompt_lengths
+        seen = np.zeros_like(lengths) if pictures is None else np.array([pictures.count(t) for t in tokens])
+        self._counts = np.stack([lengths, lengths - prompt_lengths, seen], axis=1)
         self._lock = threading.Lock()
         self._starts = [0]  # first row of each epoch planned so far
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     def _make_plan(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng((self.seed, epoch))
-        return plan_rows(self._sizes, self._targets, self.limits, rng)
+        return plan_rows(self._counts, self.limits[:3], rng)
 
     def rows_of_epoch(self, epoch: int) -> int:
         return len(self._plan(epoch))
 
     def real_tokens(self, epoch: int = 0) -> float:
         """Share of an epoch's tokens that are not padding."""
-        return float(self._sizes.sum() / (self.rows_of_epoch(epoch) * self.limits.tokens))
+        return float(self._counts[:, 0].sum() / (self.rows_of_epoch(epoch) * self.limits.tokens))
 
     def members(self, row: int) -> list[int]:
         """Indices of the sequences in a row."""
@@ -70,23 +75,67 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         members = self.members(int(row))
-        return pack_row(
+        row = pack_row(
             [self.tokens[k] for k in members], [self.prompt_lengths[k] for k in members], self.limits, self.pad_id
         )
+        if self.pictures is not None:
+            row["tokens"], seen = self.pictures(row["tokens"], self.limits.features)
+            row |= seen
+        return row
 
 
-def packed_rows(dataset, config, virtual: int, pad_id: int) -> PackedRows:
-    """Packed rows of a distillation dataset (`sqa_jax.data.dataset`), in the shape that `config.train` asks for.
+def packed_rows(
+    dataset: DistillationDataset,
+    config,
+    pad_id: int,
+    virtual: Virtual = NO_VIRTUAL,
+    both_ways: bool = False,
+    pictures: PictureRows | None = None,
+) -> PackedRows:
+    """Packed rows of a distillation dataset, in the shape that `config.train` asks for.
+
+    Args:
+      virtual: tokens of a soft prompt.
+      both_ways: whether the student reads prompts both ways.
+      pictures: what puts into rows what they see, where the student sees.
 
     Raises:
       UserError: the dataset is empty or a sequence is longer than a row.
     """
-    tokens, prompt_lengths, pids = dataset.columns()
-    if not len(tokens):
+    columns = dataset.columns()
+    if not columns.tokens:
         raise UserError(f"{dataset.path}: no training sequence; see its manifest.json for what was dropped and why")
-    lengths = np.array([len(t) for t in tokens])
-    limits = choose_limits(lengths, lengths - prompt_lengths, config.train.row_length, virtual, pids)
-    return PackedRows(tokens, prompt_lengths, pids, limits, pad_id, config.seed)
+    return pack(
+        [virtual.put(*row) for row in zip(columns.tokens, columns.behind_pictures.tolist(), strict=True)],
+        columns.prompt_lengths + virtual.count,
+        columns.pids,
+        config.train.row_length,
+        pad_id,
+        config.seed,
+        both_ways,
+        pictures,
+    )
+
+
+def pack(
+    sequences: Sequence[Sequence[int]],
+    prompt_lengths: np.ndarray,
+    pids: Sequence[str],
+    row_length: int,
+    pad_id: int,
+    seed: int,
+    both_ways: bool = False,
+    pictures: PictureRows | None = None,
+) -> PackedRows:
+    """Packed rows of sequences. Arguments and errors are those of `PackedRows` and `packed_rows`."""
+    tokens = [np.asarray(own, np.int32) for own in sequences]
+    lengths = np.array([len(own) for own in tokens])
+    limits = choose_limits(lengths, lengths - prompt_lengths, row_length, pids)
+    limits = limits._replace(both_ways=both_ways)
+    if pictures is not None:
+        seen = np.array([pictures.count(own) for own in tokens])
+        limits = limits._replace(features=pictures.room(room_for(lengths, seen, row_length)))
+    return PackedRows(tokens, prompt_lengths, pids, limits, pad_id, seed, pictures)
 
 
 def steps_of(config, rows: PackedRows) -> int:

@@ -9,17 +9,23 @@ A packed row, for two sequences of three and four tokens whose last two are targ
     targets           a1 a2 b2 b3
     target_mask        1  1  1  1
 
-Logits are computed at `target_positions` only.
+Logits are computed at `target_positions` only. Where prompts are read both ways (a prefix LM), `branches` marks them,
+see `sqa_jax.students.attention.visibility`; where students see, the row has what it sees, see `sqa_jax.data.pictures`.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sqa_jax.errors import UserError
+
+BOTH_WAYS = (
+    -1
+)  # branch of a trunk's first part, whose tokens see each other, whichever comes first: a prefix LM's prompt
 
 
 class Limits(NamedTuple):
@@ -28,41 +34,74 @@ class Limits(NamedTuple):
     Attributes:
       tokens: T, tokens of a row.
       targets: M, target tokens of a row.
-      virtual: places in front of every sequence for a soft prompt.
+      features: F, of the pictures of a row; 0 where students see none.
+      both_ways: whether prompts are read both ways.
     """
 
     tokens: int
     targets: int
-    virtual: int = 0
+    features: int = 0
+    both_ways: bool = False
 
 
-def choose_limits(
-    lengths: np.ndarray, targets: np.ndarray, row_length: int, virtual: int, pids: Sequence[str]
-) -> Limits:
-    """The smallest M that leaves packing free, in multiples of 8.
+def with_virtual(tokens: Sequence[int], count: int, place: int = 0) -> list[int]:
+    """Ids with `count` tokens of a soft prompt at `place`: they are -1, -2, …, which no vocabulary has."""
+    return [*tokens[:place], *range(-1, -count - 1, -1), *tokens[place:]]
 
-    Rows hold targets in about the data's own proportion, so M is that proportion of a row with a quarter to
-    spare, and at least the longest single target.
+
+class Virtual(NamedTuple):
+    """A soft prompt's tokens, which every sequence gets.
+
+    Attributes:
+      count: how many.
+      behind_picture: whether they stand behind the prompt's picture, where it has one, or in front of all.
+    """
+
+    count: int = 0
+    behind_picture: bool = False
+
+    def put(self, tokens: Sequence[int], behind_picture: int = 0) -> list[int]:
+        """Ids with the soft prompt's in them; `behind_picture` of them end with the prompt's picture."""
+        return with_virtual(tokens, self.count, behind_picture if self.behind_picture else 0)
+
+
+NO_VIRTUAL = Virtual()
+
+
+def choose_limits(lengths: np.ndarray, targets: np.ndarray, row_length: int, pids: Sequence[str]) -> Limits:
+    """The limits of rows without pictures: the smallest M that leaves packing free, in multiples of 8.
 
     Args:
-      lengths: [N] tokens of each sequence, without virtual ones.
+      lengths: [N] tokens of each sequence.
       targets: [N] target tokens of each.
 
     Raises:
       UserError: a sequence does not fit into a row (the first is named).
     """
-    sizes = lengths + virtual
-    if (long := np.flatnonzero(sizes > row_length)).size:
+    if (long := np.flatnonzero(lengths > row_length)).size:
         raise UserError(
-            f"question {pids[long[0]]} takes {sizes[long[0]]} tokens and {long.size} questions do not fit into "
-            f"config.train.row_length = {row_length}; raise it, or lower config.recipe.max_prompt"
+            f"question {pids[long[0]]} takes {lengths[long[0]]} tokens and {long.size} questions do not fit into "
+            f"config.train.row_length = {row_length}; raise it, or lower config.recipe.max_prompt, and for a student that "
+            "sees config.student.picture_tokens"
         )
-    share = targets.sum() / sizes.sum()
-    wanted = max(int(targets.max()), int(np.ceil(1.25 * share * row_length)))
-    return Limits(row_length, min(row_length, -(-wanted // 8) * 8), virtual)
+    return Limits(row_length, min(row_length, -(-room_for(lengths, targets, row_length) // 8) * 8))
 
 
-def plan_rows(sizes: np.ndarray, targets: np.ndarray, limits: Limits, rng: np.random.Generator) -> list[list[int]]:
+def room_for(lengths: np.ndarray, counts: np.ndarray, row_length: int) -> int:
+    """How much of something a row should take so that packing is free.
+
+    Rows hold it in about the data's own proportion, so it is that proportion of a row with a quarter to spare, and at
+    least the most that a single sequence has.
+
+    Args:
+      lengths: [N] tokens of each sequence.
+      counts: [N] how much each has of it.
+    """
+    share = counts.sum() / lengths.sum()
+    return max(int(counts.max()), int(np.ceil(1.25 * share * row_length)))
+
+
+def plan_rows(counts: np.ndarray, room: Sequence[int], rng: np.random.Generator) -> list[list[int]]:
     """Deals one epoch's sequences to rows: shuffled, best-fit decreasing within windows, rows shuffled.
 
     Each sequence is in exactly one row. Windows keep the order random on a large scale; within one, the
@@ -70,28 +109,30 @@ def plan_rows(sizes: np.ndarray, targets: np.ndarray, limits: Limits, rng: np.ra
     few percent of padding.
 
     Args:
-      sizes: [N] tokens of each sequence, virtual ones included.
-      targets: [N] target tokens of each.
+      counts: [N, C] of each sequence its tokens, and of other things that a row has room for.
+      room: [C] of a row.
     """
+    sizes = counts[:, 0]
     order = rng.permutation(len(sizes))
-    window = 64 * max(1, limits.tokens // max(1, int(sizes.mean())))
+    window = 64 * max(1, room[0] // max(1, int(sizes.mean())))
     rows: list[list[int]] = []
-    open_rows: list[tuple[list[int], int, int]] = []  # (row, tokens free, targets free)
+    open_rows: list[tuple[list[int], list[int]]] = []  # (row, what is free in it)
     for start in range(0, len(order), window):
         chunk = order[start : start + window]
         for index in chunk[np.argsort(-sizes[chunk], kind="stable")]:
-            size, count = int(sizes[index]), int(targets[index])
-            fits = [k for k, (_, free, room) in enumerate(open_rows) if free >= size and room >= count]
+            own = counts[index].tolist()
+            fits = [k for k, (_, free) in enumerate(open_rows) if all(map(operator.le, own, free))]
             if fits:
-                best = min(fits, key=lambda k: open_rows[k][1])
-                row, free, room = open_rows[best]
+                best = min(fits, key=lambda k: open_rows[k][1][0])
+                row, free = open_rows[best]
                 row.append(int(index))
-                open_rows[best] = (row, free - size, room - count)
             else:
-                rows.append([int(index)])
-                open_rows.append((rows[-1], limits.tokens - size, limits.targets - count))
+                best, row, free = len(open_rows), [int(index)], room
+                rows.append(row)
+                open_rows.append((row, []))
+            open_rows[best] = (row, list(map(operator.sub, free, own)))
         # Rows that a next window could hardly fill are closed, which also bounds the search.
-        open_rows = sorted(open_rows, key=lambda entry: -entry[1])[:8]
+        open_rows = sorted(open_rows, key=lambda entry: -entry[1][0])[:8]
     return [rows[k] for k in rng.permutation(len(rows))]
 
 
@@ -99,7 +140,7 @@ def pack_row(
     sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], limits: Limits, pad_id: int
 ) -> dict[str, np.ndarray]:
     """The arrays of one row (see the module's picture), int32; `target_mask` float32."""
-    T, M, V = limits
+    T, M = limits.tokens, limits.targets
     row = {
         "tokens": np.full(T, pad_id, np.int32),
         "segments": np.zeros(T, np.int32),
@@ -108,14 +149,18 @@ def pack_row(
         "targets": np.zeros(M, np.int32),
         "target_mask": np.zeros(M, np.float32),
     }
+    if limits.both_ways:
+        row["branches"] = np.zeros(T, np.int32)
     place = target = 0
     for segment, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True), start=1):
-        size, count = V + len(tokens), len(tokens) - prompt_length
-        row["tokens"][place + V : place + size] = tokens
+        size, count = len(tokens), len(tokens) - prompt_length
+        row["tokens"][place : place + size] = tokens
         row["segments"][place : place + size] = segment
         row["positions"][place : place + size] = np.arange(size)
-        row["target_positions"][target : target + count] = place + V + np.arange(prompt_length - 1, len(tokens) - 1)
+        row["target_positions"][target : target + count] = place + np.arange(prompt_length - 1, size - 1)
         row["targets"][target : target + count] = tokens[prompt_length:]
         row["target_mask"][target : target + count] = 1.0
+        if limits.both_ways:
+            row["branches"][place : place + prompt_length] = BOTH_WAYS
         place, target = place + size, target + count
     return row

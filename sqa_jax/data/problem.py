@@ -3,43 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Callable
 
+from sqa_jax.data.image import ImageFile
 from sqa_jax.errors import UserError
 
 LETTERS = "ABCDEFGHIJ"
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFile:
-    """A question's image, read only when somebody looks at it.
-
-    Attributes:
-      name: where it comes from, as an error message should say it (usually the file's path).
-      read: returns the encoded bytes; may raise `OSError`.
-    """
-
-    name: str
-    read: Callable[[], bytes] = dataclasses.field(repr=False, compare=False)
-
-    def open(self):
-        """Decodes to a `PIL.Image.Image` in RGB.
-
-        Raises:
-          UserError: the file is missing or is not an image.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(io.BytesIO(self.read())) as image:
-                return image.convert("RGB")
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.name}: image not found; fetch the images or use --config.data.images=ignore"
-            ) from None
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise UserError(f"{self.name}: not a readable image ({error}); fetch this file again") from None
 
 
 @dataclasses.dataclass(frozen=True)

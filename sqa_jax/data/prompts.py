@@ -129,26 +129,48 @@ class Template:
 
     With a chat template: the prompt is a user's turn and the target the assistant's; without one, the target
     follows "Answer: " on a line of its own. An encoder–decoder's encoder reads the prompt and an end token, and its
-    decoder writes the target behind its start token. In each case the target ends with the end token.
+    decoder writes the target behind its start token. In each case the target ends with the end token. A picture stands
+    where the chat template puts it, or where there is none, in front of all else.
 
     Attributes:
       before, after: the text in front of the prompt and between prompt and target, special tokens included.
+      around_picture: the text in front of a picture, and between it and the prompt, in place of `before`.
+
+    Args:
+      vision: what the student's checkpoint says about pictures (`sqa_jax.students.vision`), if it sees any.
     """
 
-    def __init__(self, tokenizer: Any, chat: bool):
+    def __init__(self, tokenizer: Any, chat: bool, vision: Any = None):
         if start := getattr(tokenizer, "decoder_start_token", None):
             self.before, self.after = "", tokenizer.eos_token + start
             return
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
         self.before, self.after = bos or "", "\nAnswer: "
-        if chat and tokenizer.chat_template:
+        self.around_picture = "", self.before
+        if vision is not None and not vision.placeholder:
+            self.after = vision.prompt_end
+        elif chat and tokenizer.chat_template:
             # Rendered once around a mark: the template itself is slow, and user text must not pass through it,
             # or a question that spells a special token would become one.
             mark = "\N{OBJECT REPLACEMENT CHARACTER}"
-            turn = [{"role": "user", "content": mark}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-            if text.count(mark) != 1:
+
+            def rendered(content: Any) -> list[str]:
+                turn = [{"role": "user", "content": content}]
+                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+                if text.count(mark) != 1:
+                    raise UserError(
+                        "the student's chat template does not show the user's text exactly once; set --config.recipe.chat=False"
+                    )
+                return text.split(mark)
+
+            if vision is None:
+                self.before, self.after = rendered(mark)
+                return
+            text = {"type": "text", "text": mark}
+            self.before, self.after = rendered([text])
+            pictured, _ = rendered([{"type": "image"}, text])
+            if pictured.count(vision.placeholder) != 1:
                 raise UserError(
-                    "the student's chat template does not show the user's text exactly once; set --config.recipe.chat=False"
+                    f"the student's chat template does not show a picture as {vision.placeholder} exactly once; set --config.recipe.chat=False"
                 )
-            self.before, self.after = text.split(mark)
+            self.around_picture = tuple(pictured.split(vision.placeholder))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from sqa_jax.data.pictures import PictureSet
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import Format, Template, sections
 
@@ -17,12 +18,14 @@ class Encoded:
     Attributes:
       tokens: prompt, then target, then the end token (a prompt alone has neither).
       prompt_length: how many of them are prompt.
+      behind_picture: how many of them end with the prompt's picture; 0 where it has none.
       shortened: tokens taken away, by part ("lecture", "hint").
       fits: False where even without lecture and hint it is longer than allowed.
     """
 
     tokens: list[int]
     prompt_length: int
+    behind_picture: int
     shortened: dict[str, int]
     fits: bool
 
@@ -35,19 +38,33 @@ class Encoder:
 
     Args:
       tokenizer: of the student.
-      max_prompt: most tokens of a prompt, whatever its target: what a prompt looks like must not depend on it.
+      max_prompt: most tokens of a prompt, a picture's aside, whatever its target: what a prompt looks like must not
+        depend on it.
       chat: use the tokenizer's chat template where it has one.
       caption: image captions are context.
       around: the text in front of the prompt and between prompt and target, in place of the template's.
+      pictures: of the questions, for a student that sees.
+
+    Attributes:
+      around: these two texts.
     """
 
     def __init__(
-        self, tokenizer: Any, max_prompt: int, chat: bool, caption: bool, around: tuple[str, str] | None = None
+        self,
+        tokenizer: Any,
+        max_prompt: int,
+        chat: bool,
+        caption: bool,
+        around: tuple[str, str] | None = None,
+        pictures: PictureSet | None = None,
     ):
-        self.tokenizer, self.max_prompt, self.caption = tokenizer, max_prompt, caption
+        self.tokenizer, self.max_prompt, self.caption, self.pictures = tokenizer, max_prompt, caption, pictures
         if around is None:
-            template = Template(tokenizer, chat)
+            template = Template(tokenizer, chat, pictures and pictures.vision)
             around = template.before, template.after
+            if pictures is not None:
+                self._around_picture = self.control(template.around_picture)
+        self.around = around
         self._before, self._after = self.control(around)
         # Vocabularies of sentencepiece hold special tokens as words, which plain text must not match either.
         unknown = tokenizer.unk_token_id
@@ -64,6 +81,11 @@ class Encoder:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [[self._unknown.get(token, token) for token in ids] for ids in encoded]
 
+    def parts(self, problem: Problem, fmt: Format) -> list[tuple[str, str]]:
+        """Kind and text of each part of a prompt, between the texts around it."""
+        own = sections(problem, fmt, self.caption)
+        return [(kind, ("" if k == 0 else "\n") + label + text) for k, (kind, label, text) in enumerate(own)]
+
     def encode(
         self, problems: Sequence[Problem], formats: Sequence[Format], targets: Sequence[str] | None = None
     ) -> list[Encoded]:
@@ -77,14 +99,17 @@ class Encoder:
         texts: list[str] = []
         kinds: list[list[str]] = []
         for problem, fmt in zip(problems, formats, strict=True):
-            parts = sections(problem, fmt, self.caption)
-            kinds.append([kind for kind, _, _ in parts])
-            texts += [("" if k == 0 else "\n") + label + text for k, (_, label, text) in enumerate(parts)]
+            parts = self.parts(problem, fmt)
+            kinds.append([kind for kind, _ in parts])
+            texts += [text for _, text in parts]
         ids = iter(self.plain(texts))
         ends = [[] for _ in problems]
         if targets is not None:
             ends = [target + [self.tokenizer.eos_token_id] for target in self.plain(targets)]
-        return [self._join([next(ids) for _ in own], own, end) for own, end in zip(kinds, ends, strict=True)]
+        return [
+            self._join(self._picture(problem), [next(ids) for _ in own], own, end)
+            for problem, own, end in zip(problems, kinds, ends, strict=True)
+        ]
 
     def encode_texts(self, texts: Sequence[str], max_target: int) -> list[list[Encoded]]:
         """Encodes plain texts, each in pieces of at most `max_target` tokens with the end token.
@@ -100,11 +125,15 @@ class Encoder:
         for ids in self.plain(texts):
             ids = [*ids, tokenizer.eos_token_id]
             pieces = [ids[k : k + max_target] for k in range(0, len(ids), max_target)]
-            encoded.append([Encoded([*start, *piece], len(start), {}, True) for piece in pieces])
+            encoded.append([Encoded([*start, *piece], len(start), 0, {}, True) for piece in pieces])
         return encoded
 
-    def _join(self, parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:
-        excess = len(self._before) + sum(map(len, parts)) + len(self._after) - self.max_prompt
+    def _picture(self, problem: Problem) -> list[int]:
+        return [] if self.pictures is None else self.pictures.prompt(problem.pid, self.tokenizer)
+
+    def _join(self, picture: list[int], parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:
+        front, before = self._around_picture if picture else ([], self._before)
+        excess = len(front) + len(before) + sum(map(len, parts)) + len(self._after) - self.max_prompt
         shortened: dict[str, int] = {}
         for wanted in ("lecture", "hint"):
             for k, kind in enumerate(kinds):
@@ -113,5 +142,6 @@ class Encoder:
                     parts[k] = parts[k][: len(parts[k]) - cut]
                     shortened[kind] = cut
                     excess -= cut
-        prompt = self._before + [token for part in parts for token in part] + self._after
-        return Encoded(prompt + end, len(prompt), shortened, excess <= 0)
+        shown = [*front, *picture]
+        prompt = shown + before + [token for part in parts for token in part] + self._after
+        return Encoded(prompt + end, len(prompt), len(shown), shortened, excess <= 0)

@@ -46,7 +46,7 @@ def trace_rows(
         answers = dialogue.answers(problem)
 
         def row(target: list[int], tokens=tokens, shortened=shortened, opening=opening) -> Encoded:
-            return Encoded(tokens + target, len(tokens), dict(shortened), opening.fits)
+            return Encoded(tokens + target, len(tokens), 0, dict(shortened), opening.fits)
 
         for turn in traces[problem.pid]["turns"]:
             call = dialogue.call(Call(turn["tool"], turn["argument"]))

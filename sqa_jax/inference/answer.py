@@ -6,7 +6,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sqa_jax.adapters.adapter import virtual_tokens
 from sqa_jax.data.dataset import encoder_for
+from sqa_jax.data.packing import NO_VIRTUAL, Virtual
+from sqa_jax.data.pictures import PictureRows
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import ANSWER_IS, option_targets
 from sqa_jax.data.recipes import arm_format
@@ -44,46 +47,48 @@ class LikelihoodAnswers:
       UserError: a setting is not known.
     """
 
-    def __init__(self, config, runtime: Runtime):
+    def __init__(self, config, runtime: Runtime, pictures: PictureRows | None = None):
         settings = config.eval
         if settings.normalize not in ("none", "length"):
             raise UserError(f"config.eval.normalize is {settings.normalize!r}; choose none or length")
         check_rows(settings.batch_rows, runtime.mesh, "eval.batch_rows")
+        self._virtual = virtual_tokens(config.adapter)
         self._normalize, self._style = settings.normalize, config.recipe.answer
         self._format = arm_format(config.recipe)
-        self._encoder = encoder_for(config, runtime.student.tokenizer)
+        self._encoder = encoder_for(config, runtime.student.tokenizer, pictures and pictures.pictures)
         self._scorer = LikelihoodScorer(
-            config.adapter, runtime.decoder, runtime.mesh, settings.row_length, settings.batch_rows
+            config.adapter, runtime.decoder, runtime.mesh, settings.row_length, settings.batch_rows, pictures
         )
 
     def __call__(
         self, adapter: Any, base: Any, problems: Sequence[Problem], reasons: Sequence[str] | None = None
     ) -> Iterator[Answered]:
-        prompts = _prompts(self._encoder, self._format, problems)
+        prompts = _prompts(self._encoder, self._format, problems, self._virtual if "prompt" in adapter else NO_VIRTUAL)
         reasons = reasons or [""] * len(problems)
         sentences = [option_targets(*one, self._style) for one in zip(problems, reasons, strict=True)]
         ids = iter(self._encoder.plain([s for own in sentences for s in own]))
         choices = [Choice(prompt, [next(ids) for _ in own]) for prompt, own in zip(prompts, sentences, strict=True)]
         for index, log_probs in self._scorer(adapter, base, choices):
             answer = choose(log_probs, self._normalize)
-            tree = layout(choices[index], self._scorer.virtual)
+            tree = layout(choices[index])
             yield Answered(index, answer, sentences[index][answer], len(tree.tokens), 0, len(tree.targets))
 
 
 class GeneratedAnswers:
     """Answers with what the student writes, read as any reply is read."""
 
-    def __init__(self, config, runtime: Runtime):
+    def __init__(self, config, runtime: Runtime, pictures: PictureRows | None = None):
         settings, student = config.eval, runtime.student
         self._format, self._tokenizer = arm_format(config.recipe), student.tokenizer
-        self._encoder = encoder_for(config, student.tokenizer)
+        self._virtual = virtual_tokens(config.adapter)
+        self._encoder = encoder_for(config, student.tokenizer, pictures and pictures.pictures)
         self._generator = Generator(
             config.adapter, runtime.decoder, runtime.mesh, student.eos_ids, settings.max_new_tokens,
-            settings.batch_questions, settings.temperature, config.seed,
+            settings.batch_questions, settings.temperature, config.seed, pictures,
         )  # fmt: skip
 
     def __call__(self, adapter: Any, base: Any, problems: Sequence[Problem]) -> Iterator[Answered]:
-        prompts = _prompts(self._encoder, self._format, problems)
+        prompts = _prompts(self._encoder, self._format, problems, self._virtual if "prompt" in adapter else NO_VIRTUAL)
         for index, ids in self._generator(adapter, base, prompts):
             text = self._tokenizer.decode(ids, skip_special_tokens=True)
             answer = parse_answer(text, problems[index].choices)
@@ -97,9 +102,12 @@ class ReasonedAnswers:
     that `config.eval.max_new_tokens` cuts off is judged as far as it came.
     """
 
-    def __init__(self, config, runtime: Runtime):
+    def __init__(self, config, runtime: Runtime, pictures: PictureRows | None = None):
         settings = config.eval
-        self._generated, self._chosen = GeneratedAnswers(config, runtime), LikelihoodAnswers(config, runtime)
+        self._generated, self._chosen = (
+            GeneratedAnswers(config, runtime, pictures),
+            LikelihoodAnswers(config, runtime, pictures),
+        )
         self._at_once = (
             4 * settings.batch_questions
         )  # texts that are judged together, and at most lost when interrupted
@@ -141,16 +149,22 @@ def way(config) -> str:
     return mode
 
 
-def answers(config, runtime: Runtime) -> LikelihoodAnswers | GeneratedAnswers | ReasonedAnswers:
-    """Answers questions in the way that `config.eval.mode` asks for."""
-    return _WAYS[way(config)](config, runtime)
+def answers(
+    config, runtime: Runtime, pictures: PictureRows | None = None
+) -> LikelihoodAnswers | GeneratedAnswers | ReasonedAnswers:
+    """Answers questions in the way that `config.eval.mode` asks for.
+
+    Args:
+      pictures: of the questions, for a student that sees.
+    """
+    return _WAYS[way(config)](config, runtime, pictures)
 
 
-def _prompts(encoder, fmt, problems: Sequence[Problem]) -> list[list[int]]:
+def _prompts(encoder, fmt, problems: Sequence[Problem], virtual: Virtual) -> list[list[int]]:
     encoded = encoder.encode(problems, [fmt] * len(problems))
     for problem, one in zip(problems, encoded, strict=True):
         if not one.fits:
             raise UserError(
                 f"question {problem.pid}: question and choices take {len(one.tokens)} tokens, more than config.recipe.max_prompt; raise it"
             )
-    return [one.tokens for one in encoded]
+    return [virtual.put(one.tokens, one.behind_picture) for one in encoded]

@@ -18,29 +18,29 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.parallel.mesh import replicated
 from sqa_jax.students.cache import Adaptation
 from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.modules import Module, read
+from sqa_jax.students.t5_config import T5Config
 
 _STEP = 8  # its length is a multiple of this, so that few shapes are compiled
 
 
-def common_length(prompts: Sequence[Sequence[int]], virtual: int) -> int:
+def common_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
     """Tokens of the common beginning of all prompts, each of which keeps some of its own.
 
     Args:
-      virtual: places for a soft prompt in front of each; all of them are in the beginning, or there is none.
+      vocabulary: from this token on they show pictures, before which the beginning ends.
     """
     if len(prompts) < 2:
         return 0
-    common = len(os.path.commonprefix([list(prompt) for prompt in prompts]))
-    length = min(common, min(map(len, prompts)) - 1) // _STEP * _STEP
-    return length if length >= virtual else 0
+    common = os.path.commonprefix([list(prompt) for prompt in prompts])
+    words = next((place for place, token in enumerate(common) if token >= vocabulary), len(common))
+    return min(words, min(map(len, prompts)) - 1) // _STEP * _STEP
 
 
 class Beginning:
     """Reads the common beginning of prompts; `adapt` takes what it returns.
 
-    An encoder reads nothing before it has seen all of a prompt, so prompts of an encoder–decoder have none.
+    Where a prompt is read both ways, nothing of it is read before all of it is there, so such prompts have none.
 
     Args:
       settings: `config.adapter`.
@@ -50,9 +50,12 @@ class Beginning:
         self._settings, self._decoder = settings, decoder
         self._run = jax.jit(self._read, out_shardings=replicated(mesh))
 
-    def length(self, prompts: Sequence[Sequence[int]], virtual: int) -> int:
+    def length(self, prompts: Sequence[Sequence[int]]) -> int:
         """Tokens that are read once for all prompts, see `common_length`."""
-        return common_length(prompts, virtual) if isinstance(self._decoder, Decoder) else 0
+        config = self._decoder.config
+        if config.prompt_both_ways or isinstance(config, T5Config):
+            return 0
+        return common_length(prompts, config.vocab_size)
 
     def __call__(self, adapter: Any, base: Any, tokens: Sequence[int]) -> dict[str, jax.Array]:
         """Keys and values [L, n, K·d] of n tokens."""
@@ -62,7 +65,7 @@ class Beginning:
         adaptation = adapters.activate(self._settings, adapter, self._decoder.config)
         positions = jnp.arange(tokens.shape[1])[None]
         weights = adapters.weights(adapter, base)
-        decoder = self._decoder.clone(fused=None)  # it is one short row
+        decoder = self._decoder.clone(fused=None, rows=None)  # it is one short row
         _, key, value, _ = read(decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
         flat = (key.shape[0], key.shape[2], -1)
         return {"key": key.reshape(flat), "value": value.reshape(flat)}
@@ -76,4 +79,4 @@ def adapt(settings, adapter: Any, student: StudentConfig, beginning: dict[str, j
     prefix = beginning
     if adaptation.prefix is not None:
         prefix = {name: jnp.concatenate([adaptation.prefix[name], beginning[name]], axis=1) for name in beginning}
-    return adaptation._replace(prefix=prefix, prompt=None)
+    return adaptation._replace(prefix=prefix)

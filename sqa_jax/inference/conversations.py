@@ -88,13 +88,11 @@ class Conversations:
 
     def start(self, adapter: Any, base: Any, openings: Sequence[Sequence[int]]) -> list[list[int]]:
         """Reads what all conversations begin with, once; returns what each goes on with, to be given to `open`."""
-        virtual = adapters.virtual_tokens(self.settings) if "prompt" in adapter else 0
-        openings = [[0] * virtual + list(opening) for opening in openings]
-        self.begun = self._beginning.length(openings, virtual)
+        self.begun = self._beginning.length(openings)
         beginning = self._beginning(adapter, base, openings[0][: self.begun]) if self.begun else None
         self._trees = (adapter, base, beginning)
         self._cache = self._empty(adapter, beginning)
-        return [opening[self.begun :] for opening in openings]
+        return [list(opening[self.begun :]) for opening in openings]
 
     def open(self, row: int) -> None:
         """Empties a row for a new conversation."""
@@ -137,7 +135,7 @@ class Conversations:
         parts = {}
         for row, own in asked.items():
             read, options = (len(own.tokens), None) if row in done else (min(width, len(own.tokens) - 1), own.options)
-            parts[row] = trees[row] if row in done else layout(Choice(own.tokens[:read], ()), 0)
+            parts[row] = trees[row] if row in done else layout(Choice(own.tokens[:read], ()))
             self._own[row] = _Row(own.length + read, own.tokens[read:], options)
         batch, scored = self._packed(parts, {row: own.length for row, own in asked.items()})
         self._cache, log_probs = self._read(*self._trees, self._cache, batch, extent=self._extent_of(asked, parts))
@@ -150,7 +148,7 @@ class Conversations:
         asked, trees, total = {}, {}, 0
         for row, own in enumerate(self._own):
             if own.options is not None:
-                tree = layout(Choice(own.tokens, own.options), 0)
+                tree = layout(Choice(own.tokens, own.options))
                 total += min(len(tree.tokens), _WIDEST)
                 if asked and total > _MOST:
                     break

@@ -25,13 +25,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.data.packing import BOTH_WAYS
+from sqa_jax.data.pictures import PictureRows
 from sqa_jax.errors import UserError
 from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.rows import first_fit
 from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
+from sqa_jax.students.attention import PADDING
 from sqa_jax.students.cache import Cache, init_cache
-from sqa_jax.students.modules import Module, bounded, read
+from sqa_jax.students.modules import Module, bounded, read, seen
 
 _STEP = 128  # the cache's and the packed lines' lengths are multiples of this, so that few shapes are compiled
 _LINE = 512  # most tokens of a packed line, where no prompt is longer
@@ -48,6 +51,7 @@ class _State(NamedTuple):
       written: [B] how many there are.
       going: [B] whether the row's text goes on.
       prompt: [B] index of the row's prompt.
+      further: [B] by how much the row's pictures have taken its positions further than its number of tokens.
     """
 
     cache: Cache
@@ -56,6 +60,7 @@ class _State(NamedTuple):
     written: jax.Array
     going: jax.Array
     prompt: jax.Array
+    further: jax.Array
 
 
 class Generator:
@@ -72,6 +77,7 @@ class Generator:
       batch: texts under way at one time; rounded up to what the mesh's data axes divide.
       temperature: 0 is greedy; else samples from softmax(logits / temperature), a pure function of
         (seed, index of the prompt, number of the token).
+      pictures: what puts into rows what they see, where the student sees.
     """
 
     def __init__(
@@ -84,18 +90,22 @@ class Generator:
         batch: int,
         temperature: float = 0.0,
         seed: int = 0,
+        pictures: PictureRows | None = None,
     ):
+        self.pictures = pictures
         self.settings, self.decoder, self.mesh = settings, decoder, mesh
         self.eos_ids, self.max_new_tokens = tuple(eos_ids), max_new_tokens
         self.lines = row_shards(mesh)
         self.batch = -(-batch // self.lines) * self.lines
         self.temperature, self.seed = temperature, seed
-        self._places = self._line = 0  # grow with what is asked, so that later calls of like size compile nothing
+        self._places = self._line = self._features = (
+            0  # grow with what is asked, so that later calls of like size compile nothing
+        )
 
         rows = batch_sharding(mesh)
         heads = "tensor" if decoder.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         keys = NamedSharding(mesh, PartitionSpec(None, BATCH, heads))
-        placed = _State(Cache(keys, keys, rows, rows), rows, rows, rows, rows, rows)
+        placed = _State(Cache(keys, keys, rows, rows), rows, rows, rows, rows, rows, rows)
         # What the host looks at is on every device, and so can be read by every process.
         seen = replicated(mesh)
         self._beginning = Beginning(settings, decoder, mesh)
@@ -113,15 +123,13 @@ class Generator:
         """
         if not prompts:
             return
-        virtual = adapters.virtual_tokens(self.settings) if "prompt" in adapter else 0
-        prompts = [[0] * virtual + list(prompt) for prompt in prompts]
         longest = max(map(len, prompts)) + self.max_new_tokens
         if longest > self.decoder.config.max_positions:
             raise UserError(
                 f"prompt and generation take {longest} tokens, more than the student's "
                 f"{self.decoder.config.max_positions} positions; lower config.recipe.max_prompt or config.eval.max_new_tokens"
             )
-        begun = self._beginning.length(prompts, virtual)
+        begun = self._beginning.length(prompts)
         beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
         prompts = [prompt[begun:] for prompt in prompts]
         prefix = begun + self._prefix(adapter)
@@ -189,7 +197,7 @@ class Generator:
         """
         R = self.lines
         arrays = {name: np.zeros((R, T), np.int32) for name in ("tokens", "positions", "segments")}
-        arrays |= {name: np.zeros((R, M), np.int32) for name in ("prompts", "last")}
+        arrays |= {name: np.zeros((R, M), np.int32) for name in ("prompts", "last", "further")}
         arrays["rows"] = np.full((R, M), self.batch, np.int32)  # no row: what is written there is dropped
         for line, members in enumerate(pack):
             start = 0
@@ -202,7 +210,13 @@ class Generator:
                 arrays["prompts"][line, number] = index
                 arrays["last"][line, number] = span.stop - 1
                 arrays["rows"][line, number] = rows[line][number]
+                if self.pictures is not None:
+                    arrays["further"][line, number] = self.pictures.further(prompts[index])
                 start = span.stop
+        if self.pictures is not None:
+            most = max(map(self.pictures.count, arrays["tokens"]))
+            self._features = max(self._features, self.pictures.room(most))
+            arrays |= self.pictures.of_rows(arrays, self._features)
         return place_rows(arrays, self.mesh, R)
 
     def _make_empty(self, adapter: Any, beginning: Any, places: int) -> _State:
@@ -212,7 +226,7 @@ class Generator:
         )
         zeros = jnp.zeros(self.batch, jnp.int32)
         out = jnp.zeros((self.batch, self.max_new_tokens), jnp.int32)
-        return _State(cache, zeros, out, zeros, zeros.astype(bool), zeros)
+        return _State(cache, zeros, out, zeros, zeros.astype(bool), zeros, zeros)
 
     def _read_pack(self, adapter: Any, base: Any, beginning: Any, state: _State, pack: dict[str, jax.Array]) -> _State:
         """Reads a pack into the rows that it names, and writes each text's first token."""
@@ -220,7 +234,10 @@ class Generator:
         weights = adapters.weights(adapter, base)
         positions, segments = pack["positions"], pack["segments"]
         decoder = bounded(self.decoder, pack["last"].shape[1])
-        hidden, *fresh, marks = read(decoder, weights, pack["tokens"], positions, segments, adaptation)
+        more = seen(decoder, weights, pack, adaptation)
+        if decoder.config.prompt_both_ways:
+            more["branches"] = jnp.where(segments != PADDING, BOTH_WAYS, 0)
+        hidden, *fresh, marks = read(decoder, weights, pack["tokens"], positions, segments, adaptation, **more)
 
         # Nothing of a row's former text needs to be wiped: no token sees places behind its own.
         P = adaptation.prefix_length
@@ -247,6 +264,7 @@ class Generator:
             enter(state.written, 1),
             enter(state.going, self._goes_on(first, 1)),
             enter(state.prompt, pack["prompts"]),
+            enter(state.further, pack["further"]),
         )
 
     def _continue_rows(self, adapter: Any, base: Any, beginning: Any, state: _State, most: jax.Array, extent: int):
@@ -268,7 +286,7 @@ class Generator:
             return (state.going.sum() > most) & (least <= longest) & (longest < extent)
 
         def advance(state):
-            positions = (state.cache.length - adaptation.prefix_length)[:, None]
+            positions = (state.cache.length - adaptation.prefix_length + state.further)[:, None]
             segments = state.going[:, None].astype(jnp.int32)
             hidden, cache = self.decoder.apply(
                 {"params": weights}, state.token[:, None], positions, segments, adaptation, state.cache
@@ -282,6 +300,7 @@ class Generator:
                 written,
                 state.going & self._goes_on(token, written),
                 state.prompt,
+                state.further,
             )
 
         near = whole._replace(

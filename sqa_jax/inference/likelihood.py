@@ -22,11 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.data.packing import BOTH_WAYS
+from sqa_jax.data.pictures import PictureRows
 from sqa_jax.errors import UserError
 from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.rows import first_fit
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
-from sqa_jax.students.modules import Module, bounded
+from sqa_jax.students.modules import Module, bounded, seen
 from sqa_jax.training.loss import target_log_probs
 
 
@@ -48,13 +50,14 @@ class _Tree(NamedTuple):
     option: np.ndarray  # [m] which option each belongs to
 
 
-def layout(choice: Choice, virtual: int) -> _Tree:
-    """The tree of one question, with `virtual` places for a soft prompt in front."""
+def layout(choice: Choice, both_ways: bool = False) -> _Tree:
+    """The tree of one question, whose prompt the student reads both ways or not."""
     shared = list(os.path.commonprefix([list(option) for option in choice.options]))
     # An option that is the beginning of another keeps its last token, so that each has something to score.
     shared = shared[: min((len(option) - 1 for option in choice.options), default=0)]
-    trunk = [0] * virtual + list(choice.prompt) + shared
-    tokens, positions, branches = list(trunk), list(range(len(trunk))), [0] * len(trunk)
+    trunk = list(choice.prompt) + shared
+    tokens, positions = list(trunk), list(range(len(trunk)))
+    branches = [BOTH_WAYS * both_ways] * len(choice.prompt) + [0] * len(shared)
     predicting, targets, owners = [], [], []
     for number, option in enumerate(choice.options):
         own = list(option[len(shared) :])
@@ -76,14 +79,24 @@ class LikelihoodScorer:
       mesh: rows lie over its data axes.
       row_length: tokens of a row; grown to the longest question where that needs more.
       batch_rows: most rows of one forward pass; rounded up to what the mesh's data axes divide.
+      pictures: what puts into rows what they see, where the student sees.
     """
 
-    def __init__(self, settings, decoder: Module, mesh: Mesh, row_length: int, batch_rows: int):
-        self.settings, self.decoder, self.mesh = settings, decoder, mesh
+    def __init__(
+        self,
+        settings,
+        decoder: Module,
+        mesh: Mesh,
+        row_length: int,
+        batch_rows: int,
+        pictures: PictureRows | None = None,
+    ):
+        self.settings, self.decoder, self.mesh, self.pictures = settings, decoder, mesh, pictures
         self._shards = row_shards(mesh)
         self.row_length, self.batch_rows = row_length, -(-batch_rows // self._shards) * self._shards
-        self.virtual = adapters.virtual_tokens(settings)
-        self._scored = self._decoded = 0  # grow with what is asked, so that later calls of like size compile nothing
+        self._scored = self._decoded = self._features = (
+            0  # grow with what is asked, so that later calls of like size compile nothing
+        )
         self._beginning = Beginning(settings, decoder, mesh)
         # Replicated, so that every process can read it.
         self._forward = jax.jit(self._log_probs, static_argnums=0, out_shardings=replicated(mesh))
@@ -92,13 +105,14 @@ class LikelihoodScorer:
         self, decoder: Module, adapter: Any, base: Any, beginning: Any, batch: dict[str, jax.Array]
     ) -> jax.Array:
         weights = adapters.weights(adapter, base)
+        adaptation = adapt(self.settings, adapter, decoder.config, beginning)
         hidden, _ = decoder.apply(
             {"params": weights},
             batch["tokens"],
             batch["positions"],
             batch["segments"],
-            adapt(self.settings, adapter, decoder.config, beginning),
-            branches=batch["branches"],
+            adaptation,
+            **seen(decoder, weights, batch, adaptation),
         )
         return target_log_probs(decoder, weights, hidden, batch["predicting"], batch["targets"])
 
@@ -110,17 +124,16 @@ class LikelihoodScorer:
         """
         if not choices:
             return
-        virtual = self.virtual if "prompt" in adapter else 0
-        prompts = [[0] * virtual + list(choice.prompt) for choice in choices]
-        begun = self._beginning.length(prompts, virtual)
-        trees = [
-            layout(Choice(prompt[begun:], choice.options), 0) for prompt, choice in zip(prompts, choices, strict=True)
-        ]
+        prompts = [choice.prompt for choice in choices]
+        begun = self._beginning.length(prompts)
+        both_ways = self.decoder.config.prompt_both_ways
+        trees = [layout(Choice(choice.prompt[begun:], choice.options), both_ways) for choice in choices]
         longest = max(len(tree.tokens) for tree in trees)
         limit = self.decoder.config.max_positions
         if any(begun + int(tree.positions.max()) >= limit for tree in trees):
             raise UserError(
-                f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt"
+                f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt, and for a "
+                "student that sees config.student.picture_tokens"
             )
         length = self.row_length = max(self.row_length, -(-longest // 128) * 128)
         # Twice the questions' own proportion of scored tokens: room costs little, and a row closed early much. (Short
@@ -135,10 +148,15 @@ class LikelihoodScorer:
         most = max(sum(behind[k] for k in row) for row in rows)
         self._decoded = max(self._decoded, -(-most // 16) * 16)
         decoder = bounded(self.decoder, self._decoded)
+        if self.pictures is not None:
+            most = max(sum(self.pictures.count(trees[k].tokens) for k in row) for row in rows)
+            self._features = max(self._features, self.pictures.room(most))
         at_once = min(self.batch_rows, -(-len(rows) // self._shards) * self._shards)  # few questions take few rows
         for start in range(0, len(rows), at_once):
             batch_rows = rows[start : start + at_once]
             batch = _pack([[trees[k] for k in row] for row in batch_rows], at_once, length, scored)
+            if self.pictures is not None:
+                batch |= self.pictures.of_rows(batch, self._features)
             batch = place_rows(batch, self.mesh, at_once)
             log_probs = np.asarray(self._forward(decoder, adapter, base, beginning, batch))
             for row, members in enumerate(batch_rows):

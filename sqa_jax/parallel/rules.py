@@ -18,6 +18,13 @@ from sqa_jax.errors import UserError
 _WIDEN, _NARROW = r"((q|k|v|gate|up)_proj|q|k|v|wi|wi_0|wi_1)", r"((o|down)_proj|o|wo)"  # Llama's names, and T5's
 _LORA = r"lora/(\w+\.\w+\.)?"  # a T5's layers have their stack and module in front
 RULES: tuple[tuple[str, P], ...] = (
+    # Towers, whose names are others; what is small lies everywhere.
+    (r"vision/(projector|merger/fc1|merger/fc2)/kernel", P("fsdp", "tensor")),
+    (r"vision/\S+/(\w+_proj|fc1|qkv)/kernel", P(None, "fsdp", "tensor")),
+    (r"vision/\S+/(fc2|proj)/kernel", P(None, "tensor", "fsdp")),
+    (r"vision/\S+/(kernel|embedding|scale|bias)", P()),
+    (r"lora/vision\.\S+/(a|b)", P()),
+    (r"visual/embedding", P()),
     (r"embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
     (rf"{_WIDEN}/kernel", P(None, "fsdp", "tensor")),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sqa_jax.data.packing import BOTH_WAYS
 from sqa_jax.students.config import Rope
 
 PADDING = 0  # segment of tokens that are not there: they see nothing and nobody sees them
@@ -20,11 +21,11 @@ def visibility(
     query_branches: jax.Array | None = None,
     key_branches: jax.Array | None = None,
 ) -> jax.Array:
-    """The one rule of who sees whom: same segment, not later, not in a sister branch.
+    """The one rule of who sees whom: same segment, not later (but in a prompt read both ways), not in a sister branch.
 
     A row may hold several sequences (packing); each is a segment 1, 2, … A segment may fork: tokens of
     branch 0 are its trunk, which every branch sees, while branches do not see each other. Scoring all the
-    options of a question after one reading of its prompt uses this.
+    options of a question after one reading of its prompt uses this. Tokens of branch `BOTH_WAYS` are trunk, too.
 
     Args:
       query_segments: [B, T] segment of each query, `PADDING` for none.
@@ -38,11 +39,17 @@ def visibility(
     """
     query, key = query_segments[:, :, None], key_segments[:, None, :]
     visible = ((key == query) | (key == EVERYWHERE)) & (query != PADDING)
-    visible &= key_slots[:, None, :] <= query_slots[:, :, None]
-    if query_branches is not None:
-        key_branches = key_branches[:, None, :]
-        visible &= (key_branches == 0) | (key_branches == query_branches[:, :, None])
-    return visible
+    earlier = key_slots[:, None, :] <= query_slots[:, :, None]
+    if query_branches is None:
+        return visible & earlier
+    query_branches, key_branches = query_branches[:, :, None], key_branches[:, None, :]
+    trunk = (key_branches <= 0) | (key_branches == query_branches)
+    return visible & (earlier & trunk | both_ways(query_branches, key_branches))
+
+
+def both_ways(query_branches: jax.Array, key_branches: jax.Array) -> jax.Array:
+    """Whether query and key are both of a prompt that is read both ways; shapes as they broadcast."""
+    return (query_branches == BOTH_WAYS) & (key_branches == BOTH_WAYS)
 
 
 def near(query_places: jax.Array, key_places: jax.Array, window: int) -> jax.Array:
@@ -57,19 +64,52 @@ def near(query_places: jax.Array, key_places: jax.Array, window: int) -> jax.Arr
     return query_places[:, :, None] - key_places[:, None, :] < window
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, rope: Rope | None) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions: jax.Array, head_dim: int, rope: Rope | None, sections: tuple[int, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
     """Sines and cosines of rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 15).
 
     Args:
-      positions: [B, T] integers.
+      positions: [B, T] integers; [B, T, 3] with `sections`.
       rope: None turns nothing.
+      sections: how many of a head's pairs turn by time, row and column (Wang et al. 2024, arXiv:2409.12191, M-RoPE).
 
     Returns:
       Two float32 arrays [B, T, head_dim / 2].
     """
     frequencies = np.zeros(head_dim // 2, np.float32) if rope is None else rope.frequencies(head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    positions = positions[..., np.repeat(np.arange(3), sections)] if sections else positions[..., None]
+    angles = positions.astype(jnp.float32) * frequencies
     return jnp.sin(angles), jnp.cos(angles)
+
+
+def picture_positions(
+    tokens: jax.Array, positions: jax.Array, segments: jax.Array, first: int, places: jax.Array
+) -> jax.Array:
+    """Positions in time, row and column where pictures stand in the text (Wang et al. 2024, arXiv:2409.12191, section 2.1).
+
+    A picture's features are at the position where it begins, plus their row and column; the text behind it goes on
+    behind the larger of its sides, however many features it has.
+
+    Args:
+      tokens, positions, segments: [B, T] as in `Decoder.__call__`. Pictures are in the trunk of a segment.
+      first: tokens from this one on are features.
+      places: as `cache.Visual.places`.
+
+    Returns:
+      [B, T, 3] integers.
+    """
+    seen = (tokens >= first)[..., None]
+    which = jnp.clip(tokens - first, 0, places.shape[1] - 1)[..., None]
+    own = jnp.where(seen, jnp.take_along_axis(places, which, axis=1), 0)
+    # By how much the text has been taken further than one a token, before each token of the row, and of its segment.
+    further = jnp.where(seen[..., 0], own[..., 3] - 1, 0)
+    before = jnp.cumsum(further, axis=1) - further
+    opens = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    column = jnp.arange(tokens.shape[1])
+    opening = jax.lax.cummax(jnp.where(opens, column, 0), axis=1)
+    before -= jnp.take_along_axis(before, opening, axis=1)
+    return (positions + before)[..., None] + own[..., :3]
 
 
 def rotate(x: jax.Array, sin: jax.Array, cos: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Causal attention of whole rows in blocks of queries, with a backward pass that keeps no scores.
+"""Attention of whole rows in blocks of queries, with a backward pass that keeps no scores.
 
-Plain JAX, for where no fused kernel is. A block sees no keys behind it, which halves the work of long rows; of the
+Plain JAX, for where no fused kernel is. A causal block sees no keys behind it, which halves the work of long rows; of the
 scores only each query's log-sum-exp is kept, and the backward pass computes them again from it (Dao 2023,
 arXiv:2307.08691, algorithm 2, with all of a block's keys at once).
 
@@ -24,25 +24,29 @@ _LONG, _BLOCK, _BLOCKS = 256, 64, 8
 SAVED = "attention"  # name under which attention's results are kept for the backward pass
 
 
-def attend_causal(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float = 0.0
+def attend_in_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float = 0.0, causal: bool = True
 ) -> jax.Array:
-    """`attention.attend` where the queries are the last T of the S places and none sees a later one. Shapes as there."""
+    """`attention.attend`, whose arguments and shapes these are.
+
+    Args:
+      causal: the queries are the last T of the S places, and none sees a later one.
+    """
     B, T, H, d = query.shape
     K = key.shape[2]
     q = (query * d**-0.5).reshape(B, T, K, H // K, d).swapaxes(1, 2).reshape(B, K, -1, d)
-    out = _attend(q, key.swapaxes(1, 2), value.swapaxes(1, 2), visible, softcap)
+    out = _attend(q, key.swapaxes(1, 2), value.swapaxes(1, 2), visible, softcap, causal)
     return out.reshape(B, K, T, H // K, d).swapaxes(1, 2).reshape(B, T, H, d)
 
 
-def _blocks(q: jax.Array, visible: jax.Array) -> Iterator[tuple[slice, int, jax.Array]]:
+def _blocks(q: jax.Array, visible: jax.Array, causal: bool) -> Iterator[tuple[slice, int, jax.Array]]:
     """Of each block its rows of `q`, how many keys it sees, and which of them, [B, 1, t, 1, s]."""
     T, S = visible.shape[1:]
     block = max(_BLOCK, -(-T // _BLOCKS)) if T >= _LONG else T
     G = q.shape[2] // T
     for start in range(0, T, block):
         stop = min(start + block, T)
-        seen = S - T + stop
+        seen = S - T + stop if causal else S
         yield slice(start * G, stop * G), seen, visible[:, None, start:stop, None, :seen]
 
 
@@ -54,14 +58,16 @@ def _scores(q: jax.Array, key: jax.Array, visible: jax.Array, softcap: float) ->
     return jnp.where(visible, split, jnp.finfo(jnp.float32).min).reshape(scores.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
-    return _forward(q, key, value, visible, softcap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(
+    q: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float, causal: bool
+) -> jax.Array:
+    return _forward(q, key, value, visible, softcap, causal)[0]
 
 
-def _forward(q, key, value, visible, softcap):
+def _forward(q, key, value, visible, softcap, causal):
     outs, sums = [], []
-    for rows, seen, sight in _blocks(q, visible):
+    for rows, seen, sight in _blocks(q, visible, causal):
         scores = _scores(q[:, :, rows], key[:, :, :seen], sight, softcap)
         most = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scores - most)
@@ -74,11 +80,11 @@ def _forward(q, key, value, visible, softcap):
     return out, (q, key, value, visible, out, log_sum)
 
 
-def _backward(softcap, saved, d_out):
+def _backward(softcap, causal, saved, d_out):
     q, key, value, visible, out, log_sum = saved
     own = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
     d_q, d_key, d_value = [], jnp.zeros_like(key), jnp.zeros_like(value)
-    for rows, seen, sight in _blocks(q, visible):
+    for rows, seen, sight in _blocks(q, visible, causal):
         k, v, d_o = key[:, :, :seen], value[:, :, :seen], d_out[:, :, rows]
         scores = _scores(q[:, :, rows], k, sight, softcap)
         weights = jnp.exp(scores - log_sum[:, :, rows])

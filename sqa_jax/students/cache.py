@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sqa_jax.students.attention import EVERYWHERE, PADDING
 from sqa_jax.students.config import StudentConfig
+from sqa_jax.students.vision.adaptation import TowerAdaptation
 
 
 class Adaptation(NamedTuple):
-    """What adapters add to a decoder, in the form in which the forward pass uses it.
+    """What adapters add to a student, in the form in which the forward pass uses it.
 
     Attributes:
       lora: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, with the scale already in `b`.
       prefix: {"key": [L, P, K·d], "value": [L, P, K·d]}, keys as after the rotation.
-      prompt: [P, D], embeddings of the first P positions of every sequence.
+      prompt: [P, D], embeddings of a soft prompt's tokens, whose ids are -1, -2, … (`sqa_jax.data.packing.with_virtual`).
+      tower: what is added to the half that sees; None is nothing.
     """
 
     lora: dict[str, Any] | None = None
     prefix: dict[str, jax.Array] | None = None
     prompt: jax.Array | None = None
+    tower: TowerAdaptation | None = None
 
     @property
     def prefix_length(self) -> int:
@@ -37,6 +41,22 @@ class Adaptation(NamedTuple):
 
 
 NO_ADAPTATION = Adaptation()
+
+
+class Visual(NamedTuple):
+    """What a student sees of the pictures in its rows.
+
+    Token V + f of row b, V being the size of the vocabulary, stands for feature f of that row.
+
+    Attributes:
+      features: [B, F, D].
+      places: [B, F, 4], where the positions of a student's text and pictures differ (Qwen2-VL): of each feature its
+        time, row and column behind the position at which its picture begins, and by how much it takes the text behind
+        it further.
+    """
+
+    features: jax.Array
+    places: jax.Array | None = None
 
 
 class Cache(NamedTuple):
@@ -93,13 +113,22 @@ def init_cache(config: StudentConfig, rows: int, slots: int, adaptation: Adaptat
     return Cache(key, value, segments, jnp.full((rows,), P, jnp.int32))
 
 
-def with_prompt(x: jax.Array, positions: jax.Array, adaptation: Adaptation) -> jax.Array:
-    """Embeddings [B, T, D], of which the first positions of every sequence are a soft prompt's, if there is one."""
-    if adaptation.prompt is None:
-        return x
-    P = adaptation.prompt_length
-    virtual = adaptation.prompt[jnp.minimum(positions, P - 1)].astype(x.dtype)
-    return jnp.where((positions < P)[..., None], virtual, x)
+def embed(
+    table: nn.Embed, tokens: jax.Array, adaptation: Adaptation, visual: Visual | None = None, scale: float = 1.0
+) -> jax.Array:
+    """Embeddings [B, T, D]: of words, times `scale`; of a soft prompt, and of pictures, as they are."""
+    V = table.num_embeddings
+    x = table(jnp.clip(tokens, 0, V - 1))
+    if scale != 1.0:
+        x *= jnp.asarray(scale, x.dtype)
+    if adaptation.prompt is not None:
+        virtual = adaptation.prompt[jnp.clip(-1 - tokens, 0, adaptation.prompt_length - 1)].astype(x.dtype)
+        x = jnp.where((tokens < 0)[..., None], virtual, x)
+    if visual is not None:
+        which = jnp.clip(tokens - V, 0, visual.features.shape[1] - 1)
+        seen = jnp.take_along_axis(visual.features, which[..., None], axis=1).astype(x.dtype)
+        x = jnp.where((tokens >= V)[..., None], seen, x)
+    return x
 
 
 def behind_prefix(prefix: dict[str, jax.Array] | None, key: jax.Array, value: jax.Array) -> list[jax.Array]:

@@ -5,10 +5,17 @@ The shapes are those of the models' own `config.json`; `random:NAME` is a studen
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 from sqa_jax.students.config import FULL, NOPE, WINDOW, DecoderConfig, Rope, StudentConfig
 from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.vision.family import Vision
+from sqa_jax.students.vision.paligemma import PaliGemmaVision
+from sqa_jax.students.vision.pixels import Pixels
+from sqa_jax.students.vision.qwen2_vl import Qwen2VLVision
+from sqa_jax.students.vision.siglip import SiglipConfig
+from sqa_jax.students.vision.smolvlm import SmolVLMVision
 
 
 class Published(NamedTuple):
@@ -68,6 +75,26 @@ def _gemma3(hidden: int, inner: int, layers: int) -> DecoderConfig:
     )  # fmt: skip
 
 
+_SO400M = SiglipConfig(1152, 4304, 27, 16, 224, 14)
+_BICUBIC, _LANCZOS = Pixels(3), Pixels(1)
+
+
+def _seeing(text: DecoderConfig, vision: Vision, **options: Any) -> DecoderConfig:
+    return dataclasses.replace(text, vision=vision, **options)
+
+
+def _paligemma(text: DecoderConfig) -> DecoderConfig:
+    vision = PaliGemmaVision(_SO400M, text.hidden_size, 257152, _BICUBIC)
+    return _seeing(text, vision, vocab_size=257216, prompt_both_ways=True, first_position=1)
+
+
+def _smolvlm(text: DecoderConfig) -> DecoderConfig:
+    vision = SmolVLMVision(
+        SiglipConfig(768, 3072, 12, 12, 512, 16), text.hidden_size, 49190, _LANCZOS, 4, 2048, family="idefics3"
+    )
+    return _seeing(text, vision, vocab_size=49280, tie_embeddings=False)
+
+
 CATALOGUE: dict[str, Published] = {
     "smollm2-135m": Published("HuggingFaceTB/SmolLM2-135M-Instruct", _smollm2(576, 1536, 30, 9, 3, 1e5)),
     "smollm2-360m": Published("HuggingFaceTB/SmolLM2-360M-Instruct", _smollm2(960, 2560, 32, 15, 5, 1e5)),
@@ -102,6 +129,25 @@ CATALOGUE: dict[str, Published] = {
     "flan-t5-base": Published("google/flan-t5-base", T5Config(32128, 768, 2048, 12, 12, 12, 64)),
     "flan-t5-large": Published("google/flan-t5-large", T5Config(32128, 1024, 2816, 24, 24, 16, 64)),
     "flan-t5-xl": Published("google/flan-t5-xl", T5Config(32128, 2048, 5120, 24, 24, 32, 64)),
+    # Students that see.
+    "paligemma-3b": Published(
+        "google/paligemma-3b-mix-224",
+        _paligemma(
+            DecoderConfig(
+                257216, 2048, 16384, 18, 8, 1, 256, norm_epsilon=1e-6, tie_embeddings=True, max_positions=8192,
+                family="gemma", activation="gelu_tanh", norm_offset=True, embedding_scale=True,
+            )
+        ),
+    ),
+    "paligemma2-3b": Published("google/paligemma2-3b-mix-224", _paligemma(_gemma2(2304, 9216, 26, 8, 4))),
+    "smolvlm-256m": Published("HuggingFaceTB/SmolVLM-256M-Instruct", _smolvlm(_smollm2(576, 1536, 30, 9, 3, 1e5))),
+    "smolvlm-500m": Published("HuggingFaceTB/SmolVLM-500M-Instruct", _smolvlm(_smollm2(960, 2560, 32, 15, 5, 1e5))),
+    "qwen2-vl-2b": Published(
+        "Qwen/Qwen2-VL-2B-Instruct",
+        _seeing(
+            _qwen2(151936, 1536, 8960, 28, 12, 2, 128, True), Qwen2VLVision(1536), mrope_sections=(16, 24, 24)
+        ),
+    ),
 }  # fmt: skip
 
 # Shapes for "random:<name>": those that learn nothing of language but run everywhere in seconds, with the tokenizer of
@@ -111,5 +157,52 @@ SHAPES: dict[str, StudentConfig] = {
     "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
     "t5-tiny": T5Config(260, 64, 128, 2, 2, 4, 16),
     "t5-small": T5Config(260, 128, 256, 3, 3, 8, 16),
+    "paligemma-tiny": _seeing(
+        DecoderConfig(
+            264,
+            64,
+            128,
+            2,
+            4,
+            2,
+            16,
+            tie_embeddings=True,
+            family="gemma",
+            activation="gelu_tanh",
+            norm_offset=True,
+            embedding_scale=True,
+        ),
+        PaliGemmaVision(SiglipConfig(64, 128, 2, 4, 64, 16), 64, 260, _BICUBIC),
+        prompt_both_ways=True,
+        first_position=1,
+    ),
+    "paligemma-small": _seeing(
+        DecoderConfig(
+            264,
+            64,
+            192,
+            2,
+            4,
+            2,
+            16,
+            tie_embeddings=True,
+            family="gemma",
+            activation="gelu_tanh",
+            norm_offset=True,
+            embedding_scale=True,
+        ),
+        PaliGemmaVision(SiglipConfig(64, 192, 2, 4, 48, 8), 64, 260, _BICUBIC),
+        prompt_both_ways=True,
+        first_position=1,
+    ),
+    "smolvlm-tiny": _seeing(
+        DecoderConfig(304, 64, 128, 2, 4, 2, 16),
+        SmolVLMVision(SiglipConfig(64, 128, 2, 4, 64, 16), 64, 260, _LANCZOS, 2, 128),
+    ),
+    "qwen2-vl-tiny": _seeing(
+        DecoderConfig(264, 64, 128, 2, 4, 2, 16, qkv_bias=True, family="qwen2"),
+        Qwen2VLVision(64, 64, 2, 4, 2, image_token=260, vision_start=261, vision_end=262, max_pixels=28 * 28 * 64),
+        mrope_sections=(2, 3, 3),
+    ),
     **{name: published.config for name, published in CATALOGUE.items()},
 }

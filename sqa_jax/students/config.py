@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sqa_jax.errors import UserError
 from sqa_jax.students.checks import check_numbers
 from sqa_jax.students.t5_config import T5Config
+
+if TYPE_CHECKING:
+    from sqa_jax.students.vision.family import Vision
 
 ROPES = ("default", "linear", "llama3")
 FULL, WINDOW, NOPE = "full", "window", "nope"  # a layer sees all, sees near keys only, or knows no positions
@@ -81,6 +85,10 @@ class DecoderConfig:
       window: keys that a layer of kind "window" sees, the query's own included.
       layer_types: of each layer "full", "window" or "nope"; () is all "full".
       local_rope: rotary frequencies of the layers of kind "window"; None is the same.
+      prompt_both_ways: a prompt's tokens see each other, whichever comes first (a prefix LM).
+      first_position: of a sequence, for the rotation.
+      mrope_sections: pairs of a head that turn by time, row and column of what is seen (M-RoPE); () is none.
+      vision: the tower through which it sees pictures, and what else of them is its own; None is a student of text.
     """
 
     vocab_size: int
@@ -109,6 +117,10 @@ class DecoderConfig:
     window: int = 0
     layer_types: tuple[str, ...] = ()
     local_rope: Rope | None = None
+    prompt_both_ways: bool = False
+    first_position: int = 0
+    mrope_sections: tuple[int, ...] = ()
+    vision: Vision | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -148,7 +160,7 @@ StudentConfig = DecoderConfig | T5Config
 
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:
     """The configuration, if its numbers are possible; raises `UserError` where they are not."""
-    check_numbers(config, where, ("query_scale", "attention_softcap", "logit_softcap", "window"))
+    check_numbers(config, where, ("query_scale", "attention_softcap", "logit_softcap", "window", "first_position"))
     queries, keys = config.num_heads, config.num_kv_heads
     if queries % keys:
         raise UserError(

@@ -15,19 +15,22 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from sqa_jax.students.attention import (
     EVERYWHERE,
     PADDING,
     attend,
+    both_ways,
     capped,
     near,
+    picture_positions,
     rotary_angles,
     rotate,
     visibility,
 )
-from sqa_jax.students.block_attention import attend_causal
-from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, Grid, behind_prefix, used_places, with_prompt
+from sqa_jax.students.block_attention import attend_in_blocks
+from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, Grid, Visual, behind_prefix, embed, used_places
 from sqa_jax.students.config import WINDOW, DecoderConfig
 from sqa_jax.students.fused_attention import FusedAttention
 from sqa_jax.students.layers import Linear, RMSNorm, stacked
@@ -126,7 +129,8 @@ class Attention(nn.Module):
         if around.segments is not None:
             out = self.fused(query, key, value, around.segments, visible, layer.windowed)
         else:
-            out = (attend_causal if cache is None else attend)(query, key, value, visible, c.attention_softcap)
+            attention = partial(attend_in_blocks, causal=not c.prompt_both_ways) if cache is None else attend
+            out = attention(query, key, value, visible, c.attention_softcap)
         if grid is not None:
             out = grid.packed(out, (B, T))
         out = out.reshape(B, T, c.num_heads * c.head_dim)
@@ -193,6 +197,8 @@ class Decoder(nn.Module):
         than segments.
       data_shards: parts of the mesh over which a batch's rows lie; what is done a piece at a time takes as much of
         each.
+      rows: how these rows lie there, which the compiler is told where it could think otherwise: in front of layers
+        whose weights are split over the same axis, it would rather split a tower's activations by their width.
     """
 
     config: DecoderConfig
@@ -201,6 +207,7 @@ class Decoder(nn.Module):
     lora_dropout: float = 0.0
     fused: FusedAttention | None = None
     data_shards: int = 1
+    rows: NamedSharding | None = None
 
     def setup(self):
         c = self.config
@@ -222,13 +229,13 @@ class Decoder(nn.Module):
         branches: jax.Array | None = None,
         extent: int | None = None,
         grid: Grid | None = None,
+        visual: Visual | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
 
         Args:
-          tokens: [B, T] ids.
-          positions: [B, T], 0-based within each sequence; with a prompt adapter the first P positions are
-            its virtual tokens, whatever ids stand there.
+          tokens: [B, T] ids: words'; a soft prompt's, -1, -2, …; pictures' features, see `Visual`.
+          positions: [B, T], 0-based within each sequence.
           segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
           adaptation: what the adapters add.
           cache: what the rows have read before; the new tokens go behind it. Made by `init_cache` with the
@@ -237,16 +244,17 @@ class Decoder(nn.Module):
             sets its `length` back to the trunk's end.
           grid: with a cache, tokens of any of its rows are packed into [B, T], and lie in the cache as it says.
           extent: places of the cache, a prefix included, that attention looks at; behind them must be nothing.
+          visual: what the tokens of pictures show.
 
         Returns:
           Normed hidden states [B, T, D], and the cache with the new tokens in it.
         """
         c = self.config
         B, T = tokens.shape
-        x = self.embed_tokens(tokens)
-        if c.embedding_scale:
-            x *= jnp.asarray(c.hidden_size**0.5, x.dtype)
-        x = with_prompt(x, positions, adaptation)
+        x = embed(self.embed_tokens, tokens, adaptation, visual, c.hidden_size**0.5 if c.embedding_scale else 1.0)
+
+        if self.rows is not None and cache is None:
+            x = jax.lax.with_sharding_constraint(x, self.rows)
 
         P = adaptation.prefix_length
         key_branches = None
@@ -283,11 +291,19 @@ class Decoder(nn.Module):
                 places = own + jnp.take_along_axis(slots - own, first, axis=1)
                 everywhere = jnp.broadcast_to(jnp.arange(cache.segments.shape[1]), cache.segments.shape)
                 _, key_places = entered(everywhere, places)
-            lately = visible & near(places, key_places[:, : visible.shape[-1]], c.window)
+            close = near(places, key_places[:, : visible.shape[-1]], c.window)
+            if branches is not None:
+                close |= both_ways(branches[:, :, None], key_branches[:, None, : visible.shape[-1]])
+            lately = visible & close
 
         # A prefix takes the first P positions, as it does in PEFT.
-        rotations = list(dict.fromkeys(map(c.rope_of, c.kinds)))
-        angles = [rotary_angles(positions + P, c.head_dim, rope) for rope in rotations]
+        rotations, turned = list(dict.fromkeys(map(c.rope_of, c.kinds))), positions + P + c.first_position
+        if c.mrope_sections:
+            if visual is not None:
+                turned = picture_positions(tokens, turned, segments, c.vocab_size, visual.places)
+            else:
+                turned = jnp.broadcast_to(turned[..., None], (B, T, 3))
+        angles = [rotary_angles(turned, c.head_dim, rope, c.mrope_sections) for rope in rotations]
         plain = self.fused is None or cache is not None or branches is not None or adaptation.prefix is not None
         around = Surroundings(
             *map(jnp.stack, zip(*angles, strict=True)), visible, lately, slots, None if plain else segments, grid
@@ -296,7 +312,7 @@ class Decoder(nn.Module):
             jnp.arange(c.num_layers),
             jnp.asarray([rotations.index(c.rope_of(kind)) for kind in c.kinds]),
             jnp.asarray([kind == WINDOW for kind in c.kinds]),
-            adaptation._replace(prompt=None),
+            adaptation._replace(prompt=None, tower=None),
         )
         carry = (x, None if cache is None else (cache.key, cache.value))
         (x, kv), _ = self.layers(carry, layers, around)
@@ -316,9 +332,18 @@ class Decoder(nn.Module):
 
 
 def read(
-    decoder: Decoder, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
+    decoder: Decoder,
+    weights: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    adaptation: Adaptation,
+    branches: jax.Array | None = None,
+    visual: Visual | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.students.modules.read`."""
-    (hidden, _), kept = decoder.apply({"params": weights}, tokens, positions, segments, adaptation, mutable=["read"])
+    (hidden, _), kept = decoder.apply(
+        {"params": weights}, tokens, positions, segments, adaptation, branches=branches, visual=visual, mutable=["read"]
+    )
     (key,), (value,) = (kept["read"]["layers"]["self_attn"][name] for name in ("key", "value"))
     return hidden, key, value, jnp.ones_like(segments)

@@ -6,8 +6,12 @@ scores; norms, rotations and what rematerialisation computes twice are left out.
 
 from __future__ import annotations
 
+import math
+
 from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.vision.family import Vision
+from sqa_jax.students.vision.qwen2_vl import Qwen2VLVision
 
 
 def forward_flops(config: StudentConfig, tokens: float, context: float, logits: float) -> float:
@@ -26,6 +30,27 @@ def forward_flops(config: StudentConfig, tokens: float, context: float, logits: 
     return 2 * (tokens * config.num_layers * (linear + attention) + logits * config.hidden_size * config.vocab_size)
 
 
+def see_flops(vision: Vision, features: float, picture: float) -> float:
+    """Operations of a vision tower and its connector.
+
+    Args:
+      features: that they make.
+      picture: features of a picture on average, whose patches see each other; of a tile, where towers read tiles.
+    """
+    if isinstance(vision, Qwen2VLVision):
+        width, layers, shapes, squares = vision.embed_dim, vision.depth, vision.linear_shapes(), vision.merge**2
+        embedded, connected = math.prod(vision.patch_shape), (squares * width) * (squares * width + vision.width)
+    else:
+        tower = vision.tower
+        width, layers, shapes = tower.hidden_size, tower.num_layers, tower.linear_shapes()
+        picture = vision.features_of_piece
+        squares = tower.side**2 / picture
+        embedded, connected = 3 * tower.patch_size**2, squares * width * vision.width
+    linear = embedded * width + layers * sum(rows * columns for _, rows, columns in shapes.values())
+    attention = layers * 2 * squares * picture * width  # scores, and the values that they weigh
+    return 2 * features * (squares * (linear + attention) + connected)
+
+
 def _t5_forward_flops(config: T5Config, encoded: float, decoded: float, length: float) -> float:
     """Operations for tokens of encoder and decoder, of sequences of `length` tokens of both."""
     share = encoded / (encoded + decoded)
@@ -41,7 +66,14 @@ def _t5_forward_flops(config: T5Config, encoded: float, decoded: float, length: 
 
 
 def training_flops(
-    config: StudentConfig, methods: tuple[str, ...], trained: int, tokens: float, context: float, targets: float
+    config: StudentConfig,
+    methods: tuple[str, ...],
+    trained: int,
+    tokens: float,
+    context: float,
+    targets: float,
+    seen: float = 0.0,
+    through: bool = False,
 ) -> float:
     """Operations of forward and backward passes.
 
@@ -52,9 +84,11 @@ def training_flops(
       methods: `config.adapter.methods`.
       trained: parameters of the adapter.
       targets: tokens that are learned.
+      seen: operations in which the tower makes the tokens' features in the step; 0 where they are known.
+      through: whether a gradient goes through the tower.
     """
     forward = forward_flops(config, tokens, context, targets)
     if "full" in methods:
-        return 3 * forward
+        return 3 * (forward + seen)
     # A low-rank pair meets every token (of an encoder–decoder fewer, so that this is a bound); the places of a prefix or soft prompt are counted in tokens and context.
-    return 2 * forward + (6 * tokens * trained if "lora" in methods else 0)
+    return 2 * forward + (1 + through) * seen + (6 * tokens * trained if "lora" in methods else 0)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from sqa_jax.errors import UserError
 from sqa_jax.students import t5_config
 from sqa_jax.students.config import FULL, NOPE, ROPES, WINDOW, DecoderConfig, Rope, StudentConfig, checked
 from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.vision.family import FAMILIES, module_of
 
 SUPPORTED = ("llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # values of model_type
 _MOST_LAYERS = 10_000
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def from_hf(raw: dict[str, Any], where: str) -> StudentConfig:
+def from_hf(raw: dict[str, Any], where: str, processor: dict[str, Any] | None = None) -> StudentConfig:
     """A student's options from Hugging Face's `config.json`.
 
     transformers fills in what the file leaves to its architecture, and translates older files.
+
+    Args:
+      where: what errors name.
+      processor: `preprocessor_config.json` of a student that sees; None is what is usual for its family.
 
     Raises:
       UserError: the architecture, rope type, activation or quantization is not supported, a key is missing, or
@@ -26,9 +32,11 @@ def from_hf(raw: dict[str, Any], where: str) -> StudentConfig:
     family = raw.get("model_type")
     if family == "t5":
         return t5_config.from_hf(raw, where)
+    if family in FAMILIES:
+        return _seeing(raw, processor or {}, where)
     if family not in SUPPORTED:
         raise UserError(
-            f"{where}: architecture {family!r} is not supported; supported: {', '.join((*SUPPORTED, 't5'))}"
+            f"{where}: architecture {family!r} is not supported; supported: {', '.join((*SUPPORTED, *FAMILIES, 't5'))}"
         )
     if quantization := raw.get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
@@ -93,6 +101,40 @@ def from_hf(raw: dict[str, Any], where: str) -> StudentConfig:
     return checked(config, where)
 
 
+def _seeing(raw: dict[str, Any], processor: dict[str, Any], where: str) -> DecoderConfig:
+    """The options of a student that sees: those of its language half, and what is said of pictures."""
+    family = raw["model_type"]
+    vision = FAMILIES[family].from_hf(raw, processor, where)
+    # Older files of Qwen2-VL have the language half's options beside the others.
+    text = dict(raw.get("text_config") or {key: value for key, value in raw.items() if key != "vision_config"})
+    kind = text.get("model_type", family)
+    text["model_type"] = {"qwen2_vl": "qwen2", "qwen2_vl_text": "qwen2", "paligemma": "gemma"}.get(kind, kind)
+    if family == "paligemma":
+        text["use_bidirectional_attention"] = False  # of pictures and prompts, which `prompt_both_ways` says
+    key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    rope = dict(text.get(key) or {})
+    sections = rope.pop("mrope_section", ())
+    if family == "qwen2_vl":
+        if "mrope" in (rope.get("type"), rope.get("rope_type")):
+            rope = {name: value for name, value in rope.items() if name not in ("type", "rope_type")}
+        text[key] = rope or None
+        if 2 * sum(sections) != text["hidden_size"] // text["num_attention_heads"]:
+            raise UserError(
+                f"{where}: mrope_section {sections} does not deal out the pairs of a head; fetch config.json again"
+            )
+    tied = raw.get("tie_word_embeddings", family == "paligemma")
+    config = dataclasses.replace(
+        from_hf({**text, "tie_word_embeddings": tied}, where),
+        prompt_both_ways=family == "paligemma",
+        first_position=int(family == "paligemma"),
+        mrope_sections=tuple(sections) if family == "qwen2_vl" else (),
+        vision=vision,
+    )
+    if not isinstance(config, DecoderConfig):
+        raise UserError(f"{where}: a language half of {text['model_type']} is not supported; choose another student")
+    return config
+
+
 def _layer_types(theirs: Any, where: str) -> tuple[str, ...]:
     names = {"full_attention": FULL, "sliding_attention": WINDOW}
     listed = getattr(theirs, "layer_types", None) or ["full_attention"] * theirs.num_hidden_layers
@@ -132,6 +174,8 @@ def to_hf(config: StudentConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads as the same model."""
     if isinstance(config, T5Config):
         return t5_config.to_hf(config)
+    if config.vision is not None:
+        return _seeing_to_hf(config)
     c = config
     names = {FULL: "full_attention", NOPE: "full_attention", WINDOW: "sliding_attention"}
     classes = {"smollm3": "SmolLM3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
@@ -175,6 +219,19 @@ def to_hf(config: StudentConfig) -> dict[str, Any]:
         # Else transformers takes the family's own, which need not be in this vocabulary.
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         **own,
+    }
+
+
+def _seeing_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    text = to_hf(dataclasses.replace(config, vision=None))
+    del text["architectures"]
+    if config.mrope_sections:
+        text["model_type"] = "qwen2_vl_text"
+        text["rope_parameters"]["mrope_section"] = list(config.mrope_sections)
+    return {
+        **module_of(config.vision).to_hf(config.vision),
+        "text_config": text,
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 

@@ -9,17 +9,33 @@ from sqa_jax.students.config import DecoderConfig, StudentConfig
 from sqa_jax.students.leaf import Leaf
 from sqa_jax.students.t5_config import T5Config
 from sqa_jax.students.t5_layout import COPIES, UNUSED, t5_leaves
+from sqa_jax.students.vision.family import module_of
+
+VISION = "vision"  # where in a student's tree tower and connector are
 
 
 def leaves(config: StudentConfig) -> list[Leaf]:
     """Every parameter of a student."""
-    return t5_leaves(config) if isinstance(config, T5Config) else _decoder_leaves(config)
+    if isinstance(config, T5Config):
+        return t5_leaves(config)
+    seen = [] if config.vision is None else module_of(config.vision).leaves(config.vision)
+    return _decoder_leaves(config) + seen
 
 
 def linear_layers(config: StudentConfig) -> dict[str, Leaf]:
     """The kernels of all blocks' linear layers, by their names in an adapter's tree."""
-    kernels = [leaf for leaf in leaves(config) if leaf.stacked and leaf.path[-1] == "kernel"]
+    kernels = [leaf for leaf in leaves(config) if leaf.stacked and leaf.path[-1] == "kernel" and leaf.path[0] != VISION]
     return dict(zip(config.linear_shapes(), kernels, strict=True))
+
+
+def tower_layers(config: StudentConfig) -> dict[str, Leaf]:
+    """The kernels of tower and connector that LoRA may adapt, by their names in an adapter's tree, such as "vision.fc1".
+
+    They are those of the tower's blocks, which are stacked, and the connector's, which are not.
+    """
+    seen = [leaf for leaf in leaves(config) if leaf.path[0] == VISION and leaf.path[-1] == "kernel"]
+    linear = [leaf for leaf in seen if len(leaf.shape) == 2 + leaf.stacked]  # patches are embedded by convolutions
+    return {".".join((VISION, *(leaf.path[-2:-1] if leaf.stacked else leaf.path[1:-1]))): leaf for leaf in linear}
 
 
 def copies(config: StudentConfig) -> dict[str, str]:
@@ -27,6 +43,16 @@ def copies(config: StudentConfig) -> dict[str, str]:
     table = leaves(config)[0].names[0]
     repeated = COPIES if isinstance(config, T5Config) else ()
     return dict.fromkeys((*repeated, *["lm_head.weight"] * config.tie_embeddings), table)
+
+
+def published(config: StudentConfig, name: str) -> str:
+    """How a published file calls a tensor that our table calls `name`."""
+    return name if config.vision is None else module_of(config.vision).NAMES.published(name)
+
+
+def modules(config: StudentConfig, name: str) -> tuple[str, ...]:
+    """What transformers' releases call a module that our table calls `name`, the newest last."""
+    return (name,) if config.vision is None else module_of(config.vision).NAMES.spellings(name)
 
 
 def unused(config: StudentConfig) -> tuple[str, ...]:

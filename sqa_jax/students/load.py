@@ -17,9 +17,11 @@ from sqa_jax.students.gguf_config import from_gguf
 from sqa_jax.students.gguf_tokenizer import gguf_tokenizer, turn_ends
 from sqa_jax.students.hf_config import from_hf
 from sqa_jax.students.paths import locate
-from sqa_jax.students.safetensors_source import read_hf_config, weight_files
+from sqa_jax.students.safetensors_source import read_hf_config, read_processor, weight_files
 from sqa_jax.students.sources import GGUFSource, SafetensorsSource, WeightSource
 from sqa_jax.students.t5_config import T5Config, as_stored
+from sqa_jax.students.vision.family import module_of
+from sqa_jax.students.vision.names import RenamedSource
 from sqa_jax.students.weights import ShardingsFor, random_params, read_params
 
 
@@ -45,7 +47,13 @@ class Student:
 
 
 def load_student(
-    path: str, *, revision: str = "", dtype: Any = jnp.float32, shardings_for: ShardingsFor | None = None, seed: int = 0
+    path: str,
+    *,
+    revision: str = "",
+    dtype: Any = jnp.float32,
+    shardings_for: ShardingsFor | None = None,
+    seed: int = 0,
+    picture_tokens: int = 0,
 ) -> Student:
     """Loads a student.
 
@@ -56,20 +64,24 @@ def load_student(
       dtype: of the parameters.
       shardings_for: where each parameter lies, given the tree of shapes.
       seed: of random weights.
+      picture_tokens: as `student_config`.
 
     Raises:
       UserError: nothing is there, or it is damaged or not supported; one line says what and what to do.
     """
     if path.startswith("random:"):
-        config, vocabulary = _random_config(path.removeprefix("random:")), tokenizers.load_tokenizer(path)
+        config, vocabulary = student_config(path, picture_tokens=picture_tokens), tokenizers.load_tokenizer(path)
         _check_vocabulary(vocabulary, config, path)
         params = random_params(config, seed, dtype, shardings_for)
         return _student(path, config, params, vocabulary, [], {"seed": seed})
     where = locate(path, revision)
     if where.is_dir():
-        config = from_hf(read_hf_config(where), f"{where}/config.json")
+        raw = read_hf_config(where)
+        config = from_hf(raw, f"{where}/config.json", read_processor(where))
         source: WeightSource = SafetensorsSource(where)
-        config = as_stored(config, source.shapes) if isinstance(config, T5Config) else config
+        if config.vision is not None:
+            source = RenamedSource(source, module_of(config.vision).NAMES)
+        config = as_stored(config, raw, source.shapes) if isinstance(config, T5Config) else config
         vocabulary = tokenizers.load_tokenizer(str(where))
         generation = where / "generation_config.json"  # chat models list there every token that ends a turn
         ends = (
@@ -85,28 +97,46 @@ def load_student(
         ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where) + turn_ends(vocabulary)
         files = [where]
     _check_vocabulary(vocabulary, config, path)
+    config = _with_at_most(config, picture_tokens)
     params = read_params(source, config, dtype, shardings_for)
     return _student(path, config, params, vocabulary, ends, [sha256_file(file) for file in files])
 
 
-def student_config(path: str, revision: str = "") -> StudentConfig:
+def student_config(path: str, revision: str = "", picture_tokens: int = 0) -> StudentConfig:
     """A student's shape and options alone, for a path as in `load_student`: no weights are fetched or read.
 
+    Args:
+      picture_tokens: most features of a picture, for a student that sees; 0 is what its files say.
+
     Raises:
-      UserError: nothing is there, or it is damaged or not supported.
+      UserError: nothing is there, or it is damaged or not supported; or the student does not take so few features.
     """
     if path.startswith("random:"):
-        return _random_config(path.removeprefix("random:"))
+        return _with_at_most(_random_config(path.removeprefix("random:")), picture_tokens)
     where = locate(path, revision, weights=False)
     if where.is_dir():
-        return from_hf(read_hf_config(where), f"{where}/config.json")
+        config = from_hf(read_hf_config(where), f"{where}/config.json", read_processor(where))
+        return _with_at_most(config, picture_tokens)
     return from_gguf(GGUFSource(where))
+
+
+def _with_at_most(config: StudentConfig, picture_tokens: int) -> StudentConfig:
+    if not picture_tokens or config.vision is None:
+        return config
+    vision = module_of(config.vision).with_at_most(config.vision, picture_tokens)
+    return dataclasses.replace(config, vision=vision)
 
 
 def _student(path: str, config: StudentConfig, params: Any, vocabulary: Any, ends: list[int], identity: Any) -> Student:
     eos_ids = tuple(dict.fromkeys([vocabulary.eos_token_id, *ends]))
-    parts = [dataclasses.asdict(config), identity, tokenizers.fingerprint(vocabulary)]
+    parts = [_chosen(config), identity, tokenizers.fingerprint(vocabulary)]
     return Student(Path(path).name or path, config, params, vocabulary, eos_ids, sha256_json(parts))
+
+
+def _chosen(config: StudentConfig) -> dict[str, Any]:
+    """What of a configuration is not as usual, so that a new option changes no fingerprint."""
+    usual = {field.name: field.default for field in dataclasses.fields(config)}
+    return {name: value for name, value in dataclasses.asdict(config).items() if value != usual[name]}
 
 
 def _random_config(name: str) -> StudentConfig:
@@ -115,14 +145,16 @@ def _random_config(name: str) -> StudentConfig:
     if not Path(name).is_dir():
         sizes = ", ".join(SHAPES)
         raise UserError(f"random:{name}: choose one of {sizes}, or a directory that holds a config.json")
-    return from_hf(read_hf_config(name), f"{name}/config.json")
+    return from_hf(read_hf_config(name), f"{name}/config.json", read_processor(name))
 
 
 def _check_vocabulary(vocabulary: Any, config: StudentConfig, path: str) -> None:
-    if len(vocabulary) > config.vocab_size:
+    word, last = max(vocabulary.get_vocab().items(), key=lambda item: item[1])
+    if last >= config.vocab_size:
         raise UserError(
-            f"{path}: its tokenizer has {len(vocabulary)} tokens but the model has {config.vocab_size} embeddings; "
-            "use the tokenizer that the model was published with"
+            f"{path}: its tokenizer numbers tokens up to {last} ({word!r}), but the model has {config.vocab_size} embeddings; "
+            "use the tokenizer that the model was published with, or give the model rows for the new tokens "
+            "(transformers' resize_token_embeddings)"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.safetensors_source import INDEX, weight_files
+from sqa_jax.students.safetensors_source import INDEX, PROCESSORS, weight_files
 
 _TOKENIZER_FILES = [
     "tokenizer.json",
@@ -55,7 +55,7 @@ def _fetch(repository: str, revision: str, weights: bool) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        files = ["config.json", "generation_config.json", INDEX, *_TOKENIZER_FILES]
+        files = ["config.json", "generation_config.json", *PROCESSORS, INDEX, *_TOKENIZER_FILES]
         directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
         if weights:
             # Repositories also hold other formats of the same weights: only what the index lists is fetched, of

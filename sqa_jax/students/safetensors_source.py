@@ -25,7 +25,6 @@ class SafetensorsSource:
         directory = Path(directory)
         self.where, self._directory = str(directory), directory
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._handles: dict[str, Any] = {}
         self._file_of = {} if (directory / SINGLE).exists() else _listed(directory)
         for file in weight_files(directory):
             self._open(file)
@@ -39,16 +38,20 @@ class SafetensorsSource:
         path = self._directory / file
         if not path.exists():
             raise UserError(f"{path}: shard not found, but {INDEX} lists it; fetch it again")
-        self._handles[file] = handle = open_safetensors(path)
-        for name in handle.keys():
-            if name in self.shapes:
-                other = self._file_of[name]
-                raise UserError(f"{path}: tensor {name} is also in {other}; remove the shard that is not the model's")
-            self._file_of[name] = file
-            self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+        with open_safetensors(path) as handle:
+            for name in handle.keys():
+                if name in self.shapes:
+                    other = self._file_of[name]
+                    raise UserError(
+                        f"{path}: tensor {name} is also in {other}; remove the shard that is not the model's"
+                    )
+                self._file_of[name] = file
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self._handles[self._file_of[name]].get_slice(name)[rows]
+        # Opened for each tensor: a mapped file's pages that were read count as this process' memory until it is closed.
+        with open_safetensors(self._directory / self._file_of[name]) as handle:
+            return handle.get_slice(name)[rows]
 
     def locate(self, name: str) -> str:
         return f"{self._directory / self._file_of[name] if name in self._file_of else self._directory}: tensor {name}"
@@ -59,6 +62,22 @@ def read_hf_config(directory: str | Path) -> dict[str, Any]:
     raw = read_json(Path(directory) / "config.json", "the model's architecture")
     if not isinstance(raw, dict):
         raise UserError(f"{directory}/config.json: not a JSON object; fetch it again")
+    return raw
+
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def read_processor(directory: str | Path) -> dict[str, Any]:
+    """How a Hugging Face directory's pictures are preprocessed; {} where no file says.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    file = next((file for name in PROCESSORS if (file := Path(directory) / name).exists()), None)
+    raw = {} if file is None else read_json(file, "how pictures are preprocessed")
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: not a JSON object; fetch it again")
     return raw
 
 

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sqa_jax.students.attention import EVERYWHERE, PADDING, visibility
 from sqa_jax.students.block_attention import SAVED
-from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, behind_prefix, used_places, with_prompt
+from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, behind_prefix, embed, used_places
 from sqa_jax.students.layers import Linear, RMSNorm, stacked
 from sqa_jax.students.t5_config import T5Config
 from sqa_jax.students.t5_split import Split, split
@@ -266,10 +266,10 @@ class T5(nn.Module):
         """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
 
         Args:
-          tokens: [B, T] ids; a sequence is the decoder's from its first start token on.
-          positions: [B, T], 0-based within each sequence; with a prompt adapter the first P positions are its virtual
-            tokens, in front of what the encoder reads, whatever ids stand there. Those of what the encoder reads
-            follow one another, as the tokens do.
+          tokens: [B, T] ids; a sequence is the decoder's from its first start token on. Those of a soft prompt, -1,
+            -2, …, are in what the encoder reads.
+          positions: [B, T], 0-based within each sequence. Those of what the encoder reads follow one another, as the
+            tokens do.
           segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
           adaptation: what the adapters add. A prefix lies in front of the decoder's own keys and values; the decoder's
             positions start behind it.
@@ -286,8 +286,8 @@ class T5(nn.Module):
 
     def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
         T, P = tokens.shape[1], adaptation.prefix_length
-        x = with_prompt(self.embed_tokens(tokens), positions, adaptation)
-        parts = self.split(tokens, positions, segments, adaptation)
+        x = embed(self.embed_tokens, tokens, adaptation)
+        parts = self.split(tokens, positions, segments)
 
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
         column = jnp.arange(T)
@@ -334,11 +334,9 @@ class T5(nn.Module):
         hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, sight)
         return self.decoder.norm(hidden), Cache(*kv, known, cache.length + used_places(segments))
 
-    def split(self, tokens, positions, segments, adaptation: Adaptation) -> Split:
+    def split(self, tokens, positions, segments) -> Split:
         """The rows' parts between encoder and decoder."""
-        return split(
-            tokens, positions, segments, self.config.decoder_start, adaptation.prompt_length, self.most_decoded
-        )
+        return split(tokens, positions, segments, self.config.decoder_start, self.most_decoded)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32: [..., D] → [..., V]."""
@@ -373,7 +371,7 @@ def read(
     (hidden, _), kept = student.apply({"params": weights}, tokens, positions, segments, adaptation, mutable=["read"])
     layers = kept["read"]["decoder"]["layers"]
     (own,), (cross,) = layers["of_decoder"], layers["of_encoder"]
-    parts = student.split(tokens, positions, segments, adaptation)
+    parts = student.split(tokens, positions, segments)
     decoded = parts.decoded[..., None, None]
     key, value = (jnp.where(decoded, jax.vmap(parts.spread)(o), c) for o, c in zip(own, cross, strict=True))
     return hidden, key, value, jnp.where(parts.decoded, 1, ENCODED)

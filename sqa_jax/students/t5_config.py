@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 from sqa_jax.errors import UserError
 from sqa_jax.students.checks import check_numbers
@@ -50,12 +50,19 @@ class T5Config:
     decoder_start: int = 0
     max_positions: int = 2048
 
+    vision: ClassVar[None] = None  # it sees nothing
+    prompt_both_ways: ClassVar[bool] = False  # its encoder does that by itself
+
     @property
     def num_kv_heads(self) -> int:
         return self.num_heads
 
     @property
     def norm_offset(self) -> bool:
+        return False
+
+    @property
+    def embedding_scale(self) -> bool:
         return False
 
     def linear_shapes(self) -> dict[str, tuple[str, int, int]]:
@@ -129,9 +136,13 @@ def _checked(config: T5Config, where: str) -> T5Config:
     return config
 
 
-def as_stored(config: T5Config, tensors: Collection[str]) -> T5Config:
-    """With an output layer of its own if the weights hold one: as in transformers, that goes before `config.json`."""
-    return dataclasses.replace(config, tie_embeddings="lm_head.weight" not in tensors)
+def as_stored(config: T5Config, raw: dict[str, Any], tensors: Collection[str]) -> T5Config:
+    """With an output layer of its own if the weights hold one, which goes before `config.json`, as in transformers.
+
+    Where they hold none, `config.json` must not say in so many words that there is one: then it is missing.
+    """
+    own = "lm_head.weight" in tensors or raw.get("tie_word_embeddings") is False
+    return dataclasses.replace(config, tie_embeddings=not own)
 
 
 def to_hf(config: T5Config) -> dict[str, Any]:

@@ -47,15 +47,12 @@ def _picked(x: jax.Array, indices: jax.Array) -> jax.Array:
     return x.at[indices].get(mode="fill", fill_value=0)
 
 
-def split(
-    tokens: jax.Array, positions: jax.Array, segments: jax.Array, start: int, virtual: int, most: int | None
-) -> Split:
+def split(tokens: jax.Array, positions: jax.Array, segments: jax.Array, start: int, most: int | None) -> Split:
     """Parts rows between encoder and decoder.
 
     Args:
       tokens, positions, segments: [B, T].
       start: the decoder's start token. Its first one in a sequence counts, later ones are as any other token.
-      virtual: first positions of each sequence, whatever ids stand there: a soft prompt, which the encoder reads.
       most: M; None is T. Where a row has more of the decoder's tokens, the last ones of sequences are left out, whose
         states no other token sees.
     """
@@ -69,7 +66,7 @@ def split(
         return found, (found >= 0) & (owner == segments) & (segments != PADDING)
 
     goes_on = segments[:, 1:] == segments[:, :-1]
-    _, decoded = latest((tokens == start) & (positions >= virtual))
+    _, decoded = latest(tokens == start)
     opening, _ = latest(decoded & ~jnp.pad(goes_on & decoded[:, :-1], ((0, 0), (1, 0))))
     numbers = positions - jnp.take_along_axis(positions, jnp.maximum(opening, 0), axis=1)
 

@@ -14,13 +14,16 @@ from sqa_jax.students.paths import locate
 from sqa_jax.students.safetensors_source import read_hf_config
 from sqa_jax.students.sources import GGUFSource
 from sqa_jax.students.t5_config import decoder_start
+from sqa_jax.students.vision.family import Vision, module_of
 
 # transformers advises at import that no PyTorch was found; here that is intended.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-# Each turn between markers; the text of a reply follows the last line.
+# Each turn between markers; the text of a reply follows the last line. Of a turn in parts, a picture is a placeholder.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else "
+    "'PLACEHOLDER' }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -42,8 +45,10 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
         rest = path.removeprefix("random:")
         if (Path(rest) / "tokenizer.json").exists():
             return load_tokenizer(rest)
-        start = getattr(SHAPES[rest], "decoder_start", None) if rest in SHAPES else _start_in(rest)
-        return _with_start(byte_tokenizer(), start, path)
+        if rest in SHAPES:
+            shape = SHAPES[rest]
+            return _with_start(byte_tokenizer(shape.vision), getattr(shape, "decoder_start", None), path)
+        return _with_start(byte_tokenizer(), _start_in(rest), path)
     where = locate(path, revision, weights=False)
     if not where.is_dir():
         return gguf_tokenizer(GGUFSource(where).metadata, path)
@@ -97,8 +102,12 @@ def _checked(tokenizer: Any, where: str) -> Any:
     return tokenizer
 
 
-def byte_tokenizer() -> Any:
-    """Bytes and four special tokens, 260 in all: for students made at random."""
+def byte_tokenizer(vision: Vision | None = None) -> Any:
+    """Bytes and four special tokens, 260 in all: for students made at random.
+
+    Args:
+      vision: of a student that sees; behind the 260 are then the tokens that show pictures (`WORDS` of its family).
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,11 +116,12 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(special + alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
+    words = () if vision is None else module_of(vision).WORDS
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (*special, *words)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHAT_TEMPLATE.replace("PLACEHOLDER", "" if vision is None else vision.placeholder)
     return fast
 
 

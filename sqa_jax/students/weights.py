@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, write_json
 from sqa_jax.students.config import StudentConfig
 from sqa_jax.students.hf_config import to_hf
-from sqa_jax.students.layout import build, copies, leaves, unused
+from sqa_jax.students.layout import VISION, build, copies, leaves, published, unused
 from sqa_jax.students.leaf import Leaf
 from sqa_jax.students.safetensors_file import write_safetensors
-from sqa_jax.students.safetensors_source import INDEX
+from sqa_jax.students.safetensors_source import INDEX, PROCESSORS
 from sqa_jax.students.sources import WeightSource
 from sqa_jax.students.t5_config import T5Config
+from sqa_jax.students.vision.family import module_of
 
 Tree = dict[str, Any]
 ShardingsFor = Callable[[Tree], Tree]  # from a tree of shapes to a tree of shardings
+Box = tuple[range, ...]  # a block of a parameter: its places in each dimension
 
 
 def shapes(config: StudentConfig, dtype=jnp.float32) -> Tree:
@@ -82,7 +84,8 @@ def read_params(
 ) -> Tree:
     """Reads every parameter, and of each only what this process holds.
 
-    Host memory holds that part of one (stacked) parameter at a time, besides the model where that lies there too.
+    On a CPU the model's memory is filled in place: besides it there is one tensor of the file at a time. Elsewhere host
+    memory holds this process' part of one (stacked) parameter at a time.
 
     Args:
       dtype: of the parameters in memory.
@@ -96,44 +99,69 @@ def read_params(
 
     def read(leaf: Leaf) -> jax.Array:
         if placed is None:
-            return jnp.asarray(_read_box(source, leaf, tuple(slice(0, n) for n in leaf.shape), dtype))
+            return jax.device_put(_read_boxes(source, leaf, [tuple(map(range, leaf.shape))], dtype)[0])
         sharding = placed
         for key in leaf.path:
             sharding = sharding[key]
-        box = _held_here(sharding, leaf.shape)
-        host = _read_box(source, leaf, box, dtype)
-
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            bounds = [part.indices(n) for part, n in zip(index, leaf.shape, strict=True)]
-            return host[tuple(slice(b[0] - own.start, b[1] - own.start) for b, own in zip(bounds, box, strict=True))]
-
-        return jax.make_array_from_callback(leaf.shape, sharding, shard)
+        held = sharding.addressable_devices_indices_map(leaf.shape).values()
+        boxes = list(dict.fromkeys(_box(index, leaf.shape) for index in held))
+        hosts = dict(zip(boxes, _read_boxes(source, leaf, boxes, dtype), strict=True))
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: hosts[_box(index, leaf.shape)])
 
     return build(config, read)
 
 
-def _held_here(sharding: jax.sharding.Sharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The smallest block that holds all shards of this process: each row is then decoded once, however many share it."""
-    shards = sharding.addressable_devices_indices_map(shape).values()
-    bounds = [[part.indices(n)[:2] for part, n in zip(index, shape, strict=True)] for index in shards]
-    return tuple(slice(min(b[0] for b in own), max(b[1] for b in own)) for own in zip(*bounds, strict=True))
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    return tuple(range(*part.indices(n)) for part, n in zip(index, shape, strict=True))
 
 
-def _read_box(source: WeightSource, leaf: Leaf, box: tuple[slice, ...], dtype: Any) -> np.ndarray:
-    """A block of one parameter, in our orientation."""
-    host = np.empty([own.stop - own.start for own in box], dtype)
-    names, inner = (leaf.names[box[0]], box[1:]) if leaf.stacked else (leaf.names, box)
-    rows, *columns = inner[::-1] if leaf.transposed else inner
-    for target, name in zip(host if leaf.stacked else host[None], names, strict=True):
-        values = source.read(name, rows)[(slice(None), *columns)]
-        target[...] = values.T if leaf.transposed else values
-    return host
+def _read_boxes(source: WeightSource, leaf: Leaf, boxes: Sequence[Box], dtype: Any) -> list[np.ndarray]:
+    """Blocks of one parameter, in our orientation. Each row is decoded once, however many blocks share it."""
+    hosts = [_aligned(tuple(map(len, box)), dtype) for box in boxes]
+    layered = [
+        (host, *box) if leaf.stacked else (host[None], range(1), *box) for host, box in zip(hosts, boxes, strict=True)
+    ]
+
+    for place, name in enumerate(leaf.names):
+        wanted = [
+            (host[layers.index(place)], block[::-1] if leaf.transposed else block)
+            for host, layers, *block in layered
+            if place in layers
+        ]
+        if not wanted:
+            continue
+        first, last = min(rows.start for _, (rows, *_) in wanted), max(rows.stop for _, (rows, *_) in wanted)
+        values = source.read(name, slice(first, last))
+        for target, (rows, *columns) in wanted:
+            part = values[(slice(rows.start - first, rows.stop - first), *(slice(c.start, c.stop) for c in columns))]
+            if leaf.transposed:
+                _transpose(part, target)
+            else:
+                target[...] = part
+    return hosts
+
+
+def _transpose(values: np.ndarray, target: np.ndarray, strip: int = 16) -> None:
+    """Writes values with their dimensions reversed, some rows at a time: what is read and written stays in the cache."""
+    for start in range(0, len(values), strip):
+        target[..., start : start + strip] = values[start : start + strip].T
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any, alignment: int = 64) -> np.ndarray:
+    """An empty array that begins where XLA's own do: on a CPU, JAX then takes it as it is and makes no copy."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    room = np.empty(size + alignment, np.uint8)
+    start = -room.ctypes.data % alignment
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def random_params(
     config: StudentConfig, seed: int, dtype=jnp.float32, shardings_for: ShardingsFor | None = None
 ) -> Tree:
-    """Random parameters: matrices from N(0, 0.02²), norms that only norm, biases zero; created where they lie."""
+    """Random parameters: matrices from N(0, 1/n), norms that only norm, biases zero; created where they lie.
+
+    n is the number of a matrix' inputs (LeCun et al. 1998, "Efficient BackProp", section 4.6), or an embedding's width.
+    """
 
     def make(key):
         keys = iter(jax.random.split(key, len(leaves(config))))
@@ -141,8 +169,10 @@ def random_params(
         def one(leaf: Leaf):
             key = next(keys)
             if leaf.path[-1] in ("kernel", "embedding"):
-                return (jax.random.normal(key, leaf.shape) * 0.02).astype(dtype)
-            return jnp.full(leaf.shape, leaf.path[-1] == "scale" and not config.norm_offset, dtype)
+                inputs = leaf.shape[leaf.stacked : -1] if leaf.path[-1] == "kernel" else leaf.shape[-1:]
+                return (jax.random.normal(key, leaf.shape) * math.prod(inputs) ** -0.5).astype(dtype)
+            offset = config.norm_offset and leaf.path[0] != VISION
+            return jnp.full(leaf.shape, leaf.path[-1] == "scale" and not offset, dtype)
 
         return build(config, one)
 
@@ -177,7 +207,7 @@ def write_model(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     width = jnp.dtype(dtype).itemsize
-    parts = {name: (leaf, index) for leaf in leaves(config) for index, name in enumerate(leaf.names)}
+    parts = {published(config, name): (leaf, index) for leaf in leaves(config) for index, name in enumerate(leaf.names)}
 
     def tensor(leaf: Leaf, index: int) -> np.ndarray:
         values = params
@@ -197,3 +227,8 @@ def write_model(
     if plan.is_sharded:
         write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     write_json(directory / "config.json", {**to_hf(config), "torch_dtype": dtype})
+    if config.vision is not None:
+        processor = module_of(config.vision).processor_to_hf(config.vision)
+        write_json(directory / PROCESSORS[0], processor)
+        if own := {key: processor[key] for key in ("processor_class", "image_seq_len") if "image_seq_len" in processor}:
+            write_json(directory / PROCESSORS[1], own)

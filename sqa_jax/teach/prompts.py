@@ -7,7 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqa_jax.data.problem import ImageFile, Problem
+from sqa_jax.data.image import ImageFile
+from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import SETTINGS, Format, sections
 from sqa_jax.errors import UserError
 from sqa_jax.files import sha256_json

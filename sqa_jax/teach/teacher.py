@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sqa_jax.data.problem import ImageFile
+from sqa_jax.data.image import ImageFile
 from sqa_jax.errors import UserError
 
 

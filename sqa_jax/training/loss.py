@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.students.modules import Module, bounded
+from sqa_jax.students.modules import Module, bounded, seen
 
 CHUNK = 1024  # target positions of a data shard whose logits exist at one time: the loss' largest array is [CHUNK, V]
 
@@ -79,12 +79,14 @@ def row_losses(
     """
     weights = adapters.weights(adapter, base)
     decoder = bounded(decoder, batch["targets"].shape[1])
+    adaptation = adapters.activate(settings, adapter, decoder.config)
     hidden, _ = decoder.apply(
         {"params": weights},
         batch["tokens"],
         batch["positions"],
         batch["segments"],
-        adapters.activate(settings, adapter, decoder.config),
+        adaptation,
+        **seen(decoder, weights, batch, adaptation, dropout),
         rngs=None if dropout is None else {"dropout": dropout},
     )
     log_probs = target_log_probs(

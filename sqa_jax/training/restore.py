@@ -45,8 +45,10 @@ def restore_adapter(config, root: Path, runtime: Runtime, given: PeftAdapter | N
         tree = {} if given is None else given.tree
         return None, jax.jit(lambda tree: tree, out_shardings=shardings(tree, runtime.mesh))(tree)
 
+    words = adapters.prompt_words(config.adapter, runtime.student.tokenizer)
+
     def new(base):
-        adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed)
+        adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed, words)
         return adapter if which == "best" else init_state(adapter, make_optimizer(config.optimizer, 1))
 
     shape = jax.eval_shape(new, runtime.student.params)

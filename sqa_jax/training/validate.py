@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from sqa_jax.data.dataset import encoder_for
-from sqa_jax.data.loader import PackedRows
-from sqa_jax.data.packing import choose_limits
+from sqa_jax.data.loader import PackedRows, pack
+from sqa_jax.data.packing import Virtual
+from sqa_jax.data.pictures import PictureRows
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import render_target
 from sqa_jax.data.recipes import arm_format
@@ -25,26 +26,35 @@ class Validator:
 
     Args:
       problems: the validation questions.
-      virtual: places of a soft prompt.
+      virtual: tokens of a soft prompt.
+      pictures: of the questions, where the student sees.
     """
 
-    def __init__(self, config, runtime: Runtime, problems: Sequence[Problem], virtual: int):
+    def __init__(
+        self,
+        config,
+        runtime: Runtime,
+        problems: Sequence[Problem],
+        virtual: Virtual,
+        pictures: PictureRows | None = None,
+    ):
         self._problems, self._mesh = problems, runtime.mesh
         fmt, tokenizer = arm_format(config.recipe), runtime.student.tokenizer
         gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, config.recipe.answer) for p in problems]
-        encoded = [e for e in encoder_for(config, tokenizer).encode(problems, [fmt] * len(problems), gold) if e.fits]
-        encoded = [e for e in encoded if len(e.tokens) + virtual <= config.train.row_length]
-        tokens = [np.asarray(e.tokens, np.int32) for e in encoded]
-        prompts = np.array([e.prompt_length for e in encoded])
-        lengths = np.array([len(t) for t in tokens])
-        limits = choose_limits(lengths, lengths - prompts, config.train.row_length, virtual, [""] * len(tokens))
-        rows = PackedRows(tokens, prompts, [""] * len(tokens), limits, tokenizer.pad_token_id, seed=0)
+        encoder = encoder_for(config, tokenizer, pictures and pictures.pictures)
+        encoded = [e for e in encoder.encode(problems, [fmt] * len(problems), gold) if e.fits]
+        encoded = [e for e in encoded if len(e.tokens) + virtual.count <= config.train.row_length]
+        rows = pack(
+            [virtual.put(e.tokens, e.behind_picture) for e in encoded],
+            np.array([virtual.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
+            tokenizer.pad_token_id, 0, runtime.student.config.prompt_both_ways, pictures,
+        )  # fmt: skip
         self._batches = _batches(rows, config.train.batch_rows)
         self._loss = jax.jit(
             lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum(),
             out_shardings=replicated(runtime.mesh),
         )
-        self._answers = LikelihoodAnswers(config, runtime) if fmt.answer_first else None
+        self._answers = LikelihoodAnswers(config, runtime, pictures) if fmt.answer_first else None
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
         """{"val_loss": nats a target token, "val_accuracy": percent (only where the answer comes first)}."""

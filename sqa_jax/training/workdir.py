@@ -13,7 +13,14 @@ from sqa_jax.files import as_path, read_json, write_json
 
 # Settings that change what a run shows or how it is cut into pieces, never what it computes.
 # Where the student lies (its fingerprint says what it is) and how it is computed.
-_PLACE = ("student.path", "student.revision", "student.dtype", "student.remat", "student.attention")
+_PLACE = (
+    "student.path",
+    "student.revision",
+    "student.dtype",
+    "student.remat",
+    "student.attention",
+    "student.cache_features",
+)
 _FREE = (
     "data.cache",
     "train.log_every",
