@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
-# Before JAX is imported anywhere.
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Tiny models spend their time in the compiler, which is twice as fast where it optimises nothing.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# What one test has compiled no other compiles again, nor its child processes.
-_cache = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+import pytest
 
-import pytest  # noqa: E402
+LOOPS = "--xla_cpu_use_fusion_emitters=false"
+
+# Before JAX is imported anywhere; what pytest starts beside itself has it all from there.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Tiny models spend their time in the compiler, which is twice as fast where it optimises nothing, and twice again
+    # where it writes loops itself; newer ones do so only by way of MLIR, and refuse what they do not know.
+    flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        flags.append(LOOPS)
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    # A second thread of PyTorch's finds nothing to do in a tiny model, and waits for it at full speed.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # What one test has compiled no other compiles again, nor its child processes.
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def flags_are_read():
+    """JAX has read its flags before a test loads the TPU's compiler, which ends the process over one it does not know."""
+    import jax
+
+    jax.devices()
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(LOOPS, "")
 
 
 @pytest.fixture(scope="session")
@@ -36,3 +54,16 @@ def tiny_student():
     from sqa_jax.students.load import load_student
 
     return load_student("random:tiny")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """One of the simulated devices, on which everything compiles sooner, for tests of other things than the mesh."""
+    import jax
+
+    from sqa_jax import runtime
+    from sqa_jax.parallel.mesh import make_mesh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "make_mesh", lambda settings: make_mesh(settings, jax.devices()[:1]))
+        yield

@@ -50,16 +50,8 @@ def small(tmp_path=None, **agent_settings):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """The mesh is tested elsewhere; on one of the simulated devices everything here compiles sooner."""
-    import jax
-
-    from sqa_jax import runtime
-    from sqa_jax.parallel.mesh import make_mesh
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "make_mesh", lambda settings: make_mesh(settings, jax.devices()[:1]))
-        yield
+def on_one_device(one_device):
+    """The mesh is tested elsewhere."""
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +348,7 @@ def test_rows_learned_from_are_the_ids_of_the_conversation(runtime, tmp_path):
     config.data.traces = (str(write_traces(config, str(tmp_path / "agent"))),)
     problems = load_config_problems(config)
     dataset, _ = build_or_reuse(config, runtime.student.tokenizer, problems)
-    tokens, prompt_lengths, pids = dataset.columns()
+    tokens, prompt_lengths, _, pids = dataset.columns()
     own = Agent(config, runtime, make_tools(config, problems))
     known = problems.all()
     calls = 0

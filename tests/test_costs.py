@@ -131,7 +131,7 @@ def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
     train(config, str(tmp_path / "run"))
     student = load_student("random:tiny")
     dataset, reused = build_or_reuse(config, student.tokenizer, load_config_problems(config))
-    rows = packed_rows(dataset, config, 0, student.tokenizer.pad_token_id)
+    rows = packed_rows(dataset, config, student.tokenizer.pad_token_id)
     assert reused and rows.rows_of_epoch(0) < 6
     used = [rows[k] for k in range(3 * 2)]
     cost = training_cost(tmp_path / "run", config, student.config, 300.0)

@@ -15,7 +15,7 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.students.attention import attend, near, visibility
-from sqa_jax.students.block_attention import attend_causal
+from sqa_jax.students.block_attention import attend_in_blocks
 from sqa_jax.students.config import DecoderConfig
 from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.fused_attention import fused_attention
@@ -78,11 +78,13 @@ def test_splash_equals_plain_attention(shape, softcap, windowed):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_blocks_of_queries_change_nothing(softcap):
+@pytest.mark.parametrize(("softcap", "causal"), [(0.0, True), (1.5, True), (1.5, False)])
+def test_blocks_of_queries_change_nothing(softcap, causal):
     query, key, value, segments = packed(2)
-    visible = seen(segments)
-    ours = outputs_and_gradients(lambda *qkv: attend_causal(*qkv, visible, softcap), query, key, value, segments)
+    visible = seen(segments) if causal else (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
+    ours = outputs_and_gradients(
+        lambda *qkv: attend_in_blocks(*qkv, visible, softcap, causal), query, key, value, segments
+    )
     plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible, softcap), query, key, value, segments)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
@@ -99,6 +101,7 @@ def test_a_decoder_with_splash_is_the_same_decoder(methods):
     segments = packed(2)[3]
     tokens = jax.random.randint(jax.random.key(1), (2, T), 0, 64)
     positions = jnp.broadcast_to(jnp.arange(T) % 37, (2, T))
+    tokens = jnp.where(positions < 16, -1 - positions, tokens) if "prompt" in methods else tokens
     splash = fused_attention("splash", CONFIG, jnp.float32, mesh((1, 1, 1), jax.devices()[:1]))
 
     def hidden(fused):

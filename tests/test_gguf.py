@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import gguf
@@ -52,11 +53,17 @@ def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def gguf_name(name: str, architecture: str) -> str:
-    """llama.cpp's name, by the gguf package's own table."""
+@functools.cache
+def gguf_names(architecture: str) -> gguf.TensorNameMap:
+    """The gguf package's own table of llama.cpp's names."""
     (number,) = (key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
+    return gguf.get_tensor_name_map(number, 99)
+
+
+def gguf_name(name: str, architecture: str) -> str:
+    """llama.cpp's name."""
     stem, _, part = name.rpartition(".")
-    return gguf.get_tensor_name_map(number, 99).get_name(stem) + "." + part
+    return gguf_names(architecture).get_name(stem) + "." + part
 
 
 def converted(name: str, values: np.ndarray, architecture: str) -> np.ndarray:

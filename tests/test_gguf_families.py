@@ -19,7 +19,8 @@ from sqa_jax.students.decoder import Decoder
 from sqa_jax.students.gguf_config import from_gguf
 from sqa_jax.students.load import load_student
 from sqa_jax.students.sources import GGUFSource
-from tests.test_gguf import HEAD, HEADS, INNER, KV_HEADS, WIDTH, write
+from sqa_jax.students.weights import check
+from tests.test_gguf import HEAD, HEADS, INNER, KV_HEADS, WIDTH, gguf_name, write
 
 WINDOW = 5
 SIZES = dict(
@@ -202,6 +203,26 @@ def changed(case, keys: dict[str, Any], drop: tuple[str, ...] = (), extra: dict[
     drop = tuple(f"{case.architecture}.{key}" for key in drop)
     path = case.directory / "changed.gguf"
     return write(path, case.tensors | (extra or {}), "F32", case.keys | keys, case.drop + drop, case.architecture)
+
+
+def test_damage_is_named(case):
+    """Each tensor that is missing or of another shape, by llama.cpp's name, before any is read; and an unknown rope."""
+    source, config = GGUFSource(case.path), from_gguf(GGUFSource(case.path))
+    whole = dict(source.shapes)
+
+    def refused(act, *words: str) -> None:
+        with pytest.raises(UserError) as caught:
+            act()
+        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), caught.value
+
+    for name, shape in whole.items():
+        stored = f"tensor {gguf_name(name, case.architecture)}"
+        source.shapes = {other: own for other, own in whole.items() if other != name}
+        refused(lambda: check(source, config), case.path, stored, f"{shape} is missing", "fetch")
+        source.shapes = whole | {name: (*shape, 2)}
+        refused(lambda: check(source, config), case.path, stored, f"has shape {(*shape, 2)}", str(shape), "fetch")
+    yarn = changed(case, {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0})
+    refused(lambda: load_student(yarn), yarn, "rope type 'yarn' is not supported", "none, linear, llama3")
 
 
 @pytest.mark.parametrize("case", ["gemma2"], indirect=True)

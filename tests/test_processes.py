@@ -152,7 +152,8 @@ def test_a_run_survives_its_processes(whole, tmp_path):
     assert time.monotonic() - killed_at < 60
     assert killed[0] == 1 and "process 3 of 4: ended by SIGKILL" in killed[2]
     for code, _, err in others:
-        assert code != 0 and "error: " in err.splitlines()[-1], err[-2000:]
+        # What JAX's own threads still write may stand behind it.
+        assert code != 0 and any(line.startswith("error: ") for line in err.splitlines()), err[-2000:]
         assert "Check failure stack trace" not in err
 
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2

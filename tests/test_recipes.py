@@ -188,7 +188,7 @@ def sample(tmp_path_factory):
 def rows(config, problems):
     """(question, decoded prompt, decoded target) of each row that a student is trained on, and the manifest."""
     dataset, _ = build_or_reuse(config, TOKENIZER, problems)
-    tokens, prompt_lengths, pids = dataset.columns()
+    tokens, prompt_lengths, _, pids = dataset.columns()
     known = problems.all()
     made = [
         (known[pid], TOKENIZER.decode(ids[:n]), TOKENIZER.decode(ids[n:]))
@@ -233,7 +233,7 @@ def test_the_loss_looks_at_the_target_and_nothing_else(sample, arm):
     config.recipe.arm, config.train.row_length = arm, 4096
     made, _ = rows(config, problems)
     dataset, _ = build_or_reuse(config, TOKENIZER, problems)
-    packed = packed_rows(dataset, config, 0, TOKENIZER.pad_token_id)
+    packed = packed_rows(dataset, config, TOKENIZER.pad_token_id)
     learned, wanted = [], collections.Counter(target for _, _, target in made)
     for k in range(packed.rows_of_epoch(0)):
         row = packed[k]

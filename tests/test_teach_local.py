@@ -38,7 +38,7 @@ def targets(config, problems):
     """{pid: target text} of a distillation dataset."""
     config.recipe.max_prompt = config.recipe.max_target = 4000
     tokenizer = byte_tokenizer()
-    tokens, lengths, pids = build_or_reuse(config, tokenizer, problems)[0].columns()
+    tokens, lengths, _, pids = build_or_reuse(config, tokenizer, problems)[0].columns()
     return {pid: tokenizer.decode(ids[n:]) for ids, n, pid in zip(tokens, lengths, pids, strict=True)}
 
 

@@ -39,7 +39,7 @@ def begin(root: Path) -> Training:
     """Everything in front of the training verb's loop."""
     config, runtime, adapter = _begin(root)
     dataset, _ = build_or_reuse(config, runtime.student.tokenizer, load_config_problems(config))
-    rows = packed_rows(dataset, config, 0, runtime.student.tokenizer.pad_token_id)
+    rows = packed_rows(dataset, config, runtime.student.tokenizer.pad_token_id)
     steps = steps_of(config, rows)
     optimizer = make_optimizer(config.optimizer, steps)
     state = init_state(adapter, optimizer)

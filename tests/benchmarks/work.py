@@ -100,7 +100,7 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
     write_peft(adapter, root / "adapter")
 
     dataset, _ = build_or_reuse(config, words, load_config_problems(config))
-    rows = packed_rows(dataset, config, 0, words.pad_token_id)
+    rows = packed_rows(dataset, config, words.pad_token_id)
     per_step = config.train.batch_rows * config.train.accumulate
     steps = steps_of(config, rows)
     if steps <= WARM:

@@ -1,0 +1,155 @@
+"""Measures what pictures cost: as pieces on disk beside plain PIL, and in a training step with and without cached features.
+
+  pieces    pictures/s and CPU seconds of `load_pictures`, and of a loop that only decodes and resizes the same files;
+            by how much the first takes more memory than the second, at the peak
+  step      CPU seconds of a training step of --config, with the tower in each step and with its features on disk, on the
+            same rows: questions that have a picture, one tile of each where the student allows it
+
+Writes JSON to stdout, and nothing else that stays.
+
+Examples:
+  python -m tests.benchmarks.pictures --measure pieces --count 2000
+  python -m tests.benchmarks.pictures --measure step --config configs/test.py --config.student.path=random:smolvlm-256m
+      --config.student.picture_tokens=64 --config.adapter.methods="('prompt',)" --config.train.row_length=512
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from sqa_jax import cli
+from sqa_jax.errors import UserError
+
+
+def peak() -> float:
+    """The process' largest memory so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def timed(work: Any) -> tuple[Any, dict[str, float]]:
+    """What a function returns, and its wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    made = work()
+    return made, {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def pieces(count: int, width: int = 800, height: int = 600) -> dict[str, Any]:
+    """Photographs (JPEG) of that size for PaliGemma's tiles of 224 pixels."""
+    import numpy as np
+    from PIL import Image
+
+    from sqa_jax.data.image import ImageFile
+    from sqa_jax.data.pictures import load_pictures
+    from sqa_jax.data.problem import Problem
+    from sqa_jax.students.catalogue import SHAPES
+
+    student, problems = SHAPES["paligemma-3b"], []
+    side, rng = student.vision.tower.image_size, np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as place:
+        for number in range(count):
+            file = Path(place) / f"{number}.jpg"
+            colours = Image.fromarray(rng.integers(0, 256, (height // 10, width // 10, 3), np.uint8))
+            colours.resize((width, height), Image.Resampling.BICUBIC).save(file, quality=90)
+            image = ImageFile(str(file), file.read_bytes)
+            problems.append(Problem(str(number), "Which is it?", ("this", "that"), 0, image=image))
+
+        def plain() -> int:
+            total = 0
+            for problem in problems:
+                with Image.open(problem.image.name) as image:
+                    total += np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)).size
+            return total
+
+        size, loop = timed(plain)
+        before = peak()
+        made, ours = timed(lambda: load_pictures(place, student.vision, student.vocab_size, problems))
+        assert made.pieces.size == size
+    return {
+        "pictures": count, "ours": ours, "plain": loop, "pictures_per_second": count / ours["seconds"],
+        "cpu_ratio": ours["cpu_seconds"] / loop["cpu_seconds"], "more_memory_mb": peak() - before,
+    }  # fmt: skip
+
+
+def step(config, repeats: int) -> dict[str, Any]:
+    """The median of some steps, behind one that compiles."""
+    import jax
+    import numpy as np
+
+    from sqa_jax.adapters import adapter as adapters
+    from sqa_jax.data.dataset import config_pictures, encoder_for, load_config_problems, training_problems
+    from sqa_jax.data.loader import make_loader, pack
+    from sqa_jax.data.pictures import PictureRows
+    from sqa_jax.data.prompts import render_target
+    from sqa_jax.data.recipes import arm_format
+    from sqa_jax.inference.features import known_features
+    from sqa_jax.parallel.mesh import place_rows
+    from sqa_jax.runtime import start
+    from sqa_jax.training.optimizer import make_optimizer
+    from sqa_jax.training.step import compile_step, init_state, make_step
+
+    mesh, student, decoder = runtime = start(config)
+    if student.config.vision is None:
+        raise UserError("config.student.path: a student that sees is needed, such as random:smolvlm-256m")
+    chosen = training_problems(config, load_config_problems(config))
+    pictures = config_pictures(config, student.config, chosen)
+    shown = [problem for problem in chosen if problem.pid in pictures.number_of]
+    recipe, virtual, rows_of = config.recipe, adapters.virtual_tokens(config.adapter), config.train.batch_rows
+    fmt = arm_format(recipe)
+    gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, recipe.answer) for p in shown]
+    encoded = encoder_for(config, student.tokenizer, pictures).encode(shown, [fmt] * len(shown), gold)
+    features, computing = timed(lambda: known_features(config.data.cache, runtime, pictures))
+    optimizer = make_optimizer(config.optimizer, 100)
+    result: dict[str, Any] = {
+        "pictures": len(pictures.sizes),
+        "features": int(pictures.firsts[-1]),
+        "computing": computing,
+    }
+    for name, known in (("tower", None), ("cached", features)):
+        rows = pack(
+            [virtual.put(one.tokens, one.behind_picture) for one in encoded],
+            np.array([one.prompt_length + virtual.count for one in encoded]), [one.pid for one in shown],
+            config.train.row_length, student.tokenizer.pad_token_id, config.seed, student.config.prompt_both_ways,
+            PictureRows(pictures, known),
+        )  # fmt: skip
+        state = init_state(
+            adapters.init_adapter(config.adapter, student.config, student.params, config.seed), optimizer
+        )
+        shape = jax.eval_shape(lambda state=state: state)
+        run = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), shape, student.params, mesh)
+        loader, own = make_loader(rows, rows_of, 1), []
+        for number in range(repeats + 1):
+            batch = place_rows(next(loader), mesh, rows_of, leading=1)
+            work = functools.partial(run, state, student.params, batch)
+            (state, metrics), times = timed(lambda work=work: jax.block_until_ready(work()))
+            own += [times["cpu_seconds"]] if number else []
+        questions = len(shown) / rows.rows_of_epoch(0) * rows_of
+        result[name] = {
+            "cpu_seconds": own,
+            "median": float(np.median(own)),
+            "questions": questions,
+            "loss": float(metrics["loss"]),
+        }
+    result["factor"] = result["tower"]["median"] / result["cached"]["median"]
+    return result
+
+
+def main() -> None:
+    values = flags.FLAGS
+    made = pieces(values.count) if values.measure == "pieces" else step(values.config, values.repeats)
+    print(json.dumps(made, indent=2))
+
+
+if __name__ == "__main__":
+    cli.define_config("configs/test.py")
+    flags.DEFINE_enum("measure", "pieces", ["pieces", "step"], "What to measure.")
+    flags.DEFINE_integer("count", 2000, "pieces: how many pictures.")
+    flags.DEFINE_integer("repeats", 3, "step: how many steps, besides the first.")
+    cli.run(main)

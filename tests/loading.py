@@ -1,0 +1,42 @@
+"""What loading a student takes, in a process of its own: python -m tests.loading PATH [DTYPE].
+
+Prints JSON: size (of the parameters, bytes), peak (of this process' memory beyond what it had before, in sizes), and
+seconds of cores and of the clock. The parameters are dealt over all devices (`fsdp`); on a CPU,
+XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of it. Linux alone says what the peak is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.students.load import load_student
+from sqa_jax.students.tokenizer import load_tokenizer
+
+
+def peak() -> int:
+    """Bytes; not getrusage's, which begins with the peak of the process that started this one."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def main(path: str, dtype: str = "bfloat16") -> None:
+    load_tokenizer(path)  # imports all that loading needs
+    mesh = make_mesh(ConfigDict({"data": 1, "fsdp": -1, "tensor": 1}))
+    before, cores, clock = peak(), time.process_time(), time.perf_counter()
+    params = load_student(path, dtype=jax.numpy.dtype(dtype), shardings_for=lambda tree: shardings(tree, mesh)).params
+    jax.block_until_ready(params)
+    cores, clock = time.process_time() - cores, time.perf_counter() - clock
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    print(json.dumps({"size": size, "peak": (peak() - before) / size, "cores": cores, "clock": clock}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
