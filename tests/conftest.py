@@ -31,13 +31,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
-def flags_are_read():
-    """JAX has read its flags before a test loads the TPU's compiler, which ends the process over one it does not know."""
+@pytest.fixture(scope="module")
+def tpu_compiler():
+    """For tests that load the TPU's compiler, which ends the process over a flag that it does not know: JAX has read its
+    flags, and there is none such left."""
     import jax
 
     jax.devices()
-    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(LOOPS, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"].replace(LOOPS, ""))
+        yield
 
 
 @pytest.fixture(scope="session")

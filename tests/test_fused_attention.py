@@ -114,7 +114,7 @@ def test_a_decoder_with_splash_is_the_same_decoder(methods):
     np.testing.assert_allclose(hidden(splash), hidden(None), atol=2e-5)
 
 
-def test_splash_compiles_for_a_tpu(monkeypatch):
+def test_splash_compiles_for_a_tpu(monkeypatch, tpu_compiler):
     """Mosaic, the TPU's own compiler, takes the kernel and its gradient, split over rows and heads."""
     from jax.experimental import topologies
 

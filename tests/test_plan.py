@@ -59,6 +59,11 @@ def shape(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiler(tpu_compiler):
+    """Of TPUs, in every test here."""
+
+
 @pytest.fixture(scope="module")
 def slice_2x2():
     return topology("v5e:2x2")
