@@ -344,7 +344,9 @@ def test_eight_devices_and_rematerialisation_change_nothing():
         results.append(jax.jit(jax.value_and_grad(loss))(*map(place, (tree, params, batch))))
     (one, gradient), (eight, sharded) = results
     np.testing.assert_allclose(one, eight, rtol=1e-5)
-    for a, b in zip(*map(jax.tree.leaves, (gradient, sharded)), strict=True):  # of sums of numbers as large as the largest
+    for a, b in zip(
+        *map(jax.tree.leaves, (gradient, sharded)), strict=True
+    ):  # of sums of numbers as large as the largest
         np.testing.assert_allclose(a, b, atol=5e-5 * np.abs(b).max(), rtol=1e-4)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.abs(leaf).max() > 0, path
