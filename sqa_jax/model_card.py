@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from sqa_jax.data.dataset import encoder_for
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.recipes import arm_format
-from sqa_jax.data.sources import HUB_ID, load_problems
+from sqa_jax.data.sources import EMBEDDED, HUB_ID, load_problems
 from sqa_jax.files import read_json
 from sqa_jax.metrics.cells import percent
 from sqa_jax.metrics.table import markdown_table
@@ -49,7 +49,7 @@ def model_card(
       out: where the export lies.
       results: of `results_of`.
     """
-    path, recipe, sample = config.student.path, config.recipe, config.data.source == "sample"
+    path, recipe, embedded = config.student.path, config.recipe, config.data.source in EMBEDDED
     trained = step is not None
     local = path.startswith("random:") or Path(path).expanduser().exists()
     about = ModelCardData(
@@ -57,8 +57,8 @@ def model_card(
         library_name="peft" if kind == "peft" else "transformers",
         pipeline_tag=_TASKS[_kind(student)][0],
         tags=["sqa_jax", *methods, *(["science", "multiple-choice", "distillation"] if trained else [])],
-        datasets=[HUB_ID] if trained and not sample else None,
-        license=("apache-2.0" if sample else "cc-by-nc-sa-4.0") if trained else None,
+        datasets=[HUB_ID] if trained and not embedded else None,
+        license=("apache-2.0" if embedded else "cc-by-nc-sa-4.0") if trained else None,
     )
     facts = {
         "Base": f"`{path}`" + (f", revision `{config.student.revision}`" if config.student.revision else ""),
@@ -70,7 +70,7 @@ def model_card(
             "Learned from": f"{_data(config.data)}; arm `{recipe.arm}`, format `{recipe.format}`, answers as `{recipe.answer}`",
             "Checkpoint": f"{config.eval.checkpoint}, of step {step}; seed {config.seed}",
         }
-        questions = "which sqa_jax makes itself" if sample else "ScienceQA's, which are CC BY-NC-SA 4.0"
+        questions = "which sqa_jax makes itself" if embedded else "ScienceQA's, which are CC BY-NC-SA 4.0"
         terms += f" The licence above is that of the questions, {questions}."
     scores = [
         [name, one["mode"], percent(one["AVG"]), str(one["n"]["AVG"]), str(one["unparsed"])]
@@ -109,7 +109,7 @@ def _methods(settings, methods: Sequence[str], trained: bool) -> str:
 
 def _data(data) -> str:
     where = {
-        "sample": "the sample that sqa_jax makes",
+        **EMBEDDED,
         "dir": f"ScienceQA (`{data.path}`)",
         "hub": f"`{data.path or HUB_ID}`",
     }

@@ -58,14 +58,14 @@ def make_decoder(config, student: StudentConfig, mesh: Mesh) -> Module:
         raise UserError(f"config.student.remat is {config.student.remat!r}; choose one of {', '.join(REMAT_POLICIES)}")
     dropout = config.adapter.lora.dropout if "lora" in config.adapter.methods else 0.0
     dtype = resolve_dtype(config.student.dtype, mesh)
+    rows = batch_sharding(mesh) if mesh.size > 1 else None
     if isinstance(student, T5Config):
         if config.student.attention not in ("auto", "plain"):
             raise UserError(
                 f"config.student.attention={config.student.attention} knows no position bias, which T5 needs; use auto"
             )
-        return T5(student, dtype, config.student.remat, dropout, row_shards(mesh))
+        return T5(student, dtype, config.student.remat, dropout, row_shards(mesh), rows)
     fused = fused_attention(config.student.attention, student, dtype, mesh)
-    rows = batch_sharding(mesh) if mesh.size > 1 else None
     return Decoder(student, dtype, config.student.remat, dropout, fused, row_shards(mesh), rows)
 
 

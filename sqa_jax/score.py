@@ -1,6 +1,6 @@
 """Scores any system's predictions by the leaderboard's columns. Needs neither JAX nor a model.
 
-Reads:  a problems directory (ScienceQA's layout) or "sample"; predictions as JSONL rows
+Reads:  a problems directory (ScienceQA's layout) or an embedded source, such as "sample"; predictions as JSONL rows
         {"pid": "4", "answer": 1 or null} or as ScienceQA's {"results": {"4": 1}} (.json).
 Writes: metrics as JSON on standard output; with --format table or markdown a table of one or more systems,
         with 95 % intervals, and the paired difference of the last system from the first.
@@ -19,17 +19,16 @@ from pathlib import Path
 from absl import flags
 
 from sqa_jax import cli
-from sqa_jax.data.sources import load_problems
+from sqa_jax.data.sources import problems_of_flag
 from sqa_jax.errors import UserError
 from sqa_jax.metrics.leaderboard import read_predictions, score
 
 
 def main() -> None:
     FLAGS = flags.FLAGS
-    source, path = ("sample", "") if FLAGS.problems == "sample" else ("dir", FLAGS.problems)
     if not FLAGS.problems or not FLAGS.predictions:
         raise UserError("--problems and --predictions are needed; see --help")
-    problems = load_problems(source, path, FLAGS.splits).split(FLAGS.split)
+    problems = problems_of_flag(FLAGS.problems, FLAGS.splits).split(FLAGS.split)
     problems = problems[: FLAGS.limit or None]
     files = {}
     for given in FLAGS.predictions:
@@ -53,7 +52,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("problems", "", 'Problems directory, or "sample".')
+    flags.DEFINE_string("problems", "", 'Problems directory, or "sample", "pictures", "pictures-shifted".')
     flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
     flags.DEFINE_string("split", "test", "Split to score.")
     flags.DEFINE_integer("limit", 0, "Score only so many questions of the split, the first; 0 is all.", lower_bound=0)

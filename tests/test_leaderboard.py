@@ -15,6 +15,7 @@ from scipy import stats
 
 from sqa_jax.data import sample
 from sqa_jax.data.problem import ImageFile, Problem
+from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
 from sqa_jax.metrics.intervals import accuracy_interval, mcnemar, paired_difference
 from sqa_jax.metrics.leaderboard import COLUMNS, read_predictions, score
@@ -148,6 +149,14 @@ def test_gold_scores_one_hundred(gold, name):
     result = run("--problems", "sample", "--predictions", str(gold / name))
     metrics = json.loads(result.stdout)
     assert all(metrics[column] == 100.0 for column in COLUMNS) and metrics["missing"] == metrics["unparsed"] == 0
+
+
+@pytest.mark.parametrize("name", ["pictures", "pictures-shifted"])
+def test_other_embedded_questions_are_scored_too(tmp_path, name):
+    gold = {problem.pid: problem.answer for problem in load_problems(name).split("test")}
+    (tmp_path / "gold.json").write_text(json.dumps({"results": gold}))
+    metrics = json.loads(run("--problems", name, "--predictions", str(tmp_path / "gold.json")).stdout)
+    assert metrics["AVG"] == 100.0 and metrics["n"]["AVG"] == metrics["n"]["IMG"] == len(gold) == 960
 
 
 def test_starts_fast_and_without_jax(gold):

@@ -114,10 +114,10 @@ def said(out: str) -> list[str]:
     return [line for line in out.splitlines() if not all(word in theirs or word.isdigit() for word in line.split())]
 
 
-def four_devices(config):
-    """The runtime of a process with four devices, as the others together have."""
-    mesh = make_mesh(config.mesh, jax.devices()[:4])
-    student = load_student("random:tiny", shardings_for=lambda tree: shardings(tree, mesh))
+def four_devices(config, count: int = 4):
+    """The runtime of a process with four devices, as the others together have; or with another number of them."""
+    mesh = make_mesh(config.mesh, jax.devices()[:count])
+    student = load_student(config.student.path, shardings_for=lambda tree: shardings(tree, mesh))
     return Runtime(mesh, student, make_decoder(config, student.config, mesh))
 
 
@@ -168,12 +168,9 @@ def test_a_run_survives_its_processes(whole, tmp_path):
 
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 1, 1
     assert train(config, str(workdir), four_devices(config))["finished"]
-    rows = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (workdir, reference)
-    ]
-    losses = [[row["loss"] for row in own if "loss" in row] for own in rows]
-    assert len(losses[0]) == 24
-    np.testing.assert_allclose(*losses, rtol=1e-4)  # Adam amplifies the last bit of a sum's order
+    mine, theirs = losses(workdir), losses(reference)
+    assert len(mine) == 24 + 2
+    np.testing.assert_allclose(mine, theirs, rtol=1e-4)  # Adam amplifies the last bit of a sum's order
     adapters = [last_adapter(run, config)[1]["adapter"] for run in (workdir, reference)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *adapters)
 
@@ -190,6 +187,39 @@ def test_two_processes_evaluate_as_one(whole, tmp_path):
     assert code == other == 0, err[-2000:]
     assert f'"AVG": {alone["AVG"]}' in out and not said(silent)
     assert (reference / "eval" / "test" / "predictions.jsonl").read_text() == predictions
+
+
+def losses(workdir) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows for name in ("loss", "val_loss") if name in row]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student.path": "random:paligemma-tiny", "adapter.methods": ("prompt", "lora")},
+        {"student.path": "random:qwen2-vl-tiny", "adapter.methods": ("lora",), "adapter.lora.tower": True},
+    ],
+    ids=["features", "tower"],
+)
+def test_students_that_see_train_as_one(changes, tmp_path):
+    """With the features of their pictures, that they compute together, and with the tower in each step."""
+    config = tiny_config(
+        tmp_path,
+        **{
+            "data.source": "pictures", "recipe.format": "QM-A", "train.row_length": 256, "train.batch_rows": 4,
+            "train.steps": 4, "train.eval_every": 0, "train.save_every": 0, "train.log_every": 1, "eval.batch_rows": 4,
+            "optimizer.learning_rate": 1e-2, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, **changes,
+        },
+    )  # fmt: skip
+    train(config, str(tmp_path / "alone"), four_devices(config, 1))
+    config.mesh.data = config.mesh.fsdp = 2
+    config.data.cache = str(tmp_path / "theirs")
+    for code, _, err in ends(launch(verb(config, tmp_path / "run", 2), 2)):
+        assert code == 0, err[-2000:]
+    alone = losses(tmp_path / "alone")
+    assert len(alone) == 6 and alone[-1] < alone[0]
+    np.testing.assert_allclose(losses(tmp_path / "run"), alone, rtol=1e-4)
 
 
 def test_an_error_in_one_process_ends_all(whole, tmp_path):

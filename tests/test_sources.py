@@ -6,11 +6,11 @@ import gc
 import json
 import tracemalloc
 
+import datasets
 import numpy as np
 import pyarrow
 import pytest
 
-import datasets
 from sqa_jax.data import sample
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError

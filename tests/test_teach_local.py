@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 from teacher_server import KEY, KEY_ENV, Say, TeacherServer, read_attempts, read_records, teach_config, write_questions
 
 from sqa_jax.config import default
 from sqa_jax.data.dataset import build_or_reuse
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
+from sqa_jax.students.catalogue import SHAPES
 from sqa_jax.students.tokenizer import byte_tokenizer
+from sqa_jax.students.vision.family import module_of
 from sqa_jax.teach.__main__ import teach
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.student import StudentTeacher
@@ -176,8 +179,33 @@ def test_a_student_is_asked_without_key_or_money(data, tmp_path, monkeypatch):
     assert all((row["status"] == "cut_off") == (row["output_tokens"] == 6) for row in rows)
 
 
+def test_a_student_that_sees_is_shown_the_images(tmp_path, capsys):
+    """A prompt is longer by its picture, the reply depends on it, and a question whose picture the student's tower does
+    not take gets no reply in place of one to another question."""
+    data = write_questions(tmp_path / "questions", 6)
+    Image.new("RGB", (1, 300)).save(tmp_path / "questions" / "images" / "train" / "q5" / "image.png")
+    rows = {}
+    for image in (True, False):
+        config = student_config(data, model="random:qwen2-vl-tiny", image=image)
+        config.data.cache = str(tmp_path / "cache")
+        summary = teach(config, str(tmp_path / f"run-{image}"))
+        rows[image] = {row["pid"]: row for row in read_records(tmp_path / f"run-{image}")}
+        assert (summary["missing"], set(rows[image])) == (
+            (1, {f"q{k}" for k in range(5)}) if image else (0, {f"q{k}" for k in range(6)})
+        )
+    assert "1 of 3 questions' pictures cannot be used" in capsys.readouterr().err
+    longer = {pid: row["prompt_tokens"] - rows[False][pid]["prompt_tokens"] for pid, row in rows[True].items()}
+    vision = SHAPES["qwen2-vl-tiny"].vision
+    for k in (1, 3):
+        picture = module_of(vision).picture(vision, Image.new("RGB", (3 + k, 5)))
+        assert longer[f"q{k}"] == len(picture.pieces) * vision.features_of_piece + 2 > 2  # between two marks
+        assert rows[True][f"q{k}"]["raw"] != rows[False][f"q{k}"]["raw"]
+    for k in (0, 2, 4):
+        assert longer[f"q{k}"] == 0 and rows[True][f"q{k}"]["raw"] == rows[False][f"q{k}"]["raw"]
+
+
 def test_a_student_says_what_it_cannot(data, tmp_path):
-    with pytest.raises(UserError, match="sees no images; set --config.teach.image=False"):
+    with pytest.raises(UserError, match="random:tiny sees no images; set --config.teach.image=False"):
         teach(student_config(data, image=True), str(tmp_path / "run"))
     with pytest.raises(UserError, match="config.teach.model is empty"):
         teach(student_config(data, model=""), str(tmp_path / "run"))

@@ -482,6 +482,17 @@ def test_exports_answer_as_the_student(published):
         assert ran(code)[0] == student.tokenizer.decode(ids, skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.parametrize("source", ["sample", "pictures", "pictures-shifted", "dir", "hub"])
+def test_cards_name_the_data_of_every_source(published, source):
+    config, student, _, _, root = published
+    config = config.copy_and_resolve_references()
+    config.data.source = source
+    card = model_card(config, student, ("lora",), 3, "hf", str(root), {})
+    embedded = source not in ("dir", "hub")
+    assert ("that sqa_jax makes" in card) == ("apache-2.0" in card) == embedded
+    assert ("CC BY-NC-SA 4.0" in card) == (not embedded)
+
+
 def test_soft_prompts_that_peft_reads_otherwise_say_so(published):
     config, student, _, _, root = published
     card = model_card(config, student, ("prompt",), None, "peft", str(root), {})

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sqa_jax
-from sqa_jax.data.pictures import PictureSet, load_pictures
+from sqa_jax.data.pictures import Pictured, PictureSet, load_pictures
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.recipes import Example, Unusable, check_recipe, examples
 from sqa_jax.data.sources import ProblemSet, load_problems
@@ -79,7 +79,7 @@ def load_config_problems(config) -> ProblemSet:
     return load_problems(data.source, data.path, data.splits, data.images)
 
 
-def config_pictures(config, student: StudentConfig, problems: Sequence[Problem]) -> PictureSet | None:
+def config_pictures(config, student: StudentConfig, problems: Sequence[Pictured]) -> PictureSet | None:
     """The pictures of questions, for a student that sees; None for one that does not."""
     if student.vision is None:
         return None

@@ -22,18 +22,27 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from sqa_jax.data.image import UnusableImage
-from sqa_jax.data.problem import Problem
+from sqa_jax.data.image import ImageFile, UnusableImage
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_json, write_json
 from sqa_jax.students.vision.family import Picture, Vision, module_of
 
 FORMAT = 1  # raised when the same pictures would make other pieces
+
+
+class Pictured(Protocol):
+    """A question, or what is asked of it, with the picture that belongs to it."""
+
+    @property
+    def pid(self) -> str: ...
+
+    @property
+    def image(self) -> ImageFile | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +120,7 @@ class PictureSet:
         return self.pieces[own[0] : own[1]]
 
 
-def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: Sequence[Problem]) -> PictureSet:
+def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: Sequence[Pictured]) -> PictureSet:
     """The pictures of questions, from their folder, or made.
 
     What cannot be read, or is of a form that the tower does not take, is left out and says why: nothing stops for it,
@@ -152,7 +161,7 @@ def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: 
     return PictureSet(vision, vocabulary, fingerprint, pieces, sizes, numbers, failed, first)
 
 
-def _make(path: Path, vision: Vision, first_of: Mapping[str, Problem]) -> None:
+def _make(path: Path, vision: Vision, first_of: Mapping[str, Pictured]) -> None:
     """Decodes pictures of {content: a question that has it} and writes them, in that order."""
     numbers: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -174,10 +183,10 @@ def _make(path: Path, vision: Vision, first_of: Mapping[str, Problem]) -> None:
         write_json(beside / "index.json", index)
 
 
-def _decoded(vision: Vision, problems: Sequence[Problem]) -> Iterator[Picture | UnusableImage]:
+def _decoded(vision: Vision, problems: Sequence[Pictured]) -> Iterator[Picture | UnusableImage]:
     """Each picture's pieces, or why it has none, in order; a few are decoded ahead, and no more are in memory."""
 
-    def one(problem: Problem) -> Picture | UnusableImage:
+    def one(problem: Pictured) -> Picture | UnusableImage:
         try:
             return module_of(vision).picture(vision, problem.image.open())
         except UnusableImage as error:

@@ -14,6 +14,11 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_json
 
 HUB_ID = "derek-thomas/ScienceQA"
+EMBEDDED = {  # made by the package, and how that is said
+    "sample": "the sample that sqa_jax makes",
+    "pictures": "the questions about pictures that sqa_jax makes",
+    "pictures-shifted": "the questions about pictures that sqa_jax makes, in their shifted variant",
+}
 _TEXT_FIELDS = ("hint", "task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
 
 
@@ -84,6 +89,15 @@ def load_problems(source: str, path: str = "", splits: str = "pid_splits.json", 
             if problem.image is not None:
                 problem.image.open()
     return problems
+
+
+def problems_of_flag(given: str, splits: str) -> ProblemSet:
+    """The questions that `--problems` names: an embedded source, or else a directory in ScienceQA's layout.
+
+    Raises:
+      UserError: as `load_problems`.
+    """
+    return load_problems(given) if given in EMBEDDED else load_problems("dir", given, splits)
 
 
 def _load_sample() -> ProblemSet:

@@ -107,9 +107,13 @@ class Encoder:
         if targets is not None:
             ends = [target + [self.tokenizer.eos_token_id] for target in self.plain(targets)]
         return [
-            self._join(self._picture(problem), [next(ids) for _ in own], own, end)
+            self._join(problem.pid, [next(ids) for _ in own], own, end)
             for problem, own, end in zip(problems, kinds, ends, strict=True)
         ]
+
+    def encode_prompts(self, pids: Sequence[str], texts: Sequence[str]) -> list[Encoded]:
+        """Encodes prompts whose text is given, each with the picture of its question."""
+        return [self._join(pid, [ids], [""], []) for pid, ids in zip(pids, self.plain(texts), strict=True)]
 
     def encode_texts(self, texts: Sequence[str], max_target: int) -> list[list[Encoded]]:
         """Encodes plain texts, each in pieces of at most `max_target` tokens with the end token.
@@ -128,10 +132,8 @@ class Encoder:
             encoded.append([Encoded([*start, *piece], len(start), 0, {}, True) for piece in pieces])
         return encoded
 
-    def _picture(self, problem: Problem) -> list[int]:
-        return [] if self.pictures is None else self.pictures.prompt(problem.pid, self.tokenizer)
-
-    def _join(self, picture: list[int], parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:
+    def _join(self, pid: str, parts: list[list[int]], kinds: list[str], end: list[int]) -> Encoded:
+        picture = [] if self.pictures is None else self.pictures.prompt(pid, self.tokenizer)
         front, before = self._around_picture if picture else ([], self._before)
         excess = len(front) + len(before) + sum(map(len, parts)) + len(self._after) - self.max_prompt
         shortened: dict[str, int] = {}

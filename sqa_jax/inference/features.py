@@ -12,8 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sqa_jax.data.dataset import config_pictures
-from sqa_jax.data.pictures import PictureRows, PictureSet
-from sqa_jax.data.problem import Problem
+from sqa_jax.data.pictures import Pictured, PictureRows, PictureSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_json, write_json
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
@@ -26,7 +25,7 @@ FORMAT = 1  # raised when the same tower would see something else
 _AT_ONCE = 8  # pictures of one call on each data shard
 
 
-def picture_rows(config, runtime: Runtime, problems: Sequence[Problem]) -> PictureRows | None:
+def picture_rows(config, runtime: Runtime, problems: Sequence[Pictured]) -> PictureRows | None:
     """What puts into rows what they see of the questions' pictures; None for a student that sees none.
 
     Says which pictures cannot be used. Where the tower changes in training, these are the pictures themselves; else the

@@ -51,13 +51,12 @@ def predict(train: Sequence[Problem], test: Sequence[Problem]) -> dict[str, int]
 
 
 def main() -> None:
-    from sqa_jax.data.sources import load_problems
+    from sqa_jax.data.sources import problems_of_flag
 
     FLAGS = flags.FLAGS
     if not FLAGS.problems or not FLAGS.out:
         raise UserError("--problems and --out are needed; see --help")
-    source, path = ("sample", "") if FLAGS.problems == "sample" else ("dir", FLAGS.problems)
-    problems = load_problems(source, path, FLAGS.splits)
+    problems = problems_of_flag(FLAGS.problems, FLAGS.splits)
     answers = predict(problems.split(FLAGS.train_split), problems.split(FLAGS.split)[: FLAGS.limit or None])
     with atomic_write(FLAGS.out) as file:
         for pid, answer in answers.items():
@@ -66,7 +65,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("problems", "", 'Problems directory, or "sample".')
+    flags.DEFINE_string("problems", "", 'Problems directory, or "sample", "pictures", "pictures-shifted".')
     flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
     flags.DEFINE_string("train_split", "train", "Split to learn from.")
     flags.DEFINE_string("split", "test", "Split to predict.")

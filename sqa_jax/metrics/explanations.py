@@ -1,6 +1,6 @@
 """How near generated explanations come to the data's own: BLEU, ROUGE-L, METEOR, and the cosine of embeddings.
 
-Reads:  a problems directory (ScienceQA's layout) or "sample"; explanations as JSONL rows {"pid": "4", …} with one
+Reads:  a problems directory (ScienceQA's layout) or an embedded source, such as "sample"; explanations as JSONL rows {"pid": "4", …} with one
         of "solution" (an explanation), "text" (what `python -m sqa_jax.evaluate` generated: answer and explanation)
         or "raw" (a teacher's reply, of which the explanation field counts).
 Writes: averages as JSON on standard output. The reference is the question's lecture and solution. An empty
@@ -245,19 +245,18 @@ def summarize(problems: Sequence[Problem], explanations: Mapping[str, str]) -> d
 
 
 def main() -> None:
-    from sqa_jax.data.sources import load_problems
+    from sqa_jax.data.sources import problems_of_flag
 
     FLAGS = flags.FLAGS
     if not FLAGS.problems or not FLAGS.predictions:
         raise UserError("--problems and --predictions are needed; see --help")
-    source, path = ("sample", "") if FLAGS.problems == "sample" else ("dir", FLAGS.problems)
-    problems = load_problems(source, path, FLAGS.splits).split(FLAGS.split)
+    problems = problems_of_flag(FLAGS.problems, FLAGS.splits).split(FLAGS.split)
     explanations = read_explanations(FLAGS.predictions, {problem.pid: problem for problem in problems})
     print(json.dumps(summarize(problems, explanations), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("problems", "", 'Problems directory, or "sample".')
+    flags.DEFINE_string("problems", "", 'Problems directory, or "sample", "pictures", "pictures-shifted".')
     flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
     flags.DEFINE_string("split", "test", "Split that the explained questions are in.")
     flags.DEFINE_string("predictions", "", "File of explanations.")

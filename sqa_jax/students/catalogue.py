@@ -57,6 +57,13 @@ def _qwen3(hidden: int, inner: int, layers: int, heads: int, tied: bool) -> Deco
     )  # fmt: skip
 
 
+def _tiny_gemma(inner: int) -> DecoderConfig:
+    return DecoderConfig(
+        260, 64, inner, 2, 4, 2, 16, tie_embeddings=True, family="gemma", activation="gelu_tanh", norm_offset=True,
+        embedding_scale=True,
+    )  # fmt: skip
+
+
 def _gemma2(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> DecoderConfig:
     return DecoderConfig(
         256000, hidden, inner, layers, heads, kv_heads, 256, norm_epsilon=1e-6, tie_embeddings=True, max_positions=8192,
@@ -83,9 +90,11 @@ def _seeing(text: DecoderConfig, vision: Vision, **options: Any) -> DecoderConfi
     return dataclasses.replace(text, vision=vision, **options)
 
 
-def _paligemma(text: DecoderConfig) -> DecoderConfig:
-    vision = PaliGemmaVision(_SO400M, text.hidden_size, 257152, _BICUBIC)
-    return _seeing(text, vision, vocab_size=257216, prompt_both_ways=True, first_position=1)
+def _paligemma(
+    text: DecoderConfig, tower: SiglipConfig = _SO400M, image_token: int = 257152, vocabulary: int = 257216
+) -> DecoderConfig:
+    vision = PaliGemmaVision(tower, text.hidden_size, image_token, _BICUBIC)
+    return _seeing(text, vision, vocab_size=vocabulary, prompt_both_ways=True, first_position=1)
 
 
 def _smolvlm(text: DecoderConfig) -> DecoderConfig:
@@ -157,44 +166,8 @@ SHAPES: dict[str, StudentConfig] = {
     "small": DecoderConfig(260, 128, 384, 4, 8, 4, 16, tie_embeddings=True),
     "t5-tiny": T5Config(260, 64, 128, 2, 2, 4, 16),
     "t5-small": T5Config(260, 128, 256, 3, 3, 8, 16),
-    "paligemma-tiny": _seeing(
-        DecoderConfig(
-            264,
-            64,
-            128,
-            2,
-            4,
-            2,
-            16,
-            tie_embeddings=True,
-            family="gemma",
-            activation="gelu_tanh",
-            norm_offset=True,
-            embedding_scale=True,
-        ),
-        PaliGemmaVision(SiglipConfig(64, 128, 2, 4, 64, 16), 64, 260, _BICUBIC),
-        prompt_both_ways=True,
-        first_position=1,
-    ),
-    "paligemma-small": _seeing(
-        DecoderConfig(
-            264,
-            64,
-            192,
-            2,
-            4,
-            2,
-            16,
-            tie_embeddings=True,
-            family="gemma",
-            activation="gelu_tanh",
-            norm_offset=True,
-            embedding_scale=True,
-        ),
-        PaliGemmaVision(SiglipConfig(64, 192, 2, 4, 48, 8), 64, 260, _BICUBIC),
-        prompt_both_ways=True,
-        first_position=1,
-    ),
+    "paligemma-tiny": _paligemma(_tiny_gemma(128), SiglipConfig(64, 128, 2, 4, 64, 16), 260, 264),
+    "paligemma-small": _paligemma(_tiny_gemma(192), SiglipConfig(64, 192, 2, 4, 48, 8), 260, 264),
     "smolvlm-tiny": _seeing(
         DecoderConfig(304, 64, 128, 2, 4, 2, 16),
         SmolVLMVision(SiglipConfig(64, 128, 2, 4, 64, 16), 64, 260, _LANCZOS, 2, 128),

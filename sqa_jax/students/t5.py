@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
 from sqa_jax.students.attention import EVERYWHERE, PADDING, visibility
 from sqa_jax.students.block_attention import SAVED
@@ -232,7 +233,7 @@ class T5(nn.Module):
       dtype: of the computation; parameters may be of another.
       remat: a key of `REMAT_POLICIES`.
       lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
-      data_shards: as of `Decoder`.
+      data_shards, rows: as of `Decoder`.
       most_decoded: places of a row that the decoder computes, see `split`; None is all of them.
     """
 
@@ -241,6 +242,7 @@ class T5(nn.Module):
     remat: str = "none"
     lora_dropout: float = 0.0
     data_shards: int = 1
+    rows: NamedSharding | None = None
     most_decoded: int | None = None
 
     def setup(self):
@@ -287,6 +289,8 @@ class T5(nn.Module):
     def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
         T, P = tokens.shape[1], adaptation.prefix_length
         x = embed(self.embed_tokens, tokens, adaptation)
+        if self.rows is not None:
+            x = jax.lax.with_sharding_constraint(x, self.rows)
         parts = self.split(tokens, positions, segments)
 
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.

@@ -16,43 +16,50 @@ class StudentTeacher:
       config: the whole configuration.
 
     Raises:
-      UserError: images are to be sent, the model's name is empty, or the weights cannot be loaded.
+      UserError: the model's name is empty, the weights cannot be loaded, or images are to be sent to a student of text.
     """
 
     price = 0.0
 
     def __init__(self, config):
         settings = config.teach
-        if settings.image:
-            raise UserError(
-                "a student sees no images; set --config.teach.image=False, and --config.teach.caption=True to describe them"
-            )
         if not settings.model:
             raise UserError("config.teach.model is empty; with client = 'student' it is the path of the weights")
-        from sqa_jax.data.prompts import Template
         from sqa_jax.runtime import start
 
         own = config.copy_and_resolve_references()
         own.student.path = settings.model
         own.adapter.methods = ()
         runtime = start(own)
+        if settings.image and runtime.student.config.vision is None:
+            raise UserError(
+                f"{runtime.student.name} sees no images; set --config.teach.image=False, and --config.teach.caption=True to "
+                "describe them, or name a student that sees"
+            )
         self.model = runtime.student.name
         self.identity = {"student": runtime.student.fingerprint}
-        self._settings, self._runtime, self._adapter = settings, runtime, own.adapter
-        self._template = Template(runtime.student.tokenizer, chat=True)
+        self._config, self._runtime = own, runtime
 
     def ask_all(self, requests: Sequence[Request]) -> Generates[list[tuple[Request, Reply]], None, None]:
         """Yields replies as their texts end, `config.teach.concurrency` at a time.
 
+        A request whose image the student cannot take is left out: it would answer another question.
+
         Raises:
           UserError: a prompt and its reply are longer than the student's positions.
         """
+        from sqa_jax.data.tokenize import Encoder
+        from sqa_jax.inference.features import picture_rows
         from sqa_jax.inference.generate import Generator
 
+        settings, student = self._config.teach, self._runtime.student
+        seen = picture_rows(self._config, self._runtime, requests)
+        requests = [request for request in requests if seen is None or request.pid not in seen.pictures.failed]
         if not requests:
             return
-        settings, student = self._settings, self._runtime.student
-        prompts = [self._encode(request.prompt) for request in requests]
+        encoder = Encoder(student.tokenizer, student.config.max_positions, True, False, pictures=seen and seen.pictures)
+        encoded = encoder.encode_prompts([r.pid for r in requests], [r.prompt for r in requests])
+        prompts = [one.tokens for one in encoded]
         longest = max(range(len(prompts)), key=lambda k: len(prompts[k]))
         room = student.config.max_positions - settings.max_output_tokens
         if len(prompts[longest]) > room:
@@ -64,8 +71,8 @@ class StudentTeacher:
         # Sampling is a function of the seed and the prompt's place in the list, which is another after a restart:
         # with the same seed, a second sample of a question could be drawn with the first one's random numbers.
         generate = Generator(
-            self._adapter, self._runtime.decoder, self._runtime.mesh, student.eos_ids, settings.max_output_tokens,
-            settings.concurrency, settings.temperature, seed=int(requests[0].hash[:7], 16),
+            self._config.adapter, self._runtime.decoder, self._runtime.mesh, student.eos_ids, settings.max_output_tokens,
+            settings.concurrency, settings.temperature, int(requests[0].hash[:7], 16), seen,
         )  # fmt: skip
         chunk: list[tuple[Request, Reply]] = []
         for index, ids in generate({}, student.params, prompts):
@@ -77,10 +84,3 @@ class StudentTeacher:
                 chunk = []
         if chunk:
             yield chunk
-
-    def _encode(self, text: str) -> list[int]:
-        """The prompt in the student's chat template. User text never becomes a special token."""
-        tokenizer, template = self._runtime.student.tokenizer, self._template
-        before, after = tokenizer([template.before, template.after], add_special_tokens=False)["input_ids"]
-        (plain,) = tokenizer([text], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return before + plain + after

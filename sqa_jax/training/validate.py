@@ -15,6 +15,7 @@ from sqa_jax.data.pictures import PictureRows
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.prompts import render_target
 from sqa_jax.data.recipes import arm_format
+from sqa_jax.errors import UserError
 from sqa_jax.inference.answer import LikelihoodAnswers
 from sqa_jax.parallel.mesh import place_rows, replicated
 from sqa_jax.runtime import Runtime
@@ -28,6 +29,9 @@ class Validator:
       problems: the validation questions.
       virtual: tokens of a soft prompt.
       pictures: of the questions, where the student sees.
+
+    Raises:
+      UserError: no question fits into a row, so there is nothing to look at.
     """
 
     def __init__(
@@ -44,6 +48,12 @@ class Validator:
         encoder = encoder_for(config, tokenizer, pictures and pictures.pictures)
         encoded = [e for e in encoder.encode(problems, [fmt] * len(problems), gold) if e.fits]
         encoded = [e for e in encoded if len(e.tokens) + virtual.count <= config.train.row_length]
+        if not encoded:
+            raise UserError(
+                f"none of the {len(problems)} questions of {config.eval.val_split!r} fits into a row of {config.train.row_length} "
+                "tokens, so nothing would say when training is good; raise config.train.row_length (or "
+                "config.recipe.max_prompt), or choose another config.eval.val_split"
+            )
         rows = pack(
             [virtual.put(e.tokens, e.behind_picture) for e in encoded],
             np.array([virtual.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
