@@ -233,6 +233,32 @@ def test_an_encoder_decoder_by_hand():
     assert row["seconds"]["binds"] == "memory"
 
 
+def test_an_encoder_decoders_rows_lie_apart(slice_2x2):
+    """Split with the weights by their width, the activations of its decoder would be sent after each product."""
+    config = config_for(1, 4, 1, accumulate=1)
+    config.adapter.lora.targets = ("q",)
+    row = plan(config, T5Config(1022, 256, 512, 2, 3, 4, 128), *slice_2x2, DATA)
+    rows = [c for c in row["collectives"] if c["kind"] not in ("all-gather", "reduce-scatter")]
+    # What is left: gradients of the adapter, and what was looked up in the table.
+    expected = row["expected_sent"]
+    assert sum(c["sent"] for c in rows) < 1.2 * (expected["gradients"] + expected["activations"])
+    assert sum(c["sent"] for c in row["collectives"]) < 1.1 * sum(expected.values())
+
+
+def test_a_program_that_cannot_be_written_down(slice_2x2, monkeypatch):
+    """As the compiler's of 2026 for some steps on v5p; said in one line, and how much memory it takes."""
+
+    def broken(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure\nmore")
+
+    mesh = make_mesh(config_for().mesh, slice_2x2[1])
+    lowered = jax.jit(lambda x: x + 1, in_shardings=NamedSharding(mesh, PartitionSpec())).lower(shape(8, 128))
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", broken)
+    with pytest.raises(UserError, match="of 16 GiB.*cannot write it down.*RET_CHECK failure\\)") as caught:
+        measure(lowered, "v5e", mesh, 0, 1.0)
+    assert "\n" not in str(caught.value)
+
+
 def test_memory_that_is_short_is_a_plan_too():
     kind, devices = topology("v5e:1x1")
     config = config_for(rows=65536, accumulate=1)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sqa_jax.errors import UserError
 from sqa_jax.parallel.mesh import AXES
 from sqa_jax.plan.chips import CHIPS, GIB, Chip, communication_seconds, quiet_compiler
 from sqa_jax.plan.hlo import parse
@@ -39,6 +40,9 @@ def measure(
       fits; where it does not, only temporaries (bytes, or None). Else memory (bytes on one chip), flops and traffic
       (bytes) of one chip, seconds (see `times`), utilization (model operations over peak) by the estimate and by the
       roofline, collectives, and uncounted_kernels.
+
+    Raises:
+      UserError: the compiler cannot write down the program that it made, so nothing in it can be counted.
     """
     chip = CHIPS[kind]
     try:
@@ -63,7 +67,7 @@ def measure(
         "code": sizes.generated_code_size_in_bytes,
     }
     memory["peak"] = sum(memory.values()) - 2 * memory["donated"]
-    work = count(parse(compiled.as_text()), chip, mesh.size, unknown_trips)
+    work = count(parse(_text(compiled, kind, memory["peak"])), chip, mesh.size, unknown_trips)
     collectives = _collectives(work, chip, mesh)
     seconds = times(work, chip, collectives)
     peak = model_flops / mesh.size / chip.flops
@@ -77,6 +81,16 @@ def measure(
         "collectives": collectives,
         "uncounted_kernels": sorted(work.uncounted),
     }
+
+
+def _text(compiled: jax.stages.Compiled, kind: str, peak: int) -> str:
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # as libtpu's of 2026 where a v5p's sparse cores take part
+        raise UserError(
+            f"the program fits ({peak / GIB:.1f} of {CHIPS[kind].memory / GIB:.0f} GiB), but the TPU's compiler cannot write it "
+            f"down, so its time is not known ({str(error).splitlines()[0][:120]}); plan with other rows a chip, or for another --topology"
+        ) from None
 
 
 def times(work: Work, chip: Chip, collectives: list[dict[str, Any]]) -> dict[str, Any]:

@@ -288,9 +288,7 @@ class T5(nn.Module):
 
     def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
         T, P = tokens.shape[1], adaptation.prefix_length
-        x = embed(self.embed_tokens, tokens, adaptation)
-        if self.rows is not None:
-            x = jax.lax.with_sharding_constraint(x, self.rows)
+        x = self._apart(embed(self.embed_tokens, tokens, adaptation))
         parts = self.split(tokens, positions, segments)
 
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
@@ -314,7 +312,7 @@ class T5(nn.Module):
             None,
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), adaptation.prefix)
-        hidden, _ = self.decoder((parts.gathered(x), None), inputs, sight)
+        hidden, _ = self.decoder((self._apart(parts.gathered(x)), None), inputs, sight)
         return parts.spread(self.decoder.norm(hidden))
 
     def _behind(self, tokens, segments, adaptation: Adaptation, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -337,6 +335,10 @@ class T5(nn.Module):
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), None)
         hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, sight)
         return self.decoder.norm(hidden), Cache(*kv, known, cache.length + used_places(segments))
+
+    def _apart(self, x: jax.Array) -> jax.Array:
+        """Says that the rows lie apart, where there is a mesh."""
+        return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
 
     def split(self, tokens, positions, segments) -> Split:
         """The rows' parts between encoder and decoder."""
