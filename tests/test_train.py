@@ -12,7 +12,9 @@ import time
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from configs.test import get_config
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
@@ -200,13 +202,13 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(tmp_path, monkeypatc
 
 def command(config, workdir):
     """The verb as a user starts it, with the same settings."""
-    overrides = []
-    for key in ("student.path", "data.source", "data.path", "data.cache", "data.train_limit", "recipe.max_prompt", "train.row_length", "train.batch_rows", "train.steps",
-                "train.eval_every", "train.save_every", "eval.val_limit", "eval.limit", "eval.batch_rows", "mesh.data", "mesh.fsdp", "mesh.tensor"):  # fmt: skip
-        value = config
-        for part in key.split("."):
-            value = value[part]
-        overrides.append(f"--config.{key}={value}")
+
+    def settings(config, name=""):
+        for key, value in config.items():
+            yield from settings(value, f"{name}.{key}") if isinstance(value, ConfigDict) else [(f"{name}.{key}", value)]
+
+    usual = dict(settings(get_config()))
+    overrides = [f"--config{name}={value}" for name, value in settings(config) if value != usual[name]]
     return [sys.executable, "-m", "sqa_jax.train", "--config", "configs/test.py", "--workdir", str(workdir), *overrides]
 
 
