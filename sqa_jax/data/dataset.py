@@ -25,6 +25,7 @@ from sqa_jax.students.tokenizer import fingerprint as tokenizer_fingerprint
 FORMAT = 3  # raised when the same inputs would make other rows
 _BATCH = 1000  # questions tokenized in one call
 _NAMED = 50  # pids that the manifest names for each reason
+_Row = tuple[str, str, Encoded]  # the question's pid, whose supervision it is, and its tokens
 
 
 class Columns(NamedTuple):
@@ -204,22 +205,50 @@ def training_problems(config, problems: ProblemSet) -> Sequence[Problem]:
     return chosen
 
 
+def _rows_of_traces(config, tokenizer: Any, chosen: Sequence[Problem]) -> Iterator[_Row | Unusable]:
+    traces = read_traces(config.data.traces, {problem.pid: problem for problem in chosen})
+    yield from (Unusable(problem.pid, "no trace") for problem in chosen if problem.pid not in traces)
+    for problem, source, row in trace_rows(tokenizer, config.recipe, config.agent.context, chosen, traces):
+        yield problem.pid, source, row
+
+
+def _rows_of_recipe(
+    config, tokenizer: Any, chosen: Sequence[Problem], problems: ProblemSet, pictures: PictureSet | None
+) -> Iterator[_Row | Unusable]:
+    by_pid = records_by_pid(config_records(config, problems))
+    encoder, recipe = encoder_for(config, tokenizer, pictures), config.recipe
+    blind = {} if pictures is None else pictures.failed
+    yield from (Unusable(problem.pid, blind[problem.pid]) for problem in chosen if problem.pid in blind)
+    seeing = [problem for problem in chosen if problem.pid not in blind]
+    texts: set[str] = set()  # plain texts so far: many questions share a lecture, which is learned once
+    for start in range(0, len(seeing), _BATCH):
+        part = seeing[start : start + _BATCH]
+        made = [one for problem in part for one in examples(problem, by_pid.get(problem.pid, {}), recipe)]
+        yield from (one for one in made if isinstance(one, Unusable))
+        usable = [one for one in made if not isinstance(one, Unusable)]
+        for example, row in _encode(encoder, usable, recipe.max_target, texts):
+            yield example.problem.pid, example.source, row
+
+
 def _make_rows(
     config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None
 ) -> tuple[dict[str, list], dict[str, Any]]:
-    by_pid = records_by_pid(config_records(config, problems))
-    encoder, recipe = encoder_for(config, tokenizer, pictures), config.recipe
-    arm = "tools" if config.data.traces else recipe.arm
-    chosen = training_problems(config, problems)
+    arm, chosen = "tools" if config.data.traces else config.recipe.arm, training_problems(config, problems)
+    if config.data.traces:
+        made = _rows_of_traces(config, tokenizer, chosen)
+    else:
+        made = _rows_of_recipe(config, tokenizer, chosen, problems, pictures)
     rows: dict[str, list] = {name: [] for name in ("pid", "arm", "source", "tokens", "prompt_length", "behind_picture")}
     dropped: dict[str, list[str]] = collections.defaultdict(list)
     shortened: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-    texts: set[str] = set()  # plain texts so far: many questions share a lecture, which is learned once
-
-    def add(pid: str, source: str, row: Encoded) -> None:
+    for one in made:
+        if isinstance(one, Unusable):
+            dropped[one.reason].append(one.pid)
+            continue
+        pid, source, row = one
         if not row.fits:
             dropped["question and choices longer than max_prompt"].append(pid)
-        elif len(row.tokens) - row.prompt_length > recipe.max_target:
+        elif len(row.tokens) - row.prompt_length > config.recipe.max_target:
             dropped["target longer than max_target"].append(pid)
         else:
             values = (pid, arm, source, row.tokens, row.prompt_length, row.behind_picture)
@@ -227,31 +256,6 @@ def _make_rows(
                 rows[name].append(value)
             for part, count in row.shortened.items():
                 shortened[part].append((pid, count))
-
-    if config.data.traces:
-        traces = read_traces(config.data.traces, {problem.pid: problem for problem in chosen})
-        dropped["no trace"] = [problem.pid for problem in chosen if problem.pid not in traces]
-        for problem, source, row in trace_rows(tokenizer, recipe, config.agent.context, chosen, traces):
-            add(problem.pid, source, row)
-        by_recipe = []
-    else:
-        blind = {} if pictures is None else pictures.failed
-        by_recipe = [problem for problem in chosen if problem.pid not in blind]
-        for problem in chosen:
-            if problem.pid in blind:
-                dropped[blind[problem.pid]].append(problem.pid)
-    for start in range(0, len(by_recipe), _BATCH):
-        made = [
-            e
-            for problem in by_recipe[start : start + _BATCH]
-            for e in examples(problem, by_pid.get(problem.pid, {}), recipe)
-        ]
-        usable = [e for e in made if not isinstance(e, Unusable)]
-        for one in made:
-            if isinstance(one, Unusable):
-                dropped[one.reason].append(one.pid)
-        for example, row in _encode(encoder, usable, recipe.max_target, texts):
-            add(example.problem.pid, example.source, row)
     if not rows["pid"]:
         reasons = "; ".join(f"{reason}: {len(pids)}" for reason, pids in dropped.items()) or "the split is empty"
         raise UserError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,22 @@ def common_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
     return min(words, min(map(len, prompts)) - 1) // _STEP * _STEP
 
 
+class Begun(NamedTuple):
+    """Prompts whose common beginning has been read.
+
+    Attributes:
+      length: its tokens.
+      read: their keys and values, which `adapt` takes, [L, length, K·d] each; None where there are none.
+      rest: what each prompt goes on with.
+    """
+
+    length: int
+    read: dict[str, jax.Array] | None
+    rest: list[Sequence[int]]
+
+
 class Beginning:
-    """Reads the common beginning of prompts; `adapt` takes what it returns.
+    """Reads the common beginning of prompts.
 
     Where a prompt is read both ways, nothing of it is read before all of it is there, so such prompts have none.
 
@@ -50,16 +64,12 @@ class Beginning:
         self._settings, self._decoder = settings, decoder
         self._run = jax.jit(self._read, out_shardings=replicated(mesh))
 
-    def length(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Tokens that are read once for all prompts, see `common_length`."""
+    def __call__(self, adapter: Any, base: Any, prompts: Sequence[Sequence[int]]) -> Begun:
         config = self._decoder.config
-        if config.prompt_both_ways or isinstance(config, T5Config):
-            return 0
-        return common_length(prompts, config.vocab_size)
-
-    def __call__(self, adapter: Any, base: Any, tokens: Sequence[int]) -> dict[str, jax.Array]:
-        """Keys and values [L, n, K·d] of n tokens."""
-        return self._run(adapter, base, np.asarray([tokens], np.int32))
+        whole = config.prompt_both_ways or isinstance(config, T5Config)
+        length = 0 if whole else common_length(prompts, config.vocab_size)
+        read = self._run(adapter, base, np.asarray([prompts[0][:length]], np.int32)) if length else None
+        return Begun(length, read, [prompt[length:] for prompt in prompts])
 
     def _read(self, adapter: Any, base: Any, tokens: jax.Array) -> dict[str, jax.Array]:
         adaptation = adapters.activate(self._settings, adapter, self._decoder.config)

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.inference.beginning import Beginning, adapt
 from sqa_jax.inference.generate import trim
 from sqa_jax.inference.likelihood import Choice, layout
-from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
+from sqa_jax.inference.rows import cache_shardings
+from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 from sqa_jax.students.cache import Cache, Grid, init_cache
 from sqa_jax.students.decoder import Decoder
 from sqa_jax.training.loss import target_log_probs
@@ -74,10 +75,7 @@ class Conversations:
         self.ends, self.most_written = tuple(ends), most_written
         shards = row_shards(mesh)
         self.rows = -(-rows // shards) * shards
-        by_row, seen = batch_sharding(mesh), replicated(mesh)
-        heads = "tensor" if decoder.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-        keys = NamedSharding(mesh, PartitionSpec(None, BATCH, heads))
-        cache = Cache(keys, keys, by_row, by_row)
+        cache, seen = cache_shardings(decoder.config, mesh), replicated(mesh)
         self._beginning = Beginning(settings, decoder, mesh)
         self._empty = jax.jit(self._make_empty, out_shardings=cache)
         self._read = jax.jit(self._read_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, seen))
@@ -88,11 +86,10 @@ class Conversations:
 
     def start(self, adapter: Any, base: Any, openings: Sequence[Sequence[int]]) -> list[list[int]]:
         """Reads what all conversations begin with, once; returns what each goes on with, to be given to `open`."""
-        self.begun = self._beginning.length(openings)
-        beginning = self._beginning(adapter, base, openings[0][: self.begun]) if self.begun else None
+        self.begun, beginning, rest = self._beginning(adapter, base, openings)
         self._trees = (adapter, base, beginning)
         self._cache = self._empty(adapter, beginning)
-        return [list(opening[self.begun :]) for opening in openings]
+        return [list(own) for own in rest]
 
     def open(self, row: int) -> None:
         """Empties a row for a new conversation."""

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.data.packing import BOTH_WAYS
 from sqa_jax.data.pictures import PictureRows
 from sqa_jax.errors import UserError
 from sqa_jax.inference.beginning import Beginning, adapt
-from sqa_jax.inference.rows import first_fit
-from sqa_jax.parallel.mesh import BATCH, batch_sharding, place_rows, replicated, row_shards
+from sqa_jax.inference.rows import cache_shardings, first_fit
+from sqa_jax.parallel.mesh import batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.students.attention import PADDING
 from sqa_jax.students.cache import Cache, init_cache
@@ -103,9 +103,7 @@ class Generator:
         )
 
         rows = batch_sharding(mesh)
-        heads = "tensor" if decoder.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-        keys = NamedSharding(mesh, PartitionSpec(None, BATCH, heads))
-        placed = _State(Cache(keys, keys, rows, rows), rows, rows, rows, rows, rows, rows)
+        placed = _State(cache_shardings(decoder.config, mesh), rows, rows, rows, rows, rows, rows)
         # What the host looks at is on every device, and so can be read by every process.
         seen = replicated(mesh)
         self._beginning = Beginning(settings, decoder, mesh)
@@ -129,9 +127,7 @@ class Generator:
                 f"prompt and generation take {longest} tokens, more than the student's "
                 f"{self.decoder.config.max_positions} positions; lower config.recipe.max_prompt or config.eval.max_new_tokens"
             )
-        begun = self._beginning.length(prompts)
-        beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
-        prompts = [prompt[begun:] for prompt in prompts]
+        begun, beginning, prompts = self._beginning(adapter, base, prompts)
         prefix = begun + self._prefix(adapter)
         places = self._places = max(self._places, _round_up(prefix + longest - begun))
         state = self._empty(adapter, beginning, places)

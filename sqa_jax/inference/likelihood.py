@@ -125,9 +125,9 @@ class LikelihoodScorer:
         if not choices:
             return
         prompts = [choice.prompt for choice in choices]
-        begun = self._beginning.length(prompts)
+        begun, beginning, rest = self._beginning(adapter, base, prompts)
         both_ways = self.decoder.config.prompt_both_ways
-        trees = [layout(Choice(choice.prompt[begun:], choice.options), both_ways) for choice in choices]
+        trees = [layout(one._replace(prompt=own), both_ways) for one, own in zip(choices, rest, strict=True)]
         longest = max(len(tree.tokens) for tree in trees)
         limit = self.decoder.config.max_positions
         if any(begun + int(tree.positions.max()) >= limit for tree in trees):
@@ -141,10 +141,9 @@ class LikelihoodScorer:
         share = sum(len(t.targets) for t in trees) / sum(len(t.tokens) for t in trees)
         scored = max([self._scored, int(2 * share * length)] + [len(t.targets) for t in trees])
         scored = self._scored = -(-scored // 16) * 16
-        beginning = self._beginning(adapter, base, prompts[0][:begun]) if begun else None
         rows = first_fit([len(t.tokens) for t in trees], [len(t.targets) for t in trees], length, scored)
         # From the last token of each prompt on, tokens have others behind them that are predicted.
-        behind = [len(tree.tokens) - len(prompt) + begun + 1 for tree, prompt in zip(trees, prompts, strict=True)]
+        behind = [len(tree.tokens) - len(own) + 1 for tree, own in zip(trees, rest, strict=True)]
         most = max(sum(behind[k] for k in row) for row in rows)
         self._decoded = max(self._decoded, -(-most // 16) * 16)
         decoder = bounded(self.decoder, self._decoded)

@@ -1,8 +1,21 @@
-"""Dealing what is to be read to packed rows."""
+"""Rows: how what is to be read is dealt to them, and where those of a cache lie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sqa_jax.parallel.mesh import BATCH, batch_sharding
+from sqa_jax.students.cache import Cache
+from sqa_jax.students.config import StudentConfig
+
+
+def cache_shardings(student: StudentConfig, mesh: Mesh) -> Cache:
+    """A cache's rows over the mesh's data axes, and its key/value heads over `tensor` where that divides them."""
+    heads = "tensor" if student.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    keys, rows = NamedSharding(mesh, PartitionSpec(None, BATCH, heads)), batch_sharding(mesh)
+    return Cache(keys, keys, rows, rows)
 
 
 def first_fit(sizes: Sequence[int], counts: Sequence[int], length: int, room: int) -> list[list[int]]:
