@@ -200,6 +200,17 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(tmp_path, monkeypatc
     assert step >= 1
 
 
+def test_validation_questions_that_fit_into_no_row(tmp_path):
+    from sqa_jax.data.packing import NO_VIRTUAL
+    from sqa_jax.data.sources import load_problems
+    from sqa_jax.runtime import start
+    from sqa_jax.training.validate import Validator
+
+    config = tiny_config(tmp_path, **{"train.row_length": 64})
+    with pytest.raises(UserError, match="none of the 4 questions of 'val' fits into a row of 64 tokens.*raise"):
+        Validator(config, start(config), load_problems("sample").split("val")[:4], NO_VIRTUAL)
+
+
 def command(config, workdir):
     """The verb as a user starts it, with the same settings."""
 

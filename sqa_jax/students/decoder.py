@@ -33,7 +33,7 @@ from sqa_jax.students.block_attention import attend_in_blocks
 from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, Grid, Visual, behind_prefix, embed, used_places
 from sqa_jax.students.config import WINDOW, DecoderConfig
 from sqa_jax.students.fused_attention import FusedAttention
-from sqa_jax.students.layers import Linear, RMSNorm, stacked
+from sqa_jax.students.layers import Linear, RMSNorm, laid_out, stacked
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
@@ -197,8 +197,7 @@ class Decoder(nn.Module):
         than segments.
       data_shards: parts of the mesh over which a batch's rows lie; what is done a piece at a time takes as much of
         each.
-      rows: how these rows lie there, which the compiler is told where it could think otherwise: in front of layers
-        whose weights are split over the same axis, it would rather split a tower's activations by their width.
+      rows: how these rows lie there, which the compiler is told: see `sqa_jax.students.layers.laid_out`.
     """
 
     config: DecoderConfig
@@ -252,9 +251,7 @@ class Decoder(nn.Module):
         c = self.config
         B, T = tokens.shape
         x = embed(self.embed_tokens, tokens, adaptation, visual, c.hidden_size**0.5 if c.embedding_scale else 1.0)
-
-        if self.rows is not None and cache is None:
-            x = jax.lax.with_sharding_constraint(x, self.rows)
+        x = laid_out(x, self.rows if cache is None else None)
 
         P = adaptation.prefix_length
         key_branches = None

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
 from sqa_jax.students.block_attention import SAVED
 
@@ -20,6 +21,15 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def laid_out(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+    """An array with rows in front, which lie on the mesh as `rows` says; None says nothing.
+
+    In front of layers whose weights are split over the rows' axis, the compiler would rather split activations by their
+    width, and add them up behind each layer.
+    """
+    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
 def stacked(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:

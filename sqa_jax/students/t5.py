@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from sqa_jax.students.attention import EVERYWHERE, PADDING, visibility
 from sqa_jax.students.block_attention import SAVED
 from sqa_jax.students.cache import NO_ADAPTATION, Adaptation, Cache, behind_prefix, embed, used_places
-from sqa_jax.students.layers import Linear, RMSNorm, stacked
+from sqa_jax.students.layers import Linear, RMSNorm, laid_out, stacked
 from sqa_jax.students.t5_config import T5Config
 from sqa_jax.students.t5_split import Split, split
 
@@ -288,7 +288,7 @@ class T5(nn.Module):
 
     def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
         T, P = tokens.shape[1], adaptation.prefix_length
-        x = self._apart(embed(self.embed_tokens, tokens, adaptation))
+        x = laid_out(embed(self.embed_tokens, tokens, adaptation), self.rows)
         parts = self.split(tokens, positions, segments)
 
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
@@ -312,7 +312,7 @@ class T5(nn.Module):
             None,
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), adaptation.prefix)
-        hidden, _ = self.decoder((self._apart(parts.gathered(x)), None), inputs, sight)
+        hidden, _ = self.decoder((laid_out(parts.gathered(x), self.rows), None), inputs, sight)
         return parts.spread(self.decoder.norm(hidden))
 
     def _behind(self, tokens, segments, adaptation: Adaptation, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -335,10 +335,6 @@ class T5(nn.Module):
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), None)
         hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, sight)
         return self.decoder.norm(hidden), Cache(*kv, known, cache.length + used_places(segments))
-
-    def _apart(self, x: jax.Array) -> jax.Array:
-        """Says that the rows lie apart, where there is a mesh."""
-        return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)
 
     def split(self, tokens, positions, segments) -> Split:
         """The rows' parts between encoder and decoder."""

@@ -38,15 +38,10 @@ class Computation(NamedTuple):
       dtype: of the computation; parameters may be of another.
       remat: a key of `sqa_jax.students.layers.REMAT_POLICIES`.
       lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
-      rows: how a batch's rows lie on a mesh: the compiler would rather split activations by their width, as weights are
-        split over the same axis, and add them up after each layer.
+      rows: how a batch's rows lie on a mesh: see `sqa_jax.students.layers.laid_out`.
     """
 
     dtype: Any = jnp.float32
     remat: str = "none"
     lora_dropout: float = 0.0
     rows: NamedSharding | None = None
-
-    def laid_out(self, x: jax.Array) -> jax.Array:
-        """An array with rows in front, which lie where they should."""
-        return x if self.rows is None else jax.lax.with_sharding_constraint(x, self.rows)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sqa_jax.students.layers import Linear, stacked
+from sqa_jax.students.layers import Linear, laid_out, stacked
 from sqa_jax.students.vision.adaptation import UNADAPTED, Computation, TowerAdaptation
 from sqa_jax.students.vision.paligemma import PaliGemmaVision
 from sqa_jax.students.vision.siglip import SiglipConfig
@@ -84,7 +84,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, adaptation: TowerAdaptation, _):
         lora, prompts, (dtype, _, dropout, _) = adaptation.lora or {}, adaptation.prompts, self.how
-        x = self.how.laid_out(x)
+        x = laid_out(x, self.how.rows)
         norm = _norm(self.config, dtype, "layer_norm1")
         y = seen = norm(x)
         if prompts is not None:  # what a layer makes of them is dropped, so they are only seen

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sqa_jax.students.attention import EVERYWHERE, rotary_angles, rotate
 from sqa_jax.students.block_attention import attend_in_blocks
 from sqa_jax.students.config import Rope
-from sqa_jax.students.layers import Linear, stacked
+from sqa_jax.students.layers import Linear, laid_out, stacked
 from sqa_jax.students.vision.adaptation import UNADAPTED, Computation, TowerAdaptation
 from sqa_jax.students.vision.qwen2_vl.options import Qwen2VLVision
 
@@ -55,7 +55,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, adaptation: TowerAdaptation, around: Surroundings):
         v, lora, prompts, (dtype, _, dropout, _) = self.vision, adaptation.lora or {}, adaptation.prompts, self.how
-        x, (B, N, E) = self.how.laid_out(x), x.shape
+        x, (B, N, E) = laid_out(x, self.how.rows), x.shape
 
         def linear(name, y):
             _, _, features = v.linear_shapes()[name]
