@@ -1,13 +1,13 @@
 """Any published student on ScienceQA: --config configs/student.py:NAME,METHOD,…, such as student.py:qwen3-0.6b,lora.
 
-NAME is one of `sqa_jax.students.catalogue`, METHOD one or more of lora, prefix, prompt, or full. Rows and steps are
+NAME is one of `sqa_jax.models.catalogue`, METHOD one or more of lora, prefix, prompt, or full. Rows and steps are
 sized for an accelerator; learning rates are where to begin, not what was found to be best.
 """
 
 from sqa_jax.adapters.adapter import METHODS
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
-from sqa_jax.students.catalogue import CATALOGUE
+from sqa_jax.models.catalogue import CATALOGUE
 
 _RATES = {"lora": 1e-3, "prefix": 1e-2, "prompt": 3e-2, "full": 2e-5}
 _LARGE = 1500  # from this width on, LoRA learns at a fifth of the rate

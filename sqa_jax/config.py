@@ -25,7 +25,7 @@ def default() -> ConfigDict:
     data.cache = "datasets"  # where pre-tokenized datasets are kept, one folder a fingerprint
 
     config.recipe = recipe = ConfigDict()
-    recipe.arm = "golden"  # whose supervision; see sqa_jax/data/recipes.py
+    recipe.arm = "golden"  # whose supervision; see sqa_jax/prompts/recipes.py
     recipe.format = "QCM-A"  # input parts - target parts, in ScienceQA's notation or QTCHL-… style
     recipe.answer = "letter"  # how an answer is written: letter | text | both
     recipe.caption = True  # image captions are context

@@ -41,12 +41,12 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
       UserError: there is no checkpoint, or the configuration does not fit it.
     """
     from sqa_jax.adapters.peft_read import given_adapter
-    from sqa_jax.data.dataset import load_config_problems
+    from sqa_jax.batches.dataset import load_config_problems
     from sqa_jax.inference.answer import answers, way
     from sqa_jax.inference.features import picture_rows
+    from sqa_jax.inference.predictions import Predictions
     from sqa_jax.metrics.leaderboard import read_predictions, score
     from sqa_jax.parallel.processes import main_first
-    from sqa_jax.predictions import Predictions
     from sqa_jax.runtime import start
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir

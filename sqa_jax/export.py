@@ -28,8 +28,8 @@ from sqa_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sqa_jax.data.pictures import PictureRows
-    from sqa_jax.students.load import Student
+    from sqa_jax.batches.images import PictureRows
+    from sqa_jax.checkpoints.load import Student
 
 
 def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") -> None:
@@ -45,7 +45,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     """
     from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.files import atomic_directory
-    from sqa_jax.model_card import PICTURE, example, model_card, results_of
+    from sqa_jax.reporting.model_card import PICTURE, example, model_card, results_of
     from sqa_jax.runtime import start
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
@@ -96,10 +96,10 @@ def _write_model(settings, student: Student, tree: Any, directory: Path, dtype: 
     import jax
 
     from sqa_jax.adapters.adapter import merge
+    from sqa_jax.checkpoints.load import load_student
+    from sqa_jax.checkpoints.weights import write_model
     from sqa_jax.files import write_json
-    from sqa_jax.students.load import load_student
-    from sqa_jax.students.t5_config import T5Config
-    from sqa_jax.students.weights import write_model
+    from sqa_jax.models.t5.config import T5Config
 
     expected = _logits(settings, tree, student)
     # The merged model takes the base's place in memory.
@@ -125,7 +125,7 @@ def _keep_processor(config, directory: Path) -> None:
     """Puts the published settings of a student's processor, where it has some, in place of those that we write."""
     import shutil
 
-    from sqa_jax.students.paths import locate
+    from sqa_jax.checkpoints.paths import locate
 
     if config.student.path.startswith("random:"):
         return
@@ -141,9 +141,9 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
-    from sqa_jax.data.packing import with_virtual
-    from sqa_jax.students.modules import module_for, seen
-    from sqa_jax.students.t5_config import T5Config
+    from sqa_jax.models.api import module_for, seen
+    from sqa_jax.models.soft_tokens import with_virtual
+    from sqa_jax.models.t5.config import T5Config
 
     config, virtual = student.config, adapters.virtual_tokens(settings).count if tree else 0
     words = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
@@ -172,9 +172,9 @@ def _picture(student: Student) -> PictureRows:
     """One picture, of question ""."""
     import numpy as np
 
-    from sqa_jax.data.pictures import PictureRows, PictureSet
-    from sqa_jax.model_card import example
-    from sqa_jax.students.vision.family import module_of
+    from sqa_jax.batches.images import PictureRows, PictureSet
+    from sqa_jax.models.vision.registry import module_of
+    from sqa_jax.reporting.model_card import example
 
     config = student.config
     pieces, *sizes = module_of(config.vision).picture(config.vision, example(student).image.open())

@@ -68,9 +68,9 @@ def _indent(text: str) -> str:
 
 
 def main() -> None:
-    from sqa_jax.data.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
-    from sqa_jax.students.load import student_config
-    from sqa_jax.students.tokenizer import load_tokenizer
+    from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
+    from sqa_jax.checkpoints.load import student_config
+    from sqa_jax.checkpoints.tokenizer import load_tokenizer
 
     config = flags.FLAGS.config
     path, revision = config.student.path, config.student.revision

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sqa_jax.checkpoints.load import Student, load_student
 from sqa_jax.errors import UserError
+from sqa_jax.models.api import T5, Module
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.layers.kernels import fused_attention
+from sqa_jax.models.layers.linear import REMAT_POLICIES
+from sqa_jax.models.t5.config import T5Config
 from sqa_jax.parallel.mesh import batch_sharding, make_mesh, row_shards
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.fused_attention import fused_attention
-from sqa_jax.students.layers import REMAT_POLICIES
-from sqa_jax.students.load import Student, load_student
-from sqa_jax.students.modules import T5, Module
-from sqa_jax.students.t5_config import T5Config
 
 
 class Runtime(NamedTuple):

@@ -45,7 +45,7 @@ def main() -> None:
         (file,) = files.values()
         print(json.dumps(score(problems, read_predictions(file), file), indent=2))
         return
-    from sqa_jax.metrics.table import comparison
+    from sqa_jax.reporting.tables import comparison
 
     systems = {name: read_predictions(file) for name, file in files.items()}
     print(comparison(problems, systems, FLAGS.format == "markdown"))

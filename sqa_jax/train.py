@@ -42,18 +42,18 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     from sqa_jax.adapters import adapter as adapters
     from sqa_jax.adapters.nearest import tell_nearest
     from sqa_jax.adapters.peft_read import given_adapter
-    from sqa_jax.data.dataset import build_or_reuse, load_config_problems, training_problems
-    from sqa_jax.data.loader import make_loader, packed_rows, steps_of
+    from sqa_jax.batches.dataset import build_or_reuse, load_config_problems, training_problems
+    from sqa_jax.batches.loader import make_loader, packed_rows, steps_of
     from sqa_jax.files import write_json
     from sqa_jax.inference.features import picture_rows
     from sqa_jax.parallel.mesh import check_rows, own_rows, place_rows
     from sqa_jax.parallel.processes import Votes, is_main, main_first
     from sqa_jax.parallel.rules import shardings
     from sqa_jax.runtime import start
-    from sqa_jax.stop import StopSignal
+    from sqa_jax.signals import StopSignal
     from sqa_jax.training.checkpoint import Checkpoints, abstract
     from sqa_jax.training.optimizer import make_optimizer
-    from sqa_jax.training.report import Reporter
+    from sqa_jax.training.reporter import Reporter
     from sqa_jax.training.step import compile_step, init_state, make_step
     from sqa_jax.training.validate import Validator
     from sqa_jax.training.workdir import claim, open_workdir

@@ -54,7 +54,7 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def tiny_student():
     """Two random layers and a tokenizer of bytes."""
-    from sqa_jax.students.load import load_student
+    from sqa_jax.checkpoints.load import load_student
 
     return load_student("random:tiny")
 

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
+from sqa_jax.checkpoints.weights import shapes, write_model
+from sqa_jax.models.catalogue import CATALOGUE
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.catalogue import CATALOGUE
-from sqa_jax.students.load import load_student
-from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
-from sqa_jax.students.weights import shapes, write_model
 
 
 def peak() -> int:

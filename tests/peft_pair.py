@@ -13,13 +13,13 @@ from families import ENCODER_DECODERS, FAMILIES, make_model
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.adapters.peft_read import read_peft
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
-from sqa_jax.data.packing import with_virtual
 from sqa_jax.inference.generate import Generator
+from sqa_jax.models.api import module_for
+from sqa_jax.models.soft_tokens import with_virtual
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.students.load import load_student
-from sqa_jax.students.modules import module_for
-from sqa_jax.students.tokenizer import byte_tokenizer
 
 TOKENS = np.random.default_rng(0).integers(4, 264, (2, 9))
 ENDS = 1  # a token that ends texts, in both libraries

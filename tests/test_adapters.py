@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
-from sqa_jax.data.packing import with_virtual
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.weights import random_params, save_safetensors
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.soft_tokens import with_virtual
 
 CONFIG = DecoderConfig(61, 32, 48, 2, 4, 2, 8, tie_embeddings=True)
 LAYERS = tuple(CONFIG.linear_shapes())

@@ -19,14 +19,14 @@ from sqa_jax.agent.loop import Agent
 from sqa_jax.agent.policies import Constrained, Free, Plan, at_random, decide
 from sqa_jax.agent.summary import pareto
 from sqa_jax.agent.tools import Tool, make_tools
+from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
 from sqa_jax.config import default
-from sqa_jax.data.dataset import build_or_reuse, load_config_problems
-from sqa_jax.data.dialogue import ToolSpec
 from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl
+from sqa_jax.models.flops import forward_flops
+from sqa_jax.prompts.tool_dialogue import ToolSpec
 from sqa_jax.runtime import start
-from sqa_jax.students.flops import forward_flops
 from sqa_jax.train import train
 
 CALCULATOR = "test_agent:calculator"

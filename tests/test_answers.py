@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.data.prompts import ANSWER_STYLES, Format, render_target
-from sqa_jax.metrics.answers import parse_answer
+from sqa_jax.data.answers import parse_answer
+from sqa_jax.prompts.formats import ANSWER_STYLES, Format, render_target
 
 WORDS = ("mustard", "minute", "movies")
 

@@ -10,16 +10,16 @@ import jax
 import pytest
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.checkpoints.hf_config import from_hf, to_hf
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
+from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.errors import UserError
+from sqa_jax.models.catalogue import CATALOGUE, SHAPES
+from sqa_jax.models.params import leaves
+from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.runtime import make_decoder, start
-from sqa_jax.students.catalogue import CATALOGUE, SHAPES
-from sqa_jax.students.hf_config import from_hf, to_hf
-from sqa_jax.students.layout import leaves
-from sqa_jax.students.t5_config import T5Config
-from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
-from sqa_jax.students.vision.qwen2_vl import Qwen2VLVision
-from sqa_jax.students.weights import random_params, save_safetensors
 
 # Millions of parameters on the models' cards.
 CARDS = {

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
-from sqa_jax.data.packing import with_virtual
-from sqa_jax.inference.conversations import Conversations, _round_up
+from sqa_jax.inference.decode_slots import Conversations, _round_up
 from sqa_jax.inference.generate import Generator
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.soft_tokens import with_virtual
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.weights import random_params
 
 CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, tie_embeddings=True, max_positions=512)
 MESH = make_mesh(default().mesh, jax.devices()[:1])

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.teacher_records import TeacherRecord
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.flops import forward_flops, training_flops
-from sqa_jax.students.weights import random_params
-from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
+from sqa_jax.metrics.costs import inference_cost, teacher_cost, training_cost
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.flops import forward_flops, training_flops
 from sqa_jax.training.loss import row_losses
 
 T = 192  # short enough that attention is not done in blocks, which skip what the mask hides
@@ -114,10 +114,10 @@ def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
     """Counted again from the packed rows of a run's steps, of which one goes over the end of the first epoch."""
     import numpy as np
 
-    from sqa_jax.data.dataset import build_or_reuse, load_config_problems
-    from sqa_jax.data.loader import packed_rows
+    from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
+    from sqa_jax.batches.loader import packed_rows
+    from sqa_jax.checkpoints.load import load_student
     from sqa_jax.parallel.mesh import make_mesh
-    from sqa_jax.students.load import load_student
     from sqa_jax.train import train
 
     monkeypatch.setattr("sqa_jax.runtime.make_mesh", lambda settings: make_mesh(settings, jax.devices()[:1]))

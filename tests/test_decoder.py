@@ -13,14 +13,14 @@ import torch
 import transformers
 from families import FAMILIES, VARIANTS, make_model
 
-from sqa_jax.students.cache import Adaptation, init_cache
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.hf_config import from_hf
-from sqa_jax.students.layout import build, leaves
-from sqa_jax.students.load import load_student
-from sqa_jax.students.safetensors_source import read_hf_config
-from sqa_jax.students.sources import SafetensorsSource
-from sqa_jax.students.weights import read_params, save_safetensors
+from sqa_jax.checkpoints.hf_config import from_hf
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.safetensors_source import read_hf_config
+from sqa_jax.checkpoints.sources import SafetensorsSource
+from sqa_jax.checkpoints.weights import read_params, save_safetensors
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.layers.kv_cache import Adaptation, init_cache
+from sqa_jax.models.params import build, leaves
 
 ALL = FAMILIES | VARIANTS
 FEW = pytest.mark.parametrize(

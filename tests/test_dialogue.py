@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
-from sqa_jax.data.dialogue import NOTHING, Call, Dialogue, ToolSpec
 from sqa_jax.data.problem import Problem
-from sqa_jax.students.tokenizer import byte_tokenizer
+from sqa_jax.prompts.tool_dialogue import NOTHING, Call, Dialogue, ToolSpec
 
 QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 TOOLS = [ToolSpec("describe_image", "says what the image shows"), ToolSpec("retrieve", "finds a lecture", QUERY)]

@@ -16,8 +16,8 @@ from peft_pair import Pair, their_logits
 from test_export import asked, card_of, ran
 from test_train import tiny_config
 
+from sqa_jax.checkpoints.load import load_student
 from sqa_jax.export import export
-from sqa_jax.students.load import load_student
 from sqa_jax.train import train
 
 

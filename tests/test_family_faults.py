@@ -12,11 +12,11 @@ from families import ENCODER_DECODERS, FAMILIES
 from peft_pair import Pair
 
 from sqa_jax.adapters.peft_read import read_peft
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.sources import SafetensorsSource
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
+from sqa_jax.checkpoints.weights import check
 from sqa_jax.errors import UserError
-from sqa_jax.students.load import load_student
-from sqa_jax.students.sources import SafetensorsSource
-from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.weights import check
 
 
 @pytest.fixture(scope="module", params=FAMILIES | ENCODER_DECODERS)

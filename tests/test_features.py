@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sqa_jax.batches.images import load_pictures
+from sqa_jax.checkpoints.load import load_student
 from sqa_jax.config import default
-from sqa_jax.data.pictures import load_pictures
 from sqa_jax.errors import UserError
 from sqa_jax.inference import features as cached
+from sqa_jax.models.vision.adapter import Computation
+from sqa_jax.models.vision.encode import see
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.processes import main_first
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.runtime import Runtime, make_decoder
-from sqa_jax.students.load import load_student
-from sqa_jax.students.vision.adaptation import Computation
-from sqa_jax.students.vision.see import see
 from tests.test_processes import ends, launch, port
 from tests.vision_pair import png, problem
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.layers.attention import attend, near, visibility
+from sqa_jax.models.layers.blockwise_attention import attend_in_blocks
+from sqa_jax.models.layers.kernels import fused_attention
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.students.attention import attend, near, visibility
-from sqa_jax.students.block_attention import attend_in_blocks
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.fused_attention import fused_attention
-from sqa_jax.students.weights import random_params
 
 CONFIG = DecoderConfig(64, 64, 64, 2, 4, 2, 64, tie_embeddings=True)
 T = 300  # no multiple of a TPU's 128 lanes, and long enough for blocks of queries
@@ -137,7 +137,7 @@ def test_cudnn_is_called_with_the_mask_as_its_bias(monkeypatch):
     """Lowered for a GPU that is not here: forward and backward pass are cuDNN's kernels with a bias."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    from sqa_jax.students.fused_attention import _cudnn
+    from sqa_jax.models.layers.kernels import _cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sqa_jax.checkpoints.gguf.header import read_header
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.sources import GGUFSource
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.errors import UserError
-from sqa_jax.students.gguf_header import read_header
-from sqa_jax.students.load import load_student
-from sqa_jax.students.sources import GGUFSource
-from sqa_jax.students.tokenizer import byte_tokenizer
 
 HEADS, KV_HEADS, WIDTH, INNER, LAYERS, HEAD = 4, 2, 64, 96, 2, 16
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers
 
+from sqa_jax.checkpoints.gguf.config import from_gguf
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.sources import GGUFSource
+from sqa_jax.checkpoints.weights import check
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import Rope
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.gguf_config import from_gguf
-from sqa_jax.students.load import load_student
-from sqa_jax.students.sources import GGUFSource
-from sqa_jax.students.weights import check
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import Rope
 from tests.test_gguf import HEAD, HEADS, INNER, KV_HEADS, WIDTH, gguf_name, write
 
 WINDOW = 5

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 
+from sqa_jax.checkpoints.gguf.tokenizer import gguf_tokenizer
+from sqa_jax.checkpoints.sources import GGUFSource
 from sqa_jax.errors import UserError
-from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
-from sqa_jax.students.sources import GGUFSource
 from tests.test_tokenizer import ANY_TEXT, DIGITS, TEXTS, run_without_torch
 
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # llama.cpp's types of tokens

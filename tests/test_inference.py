@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
-from sqa_jax.data.packing import with_virtual
 from sqa_jax.errors import UserError
+from sqa_jax.inference.batching import first_fit
 from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
-from sqa_jax.inference.rows import first_fit
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.soft_tokens import with_virtual
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.weights import random_params, save_safetensors
 
 CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, tie_embeddings=True, max_positions=256)
 MESH = make_mesh(default().mesh, jax.devices()[:1])
@@ -307,9 +307,9 @@ def test_too_long_is_refused(base):
 
 def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
     """The student's own text up to its answer sentence, then the likeliest whole target: against a loop by hand."""
-    from sqa_jax.data.dataset import encoder_for, load_config_problems
-    from sqa_jax.data.prompts import Format
+    from sqa_jax.batches.dataset import encoder_for, load_config_problems
     from sqa_jax.inference.answer import answers
+    from sqa_jax.prompts.formats import Format
     from sqa_jax.runtime import start
 
     config = default()

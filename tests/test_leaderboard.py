@@ -19,7 +19,7 @@ from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
 from sqa_jax.metrics.intervals import accuracy_interval, mcnemar, paired_difference
 from sqa_jax.metrics.leaderboard import COLUMNS, read_predictions, score
-from sqa_jax.metrics.table import comparison
+from sqa_jax.reporting.tables import comparison
 
 problem = st.builds(
     Problem,

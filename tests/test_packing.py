@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.data.loader import PackedRows, make_loader
-from sqa_jax.data.packing import Limits, choose_limits, pack_row, with_virtual
+from sqa_jax.batches.loader import PackedRows, make_loader
+from sqa_jax.batches.packing import Limits, choose_limits, pack_row
 from sqa_jax.errors import UserError
+from sqa_jax.models.soft_tokens import with_virtual
 
 
 def make(seed, count, longest=60, virtual=0, row=128, data_seed=0):

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.adapters.peft_format import _targets, lora_modules, to_peft, write_peft
 from sqa_jax.adapters.peft_read import read_peft
+from sqa_jax.checkpoints.weights import save_safetensors
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.weights import save_safetensors
+from sqa_jax.models.decoder import Decoder
 
 METHODS = ("lora", "prefix", "projected prefix", "prompt")
 

@@ -19,20 +19,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
+from sqa_jax.batches.images import PictureRows, PictureSet, load_pictures
+from sqa_jax.batches.loader import packed_rows
+from sqa_jax.checkpoints.load import load_student, student_config
+from sqa_jax.checkpoints.tokenizer import load_tokenizer
 from sqa_jax.config import default
-from sqa_jax.data.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
 from sqa_jax.data.image import MOST_PIXELS, ImageFile
-from sqa_jax.data.loader import packed_rows
-from sqa_jax.data.pictures import PictureRows, PictureSet, load_pictures
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
 from sqa_jax.files import read_jsonl, write_json
+from sqa_jax.models.catalogue import SHAPES
+from sqa_jax.models.vision.registry import module_of
 from sqa_jax.preprocess import describe
-from sqa_jax.students.catalogue import SHAPES
-from sqa_jax.students.load import load_student, student_config
-from sqa_jax.students.tokenizer import load_tokenizer
-from sqa_jax.students.vision.family import module_of
 from tests.vision_pair import png, problem
 
 SEEING = ("paligemma-tiny", "smolvlm-tiny", "qwen2-vl-tiny")
@@ -219,8 +219,8 @@ def test_a_damaged_folder_is_named(tmp_path, file, words):
 )
 @example(name="qwen2-vl-2b", most=20, width=1, height=199)  # fmt: skip
 def test_no_picture_takes_more_tokens_than_allowed(name, most, width, height):
-    from sqa_jax.students.vision import smolvlm
-    from sqa_jax.students.vision.qwen2_vl import pictures as qwen2_vl
+    from sqa_jax.models.vision import smolvlm
+    from sqa_jax.models.vision.qwen2_vl import preprocess as qwen2_vl
 
     published = SHAPES[name].vision
     try:

@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sqa_jax.batches.packing import Limits
+from sqa_jax.checkpoints.hf_config import to_hf
+from sqa_jax.checkpoints.load import student_config
 from sqa_jax.config import default
-from sqa_jax.data.packing import Limits
 from sqa_jax.errors import UserError
 from sqa_jax.files import write_json
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.t5.config import T5Config
+from sqa_jax.parallel.chips import CHIPS, quiet_compiler, topology, use_compiler_only
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.plan import table
 from sqa_jax.plan.__main__ import make_plan
-from sqa_jax.plan.chips import CHIPS, quiet_compiler, topology, use_compiler_only
 from sqa_jax.plan.hlo import parse
+from sqa_jax.plan.hlo_cost import count
 from sqa_jax.plan.measure import measure
 from sqa_jax.plan.programs import Data
 from sqa_jax.plan.report import epoch, plan, plan_generation
 from sqa_jax.plan.sweep import sweep
-from sqa_jax.plan.work import count
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.hf_config import to_hf
-from sqa_jax.students.load import student_config
-from sqa_jax.students.t5_config import T5Config
 
 use_compiler_only()
 

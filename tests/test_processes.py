@@ -18,6 +18,7 @@ import pytest
 from test_step import METHODS, on_one_device  # noqa: F401 (a fixture)
 from test_train import command, last_adapter, tiny_config, wait_for_step
 
+from sqa_jax.checkpoints.load import load_student
 from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
 from sqa_jax.parallel.mesh import make_mesh
@@ -25,7 +26,6 @@ from sqa_jax.parallel.processes import Group, check
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.parallel.supervisor import explain
 from sqa_jax.runtime import Runtime, make_decoder
-from sqa_jax.students.load import load_student
 from sqa_jax.train import train
 
 HERE = Path(__file__).parent

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import Format, Template, option_targets, render_target, sections
-from sqa_jax.data.tokenize import Encoder
 from sqa_jax.errors import UserError
-from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
+from sqa_jax.prompts.encode import Encoder
+from sqa_jax.prompts.formats import Format, Template, option_targets, render_target, sections
 
 PROBLEM = Problem(
     "4",

@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 from configs.quickstart import get_config
-from sqa_jax.data.dataset import config_records, load_config_problems, records_by_pid
-from sqa_jax.data.prompts import sections
-from sqa_jax.data.recipes import ARMS, examples
+from sqa_jax.batches.dataset import config_records, load_config_problems, records_by_pid
+from sqa_jax.prompts.formats import sections
+from sqa_jax.prompts.recipes import ARMS, examples
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN = {"1": "22", "2": "830"}  # number in the README → pid in the sample

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqa_jax.batches.dataset import build_or_reuse, config_records, encoder_for, load_config_problems, records_by_pid
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
-from sqa_jax.data.dataset import build_or_reuse, config_records, encoder_for, load_config_problems, records_by_pid
 from sqa_jax.data.problem import LETTERS, Problem
-from sqa_jax.data.recipes import ARMS, Example, Unusable, arm_format, check_recipe, examples
 from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.errors import UserError
-from sqa_jax.students.tokenizer import byte_tokenizer
+from sqa_jax.prompts.recipes import ARMS, Example, Unusable, arm_format, check_recipe, examples
 
 TOKENIZER = byte_tokenizer()
 PROBLEM = Problem(
@@ -226,7 +226,7 @@ def test_rows_of_an_arm(sample, arm):
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_the_loss_looks_at_the_target_and_nothing_else(sample, arm):
     """Packed as for training: what is predicted where the mask is on is every row's target, end token included."""
-    from sqa_jax.data.loader import packed_rows
+    from sqa_jax.batches.loader import packed_rows
 
     config, problems, _ = sample
     config = config.copy_and_resolve_references()

@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from sqa_jax.training.report import Reporter
+from sqa_jax.training.reporter import Reporter
 
 METRICS = {"loss": 1.0, "adapter_norm": 2.0, "tokens": 3.0}
 

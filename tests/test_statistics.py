@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.study.hypotheses import ALPHA, HYPOTHESES, Hypothesis, verdict
-from sqa_jax.study.statistics import (
+from sqa_jax.metrics.paired_tests import (
     Comparison,
     bootstrap_interval,
     compare,
@@ -20,6 +19,7 @@ from sqa_jax.study.statistics import (
     paired_test,
     smallest_difference,
 )
+from sqa_jax.study.hypotheses import ALPHA, HYPOTHESES, Hypothesis, verdict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +126,7 @@ def coverage(over_seeds: bool, spread: float, studies: int = 250) -> float:
 
 def test_intervals_cover_the_truth_as_often_as_they_say(monkeypatch):
     """Without spread of the seeds, questions are enough; with it, only resampling seeds as well tells the truth."""
-    monkeypatch.setattr("sqa_jax.study.statistics.RESAMPLES", 500)
+    monkeypatch.setattr("sqa_jax.metrics.paired_tests.RESAMPLES", 500)
     noise = 3 * math.sqrt(0.95 * 0.05 / 250)
     assert coverage(over_seeds=False, spread=0.0) > 0.95 - noise
     assert coverage(over_seeds=True, spread=0.06) > 0.95 - noise - 0.03, "a percentile interval of six seeds is narrow"
@@ -134,7 +134,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say(monkeypatch):
 
 
 def test_one_seed_covers_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr("sqa_jax.study.statistics.RESAMPLES", 500)
+    monkeypatch.setattr("sqa_jax.metrics.paired_tests.RESAMPLES", 500)
     rng, held = np.random.default_rng(5), 0
     for _ in range(300):
         low, high = bootstrap_interval(*one_seed(rng, 300, 0.10, 0.18), over_seeds=False)
@@ -162,7 +162,7 @@ def test_an_interval_holds_its_estimate(seeds_first, seeds_second, n, state):
 
 def test_what_all_resamples_share_is_not_missed_by_rounding(monkeypatch):
     """Seeds that are right everywhere or nowhere: the interval is the difference itself, to the last bit."""
-    monkeypatch.setattr("sqa_jax.study.statistics.RESAMPLES", 50)
+    monkeypatch.setattr("sqa_jax.metrics.paired_tests.RESAMPLES", 50)
     for n in range(1, 80):
         first, second = np.zeros((3, n)), np.repeat([[1.0], [1.0], [0.0]], n, axis=1)
         made = compare(first, second, over_seeds=False)
@@ -305,7 +305,7 @@ def test_verdicts(hypothesis, difference, low, high, p, word):
 
 
 def test_every_hypothesis_compares_two_arms_that_exist():
-    from sqa_jax.data.recipes import ARMS
+    from sqa_jax.prompts.recipes import ARMS
     from sqa_jax.study.matrix import ZERO_SHOT
 
     assert [h.name for h in HYPOTHESES if not h.soft] == [f"H3.{k}" for k in range(1, 7)]

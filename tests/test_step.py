@@ -13,14 +13,15 @@ import torch
 import transformers
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.batches.packing import Limits, pack_row
+from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
-from sqa_jax.data.packing import Limits, pack_row, with_virtual
 from sqa_jax.errors import UserError
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.soft_tokens import with_virtual
 from sqa_jax.parallel.mesh import check_rows, make_mesh, own_rows, place_rows, replicated
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.weights import random_params, save_safetensors
 from sqa_jax.training.loss import row_losses
 from sqa_jax.training.optimizer import make_optimizer, make_schedule
 from sqa_jax.training.step import compile_step, init_state, make_step

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
+from sqa_jax.checkpoints.weights import save_safetensors
 from sqa_jax.errors import UserError
-from sqa_jax.students.load import load_student
-from sqa_jax.students.tokenizer import byte_tokenizer, load_tokenizer
-from sqa_jax.students.weights import save_safetensors
 
 
 def refused(path: str, *words: str) -> None:
@@ -83,7 +83,7 @@ class Hub(BaseHTTPRequestHandler):
 
 HUB_CLIENT = """
 from sqa_jax.errors import UserError
-from sqa_jax.students.paths import locate
+from sqa_jax.checkpoints.paths import locate
 for path, revision in (("own/er", ""), ("own/er", "absent"), ("own/absent", "")):
     try:
         print(locate(path, revision))

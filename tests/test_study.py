@@ -241,7 +241,7 @@ def test_settings_that_change_no_result_are_free(whole, small, questions, monkey
 
 def term_at(step):
     """A `Reporter.step` behind whose report of a step SIGTERM comes."""
-    from sqa_jax.training.report import Reporter
+    from sqa_jax.training.reporter import Reporter
 
     def report(self, number, *rest, report=Reporter.step):
         report(self, number, *rest)
@@ -259,7 +259,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
     """SIGTERM in training, a kill in evaluation, an error in another evaluation: nothing is done twice or lost."""
     import sqa_jax.evaluate
     from sqa_jax.inference import answer
-    from sqa_jax.training.report import Reporter
+    from sqa_jax.training.reporter import Reporter
 
     beside, _, expected = whole
     config = small(study__arms=("golden", "teacher_answer"), study__explanations=0)

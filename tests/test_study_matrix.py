@@ -14,8 +14,8 @@ import pytest
 from configs.study_test import get_config
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
-from sqa_jax.study.benchmark import existing_models
 from sqa_jax.study.matrix import Run, check, run_config, runs_of, student_name
+from sqa_jax.teach.recorded_models import existing_models
 
 
 @pytest.fixture(scope="module")

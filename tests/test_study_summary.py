@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from sqa_jax.data.problem import ImageFile, Problem
+from sqa_jax.metrics.paired_tests import holm
 from sqa_jax.study import summary
 from sqa_jax.study.matrix import Run
-from sqa_jax.study.statistics import holm
 
 IMAGE = ImageFile("none", bytes)
 PROBLEMS = [

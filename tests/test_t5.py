@@ -19,21 +19,22 @@ from test_train import overfit_eight
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from sqa_jax.adapters import adapter as adapters
+from sqa_jax.batches.packing import Limits, pack_row
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
-from sqa_jax.data.packing import Limits, pack_row, with_virtual
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+from sqa_jax.models.catalogue import CATALOGUE, SHAPES
+from sqa_jax.models.flops import forward_flops
+from sqa_jax.models.params import build, linear_layers
+from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.t5.config import from_hf, to_hf
+from sqa_jax.models.t5.model import T5, distance_buckets
+from sqa_jax.models.t5.split import split
 from sqa_jax.parallel.mesh import batch_sharding, make_mesh
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.catalogue import CATALOGUE, SHAPES
-from sqa_jax.students.flops import forward_flops
-from sqa_jax.students.layout import build, linear_layers
-from sqa_jax.students.load import load_student
-from sqa_jax.students.t5 import T5, distance_buckets
-from sqa_jax.students.t5_config import from_hf, to_hf
-from sqa_jax.students.t5_split import split
-from sqa_jax.students.weights import random_params, save_safetensors
 from sqa_jax.training.loss import row_losses
 
 MESH = make_mesh(default().mesh, jax.devices()[:1])
@@ -428,10 +429,10 @@ def test_a_configuration_that_contradicts_the_weights_is_refused(flan, tmp_path,
 
 def test_prompts_end_for_the_encoder_and_start_the_decoder():
     """By a vocabulary of sentencepiece, in which special tokens are words: a question that spells them has none."""
+    from sqa_jax.checkpoints.tokenizer import byte_tokenizer, fingerprint, load_tokenizer
     from sqa_jax.data.problem import Problem
-    from sqa_jax.data.prompts import Format
-    from sqa_jax.data.tokenize import Encoder
-    from sqa_jax.students.tokenizer import byte_tokenizer, fingerprint, load_tokenizer
+    from sqa_jax.prompts.encode import Encoder
+    from sqa_jax.prompts.formats import Format
 
     words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     words += [(character, -3.0) for character in sorted(set("<pad></s>QuestionContextAnswerOptions:N/AB() is"))]
@@ -452,9 +453,9 @@ def test_prompts_end_for_the_encoder_and_start_the_decoder():
 
 
 def test_what_an_encoder_decoder_cannot_do_is_refused():
-    from sqa_jax.data.dialogue import Dialogue
+    from sqa_jax.checkpoints.tokenizer import load_tokenizer
+    from sqa_jax.prompts.tool_dialogue import Dialogue
     from sqa_jax.runtime import make_decoder
-    from sqa_jax.students.tokenizer import load_tokenizer
 
     config = default()
     with pytest.raises(UserError, match="conversation with tools.*decoder-only"):

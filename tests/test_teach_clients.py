@@ -24,8 +24,8 @@ from teacher_server import (
     write_questions,
 )
 
-from sqa_jax.data.prompts import SETTINGS
 from sqa_jax.errors import UserError
+from sqa_jax.prompts.formats import SETTINGS
 from sqa_jax.teach.__main__ import teach
 
 

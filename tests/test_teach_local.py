@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from teacher_server import KEY, KEY_ENV, Say, TeacherServer, read_attempts, read_records, teach_config, write_questions
 
+from sqa_jax.batches.dataset import build_or_reuse
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
-from sqa_jax.data.dataset import build_or_reuse
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
-from sqa_jax.students.catalogue import SHAPES
-from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.vision.family import module_of
+from sqa_jax.models.catalogue import SHAPES
+from sqa_jax.models.vision.registry import module_of
 from sqa_jax.teach.__main__ import teach
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.student import StudentTeacher

@@ -32,7 +32,7 @@ from teacher_server import (
 
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
-from sqa_jax.stop import StopSignal
+from sqa_jax.signals import StopSignal
 from sqa_jax.teach.__main__ import teach
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.run import backoff

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sqa_jax.checkpoints.gguf.tokenizer import gguf_tokenizer
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer, fingerprint, load_tokenizer
 from sqa_jax.errors import UserError
-from sqa_jax.students.gguf_tokenizer import gguf_tokenizer
-from sqa_jax.students.tokenizer import byte_tokenizer, fingerprint, load_tokenizer
 
 TEXTS = [
     "",
@@ -233,7 +233,7 @@ sys.meta_path.insert(0, Absent())
 whole = importlib.util.find_spec
 importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] == "torch" else whole(name, package)
 
-from sqa_jax.students.tokenizer import load_tokenizer
+from sqa_jax.checkpoints.tokenizer import load_tokenizer
 {body}
 from transformers.utils import is_torch_available
 assert not is_torch_available()

@@ -13,10 +13,10 @@ import pytest
 from sqa_jax.agent import retrieval
 from sqa_jax.agent.tools import MOST_CHARACTERS, Tool, call_tools, make_tools
 from sqa_jax.config import default
-from sqa_jax.data.dialogue import Call, ToolSpec
 from sqa_jax.data.problem import ImageFile, Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
+from sqa_jax.prompts.tool_dialogue import Call, ToolSpec
 
 LECTURES = [
     "Magnets attract iron and nickel.",

@@ -201,8 +201,8 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(tmp_path, monkeypatc
 
 
 def test_validation_questions_that_fit_into_no_row(tmp_path):
-    from sqa_jax.data.packing import NO_VIRTUAL
     from sqa_jax.data.sources import load_problems
+    from sqa_jax.models.soft_tokens import NO_VIRTUAL
     from sqa_jax.runtime import start
     from sqa_jax.training.validate import Validator
 
@@ -341,8 +341,8 @@ def test_help_tells_what_is_read_and_written(verb):
 def overfit_eight(tmp_path, **changes):
     """Trains on eight questions of the sample and answers them, by the verbs; checks that each text is its target."""
     from sqa_jax.data import sample
-    from sqa_jax.data.prompts import Format, render_target
     from sqa_jax.data.sources import load_problems
+    from sqa_jax.prompts.formats import Format, render_target
 
     sample.write(tmp_path / "eight")
     pids = sorted(random.Random(0).sample(sample.generate().splits["train"], 8), key=int)

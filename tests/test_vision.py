@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from sqa_jax.batches.images import PictureRows
+from sqa_jax.batches.loader import pack
+from sqa_jax.checkpoints.hf_config import from_hf, to_hf
+from sqa_jax.checkpoints.weights import save_safetensors
 from sqa_jax.config import default
-from sqa_jax.data.loader import pack
-from sqa_jax.data.pictures import PictureRows
 from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.vision.adapter import Computation
+from sqa_jax.models.vision.encode import see
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.hf_config import from_hf, to_hf
-from sqa_jax.students.vision.adaptation import Computation
-from sqa_jax.students.vision.see import see
-from sqa_jax.students.weights import save_safetensors
 from sqa_jax.training.loss import row_losses
 from tests.vision_pair import MODELS, VisionPair
 

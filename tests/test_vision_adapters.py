@@ -23,29 +23,30 @@ from sqa_jax.adapters.lora import adaptable
 from sqa_jax.adapters.nearest import nearest
 from sqa_jax.adapters.peft_format import lora_modules, to_peft, write_peft
 from sqa_jax.adapters.peft_read import read_peft
+from sqa_jax.batches.dataset import encoder_for
+from sqa_jax.batches.images import PictureRows, load_pictures
+from sqa_jax.batches.loader import pack
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
+from sqa_jax.checkpoints.weights import random_params, save_safetensors, shapes
 from sqa_jax.config import default
-from sqa_jax.data.dataset import encoder_for
-from sqa_jax.data.loader import pack
-from sqa_jax.data.packing import BOTH_WAYS, Virtual
-from sqa_jax.data.pictures import PictureRows, load_pictures
-from sqa_jax.data.prompts import Format
-from sqa_jax.data.recipes import arm_format
-from sqa_jax.data.tokenize import Encoder
 from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
 from sqa_jax.export import export
 from sqa_jax.inference.generate import Generator
-from sqa_jax.model_card import example, model_card
+from sqa_jax.models.api import seen
+from sqa_jax.models.catalogue import CATALOGUE, SHAPES
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.params import tower_layers
+from sqa_jax.models.segments import BOTH_WAYS
+from sqa_jax.models.soft_tokens import Virtual
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
+from sqa_jax.prompts.encode import Encoder
+from sqa_jax.prompts.formats import Format
+from sqa_jax.prompts.recipes import arm_format
+from sqa_jax.reporting.model_card import example, model_card
 from sqa_jax.runtime import Runtime, make_decoder
-from sqa_jax.students.catalogue import CATALOGUE, SHAPES
-from sqa_jax.students.decoder import Decoder
-from sqa_jax.students.layout import tower_layers
-from sqa_jax.students.load import load_student
-from sqa_jax.students.modules import seen
-from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.weights import random_params, save_safetensors, shapes
 from sqa_jax.train import train
 from sqa_jax.training.loss import row_losses
 from tests.vision_pair import VisionPair, png, problem

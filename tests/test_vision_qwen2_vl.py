@@ -19,19 +19,19 @@ from PIL import Image
 from tokenizers import AddedToken
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
+from sqa_jax.checkpoints.renamed_source import RenamedSource
+from sqa_jax.checkpoints.safetensors_source import SafetensorsSource, read_hf_config
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
+from sqa_jax.checkpoints.weights import _read_boxes
 from sqa_jax.data.image import rgb
 from sqa_jax.errors import UserError
-from sqa_jax.students.attention import picture_positions
-from sqa_jax.students.safetensors_source import SafetensorsSource, read_hf_config
-from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.vision import qwen2_vl
-from sqa_jax.students.vision.adaptation import UNADAPTED, Computation, TowerAdaptation
-from sqa_jax.students.vision.names import RenamedSource
-from sqa_jax.students.vision.qwen2_vl import Qwen2VLVision, leaves, picture, places, row_arrays
-from sqa_jax.students.vision.qwen2_vl.pictures import coordinates
-from sqa_jax.students.vision.qwen2_vl.tower import Qwen2VLTower
-from sqa_jax.students.vision.see import see as see_unjitted
-from sqa_jax.students.weights import _read_boxes
+from sqa_jax.models.layers.attention import picture_positions
+from sqa_jax.models.vision import qwen2_vl
+from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
+from sqa_jax.models.vision.encode import see as see_unjitted
+from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision, leaves, picture, places, row_arrays
+from sqa_jax.models.vision.qwen2_vl.encoder import Qwen2VLTower
+from sqa_jax.models.vision.qwen2_vl.preprocess import coordinates
 
 TEXT = dict(
     vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,

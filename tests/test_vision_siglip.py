@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
+from sqa_jax.checkpoints.renamed_source import RenamedSource
+from sqa_jax.checkpoints.safetensors_source import SafetensorsSource, read_hf_config
+from sqa_jax.checkpoints.weights import _read_boxes
 from sqa_jax.data.image import rgb
 from sqa_jax.errors import UserError
-from sqa_jax.students.safetensors_source import SafetensorsSource, read_hf_config
-from sqa_jax.students.vision import paligemma, siglip_tower, smolvlm
-from sqa_jax.students.vision.adaptation import UNADAPTED, Computation, TowerAdaptation
-from sqa_jax.students.vision.names import RenamedSource
-from sqa_jax.students.weights import _read_boxes
+from sqa_jax.models.vision import paligemma, siglip_encoder, smolvlm
+from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
 
 # Patches of 7 in tiles of 30: two pixels on the right and at the bottom are in no patch.
 TOWER = dict(
@@ -38,9 +38,9 @@ TEXT = dict(
 )  # fmt: skip
 MODULES = {"paligemma": paligemma, "smolvlm": smolvlm, "idefics3": smolvlm}
 TOWERS = {
-    "paligemma": siglip_tower.PaliGemmaTower,
-    "smolvlm": siglip_tower.SmolVLMTower,
-    "idefics3": siglip_tower.SmolVLMTower,
+    "paligemma": siglip_encoder.PaliGemmaTower,
+    "smolvlm": siglip_encoder.SmolVLMTower,
+    "idefics3": siglip_encoder.SmolVLMTower,
 }
 IMAGE = 260
 
@@ -198,7 +198,7 @@ def test_features_of_several_tiles(pair):
 def test_features_in_half_precision():
     module, vision = tiny("smolvlm")
     tiles = module.picture(vision, picture_of(30, 30)).pieces
-    wide, half = (siglip_tower.SmolVLMTower(vision, Computation(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    wide, half = (siglip_encoder.SmolVLMTower(vision, Computation(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
     params = jax.jit(wide.init)(jax.random.key(0), tiles)
     found, exact = jax.jit(half.apply)(params, tiles), jax.jit(wide.apply)(params, tiles)
     assert found.dtype == jnp.bfloat16
@@ -257,10 +257,10 @@ def test_lora_equals_peft(pair):
 def test_rematerialisation_changes_no_gradient():
     module, vision = tiny("smolvlm")
     tiles = module.picture(vision, picture_of(30, 30)).pieces
-    params = jax.jit(siglip_tower.SmolVLMTower(vision).init)(jax.random.key(0), tiles)
+    params = jax.jit(siglip_encoder.SmolVLMTower(vision).init)(jax.random.key(0), tiles)
 
     def gradient(remat):
-        tower = siglip_tower.SmolVLMTower(vision, Computation(remat=remat))
+        tower = siglip_encoder.SmolVLMTower(vision, Computation(remat=remat))
         return jax.jit(jax.grad(lambda prompts: tower.apply(params, tiles, TowerAdaptation(prompts)).var()))(
             prompts_of(vision)
         )

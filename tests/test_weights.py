@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
+from sqa_jax.checkpoints.hf_config import from_hf
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.checkpoints.sources import SafetensorsSource
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
+from sqa_jax.checkpoints.weights import _read_boxes, save_safetensors, shapes, write_model
 from sqa_jax.errors import UserError
+from sqa_jax.models.decoder_config import DecoderConfig, Rope
+from sqa_jax.models.params import leaves
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.config import DecoderConfig, Rope
-from sqa_jax.students.hf_config import from_hf
-from sqa_jax.students.layout import leaves
-from sqa_jax.students.load import load_student
-from sqa_jax.students.sources import SafetensorsSource
-from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.weights import _read_boxes, save_safetensors, shapes, write_model
 
 VARIANTS = {
     "plain": {},

@@ -11,11 +11,11 @@ import torch
 import transformers
 from PIL import Image
 
-from sqa_jax.data.pictures import PictureSet, load_pictures
+from sqa_jax.batches.images import PictureSet, load_pictures
+from sqa_jax.checkpoints.load import Student, load_student
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.data.problem import ImageFile, Problem
-from sqa_jax.students.load import Student, load_student
-from sqa_jax.students.tokenizer import byte_tokenizer
-from sqa_jax.students.vision.family import FAMILIES
+from sqa_jax.models.vision.registry import FAMILIES
 
 VOCABULARY = 304  # rows of the embedding tables: bytes, and the tokens that show pictures
 _TEXT = {

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.adapters import lora, prefix, prompt, visual
-from sqa_jax.data.packing import NO_VIRTUAL, Virtual
 from sqa_jax.errors import UserError
-from sqa_jax.students.cache import Adaptation
-from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.layout import VISION
-from sqa_jax.students.modules import module_for, read
-from sqa_jax.students.t5_config import T5Config
-from sqa_jax.students.vision.adaptation import TowerAdaptation
+from sqa_jax.models.api import module_for, read
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.layers.kv_cache import Adaptation
+from sqa_jax.models.params import VISION
+from sqa_jax.models.soft_tokens import NO_VIRTUAL, Virtual
+from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.vision.adapter import TowerAdaptation
 
 _SEEING = f"{VISION}."  # what names of a tower's and a connector's layers begin with
 METHODS = ("lora", "prefix", "prompt", "full", "visual")

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.layout import linear_layers, tower_layers
-from sqa_jax.students.leaf import Leaf
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.params import linear_layers, tower_layers
 
 Tree = dict[str, Any]
 

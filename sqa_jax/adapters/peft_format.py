@@ -28,12 +28,12 @@ import numpy as np
 
 from sqa_jax.adapters.adapter import activate
 from sqa_jax.adapters.lora import adaptable
+from sqa_jax.checkpoints.safetensors_file import write_safetensors
 from sqa_jax.errors import UserError
 from sqa_jax.files import write_json
-from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.layout import modules
-from sqa_jax.students.safetensors_file import write_safetensors
-from sqa_jax.students.t5_config import T5Config
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.params import modules
+from sqa_jax.models.t5.config import T5Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDINGS = "prompt_embeddings"

@@ -26,12 +26,12 @@ from sqa_jax.adapters.peft_format import (
     submodules,
 )
 from sqa_jax.adapters.prefix import depth
+from sqa_jax.checkpoints.load import student_config
+from sqa_jax.checkpoints.safetensors_file import open_safetensors
 from sqa_jax.errors import UserError
 from sqa_jax.files import local_path, read_json, sha256_file, sha256_json
-from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.layout import tower_layers
-from sqa_jax.students.load import student_config
-from sqa_jax.students.safetensors_file import open_safetensors
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.params import tower_layers
 
 Tree = dict[str, Any]
 

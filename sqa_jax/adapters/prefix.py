@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import StudentConfig
-from sqa_jax.students.t5_config import T5Config
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.t5.config import T5Config
 
 Tree = dict[str, Any]
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import StudentConfig
+from sqa_jax.models.decoder_config import StudentConfig
 
 INITS = ("vocabulary", "mean", "normal", "text")
 Tree = dict[str, Any]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
-from sqa_jax.students.config import StudentConfig
+from sqa_jax.models.decoder_config import StudentConfig
 
 Tree = dict[str, Any]
 

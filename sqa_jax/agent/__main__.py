@@ -75,7 +75,7 @@ def show(config, workdir: str, split: str, pid: str) -> str:
       UserError: nobody answered it.
     """
     from sqa_jax.agent.report import conversation
-    from sqa_jax.data.dataset import load_config_problems
+    from sqa_jax.batches.dataset import load_config_problems
 
     problem = load_config_problems(config).all().get(pid)
     if problem is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sqa_jax.agent.tools import Request, Tool
-from sqa_jax.data.dialogue import ToolSpec
 from sqa_jax.data.sources import ProblemSet
+from sqa_jax.prompts.tool_dialogue import ToolSpec
 
 
 def tool(config, problems: ProblemSet) -> Tool:

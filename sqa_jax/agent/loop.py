@@ -11,13 +11,13 @@ import numpy as np
 from sqa_jax.adapters.adapter import virtual_tokens
 from sqa_jax.agent.policies import Turn
 from sqa_jax.agent.tools import Result, Tool, call_tools
-from sqa_jax.data.dialogue import Call, Dialogue
-from sqa_jax.data.packing import NO_VIRTUAL
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
-from sqa_jax.inference.conversations import Conversations
+from sqa_jax.inference.decode_slots import Conversations
+from sqa_jax.models.flops import forward_flops
+from sqa_jax.models.soft_tokens import NO_VIRTUAL
+from sqa_jax.prompts.tool_dialogue import Call, Dialogue
 from sqa_jax.runtime import Runtime
-from sqa_jax.students.flops import forward_flops
 
 
 @dataclasses.dataclass

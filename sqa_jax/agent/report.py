@@ -8,10 +8,10 @@ from typing import Any
 
 from sqa_jax.data.problem import LETTERS, Problem
 from sqa_jax.files import atomic_write
-from sqa_jax.metrics.cells import count, money, percent, points
-from sqa_jax.metrics.figures import INK, axes_of, svg
 from sqa_jax.metrics.leaderboard import COLUMNS
-from sqa_jax.metrics.table import markdown_table, plain_table
+from sqa_jax.reporting.format import count, money, percent, points
+from sqa_jax.reporting.plot_style import INK, axes_of, svg
+from sqa_jax.reporting.tables import markdown_table, plain_table
 
 Results = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]

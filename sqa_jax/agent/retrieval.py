@@ -10,10 +10,10 @@ import logging
 from collections.abc import Sequence
 
 from sqa_jax.agent.tools import Request, Tool
-from sqa_jax.data.dialogue import ToolSpec
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
+from sqa_jax.prompts.tool_dialogue import ToolSpec
 
 KINDS = ("oracle", "bm25")
 

@@ -22,12 +22,12 @@ from sqa_jax.agent.explore import (
 from sqa_jax.agent.loop import Agent
 from sqa_jax.agent.policies import Constrained, Free, Plan, at_random
 from sqa_jax.agent.tools import make_tools
-from sqa_jax.data.dataset import config_records, load_config_problems, training_problems
+from sqa_jax.batches.dataset import config_records, load_config_problems, training_problems
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl, write_json
+from sqa_jax.inference.predictions import Predictions
 from sqa_jax.metrics.leaderboard import read_predictions, score
-from sqa_jax.predictions import Predictions
 from sqa_jax.runtime import start
 from sqa_jax.training.restore import restore_adapter
 from sqa_jax.training.workdir import check_evaluable

@@ -13,13 +13,13 @@ from sqa_jax.agent.retrieval import Index, recall
 from sqa_jax.agent.run import Runs
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
+from sqa_jax.metrics.costs import teacher_cost
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import correctness, score
-from sqa_jax.plan.chips import CHIPS
-from sqa_jax.study.benchmark import chance, existing_models
-from sqa_jax.study.costs import teacher_cost
-from sqa_jax.study.execute import asked
-from sqa_jax.study.statistics import compare, holm
+from sqa_jax.metrics.paired_tests import compare, holm
+from sqa_jax.parallel.chips import CHIPS
+from sqa_jax.teach.prompts import asked
+from sqa_jax.teach.recorded_models import chance, existing_models
 
 
 def summarize(

@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sqa_jax.data.dialogue import Call, ToolSpec
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
+from sqa_jax.prompts.tool_dialogue import Call, ToolSpec
 
 MOST_CHARACTERS = 20_000  # of a result; the rest is not even tokenized
 

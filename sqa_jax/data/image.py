@@ -9,24 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sqa_jax.errors import UserError
+from sqa_jax.errors import UnusableImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_PIXELS = 89_478_485  # of an image; PIL's own limit, which it only warns of: more are an attack, or a mistake
-
-
-class UnusableImage(UserError):
-    """An image that cannot be used.
-
-    Attributes:
-      reason: what is wrong, in the same words for every image of which it is.
-    """
-
-    def __init__(self, where: str, reason: str, remedy: str, detail: str = ""):
-        super().__init__(f"{where}: {reason}{f' ({detail})' if detail else ''}; {remedy}")
-        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)

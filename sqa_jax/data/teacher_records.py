@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqa_jax.data.answers import Numbering, parse_answer
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.reasoning import chain_of_thought
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_write, read_jsonl
-from sqa_jax.metrics.answers import Numbering, parse_answer
 
 KINDS = ("solution", "reasoning")
 STATUSES = ("ok", "empty", "malformed", "unparsed", "cut_off", "blocked")

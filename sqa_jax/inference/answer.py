@@ -7,17 +7,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from sqa_jax.adapters.adapter import virtual_tokens
-from sqa_jax.data.dataset import encoder_for
-from sqa_jax.data.packing import NO_VIRTUAL, Virtual
-from sqa_jax.data.pictures import PictureRows
+from sqa_jax.batches.dataset import encoder_for
+from sqa_jax.batches.images import PictureRows
+from sqa_jax.data.answers import parse_answer
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import ANSWER_IS, option_targets
-from sqa_jax.data.recipes import arm_format
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
-from sqa_jax.metrics.answers import parse_answer
+from sqa_jax.models.soft_tokens import NO_VIRTUAL, Virtual
 from sqa_jax.parallel.mesh import check_rows
+from sqa_jax.prompts.formats import ANSWER_IS, option_targets
+from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.runtime import Runtime
 
 

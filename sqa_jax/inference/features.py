@@ -11,15 +11,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sqa_jax.data.dataset import config_pictures
-from sqa_jax.data.pictures import Pictured, PictureRows, PictureSet
+from sqa_jax.batches.dataset import config_pictures
+from sqa_jax.batches.images import Pictured, PictureRows, PictureSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_json, write_json
+from sqa_jax.models.vision.adapter import Computation
+from sqa_jax.models.vision.encode import see
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 from sqa_jax.parallel.processes import is_main, main_first, meet
 from sqa_jax.runtime import Runtime
-from sqa_jax.students.vision.adaptation import Computation
-from sqa_jax.students.vision.see import see
 
 FORMAT = 1  # raised when the same tower would see something else
 _AT_ONCE = 8  # pictures of one call on each data shard

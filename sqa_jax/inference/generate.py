@@ -10,7 +10,7 @@ it comes back to the host when so many have ended that the next pack fits.
           1     q q 1 2 3 4 5 6 7 8 9 …
 
 Shapes in comments: B rows; packs of R lines (one for each data shard) of T tokens and at most M prompts; N new
-tokens at most; D hidden; cache shapes as in `sqa_jax.students.cache`.
+tokens at most; D hidden; cache shapes as in `sqa_jax.models.layers.kv_cache`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.data.packing import BOTH_WAYS
-from sqa_jax.data.pictures import PictureRows
+from sqa_jax.batches.images import PictureRows
 from sqa_jax.errors import UserError
-from sqa_jax.inference.beginning import Beginning, adapt
-from sqa_jax.inference.rows import cache_shardings, first_fit
+from sqa_jax.inference.batching import cache_shardings, first_fit
+from sqa_jax.inference.prefix_cache import Beginning, adapt
+from sqa_jax.models.api import Module, bounded, read, seen
+from sqa_jax.models.layers.kv_cache import Cache, init_cache
+from sqa_jax.models.segments import BOTH_WAYS, PADDING
 from sqa_jax.parallel.mesh import batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.attention import PADDING
-from sqa_jax.students.cache import Cache, init_cache
-from sqa_jax.students.modules import Module, bounded, read, seen
 
 _STEP = 128  # the cache's and the packed lines' lengths are multiples of this, so that few shapes are compiled
 _LINE = 512  # most tokens of a packed line, where no prompt is longer

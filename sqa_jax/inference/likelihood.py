@@ -22,14 +22,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.data.packing import BOTH_WAYS
-from sqa_jax.data.pictures import PictureRows
+from sqa_jax.batches.images import PictureRows
 from sqa_jax.errors import UserError
-from sqa_jax.inference.beginning import Beginning, adapt
-from sqa_jax.inference.rows import first_fit
+from sqa_jax.inference.batching import first_fit
+from sqa_jax.inference.prefix_cache import Beginning, adapt
+from sqa_jax.models.api import Module, bounded, seen
+from sqa_jax.models.log_probs import target_log_probs
+from sqa_jax.models.segments import BOTH_WAYS
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
-from sqa_jax.students.modules import Module, bounded, seen
-from sqa_jax.training.loss import target_log_probs
 
 
 class Choice(NamedTuple):

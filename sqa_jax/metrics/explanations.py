@@ -24,9 +24,9 @@ from absl import flags
 
 from sqa_jax import cli
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import ANSWER_IS
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl
+from sqa_jax.prompts.formats import ANSWER_IS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -55,8 +55,8 @@ def make_sweep(config: Any, name: str, slices: int, most: int, rows: int) -> dic
 
 
 def _about(config: Any, name: str, slices: int) -> tuple[dict[str, Any], tuple]:
-    from sqa_jax.plan.chips import topology
-    from sqa_jax.students.load import student_config
+    from sqa_jax.checkpoints.load import student_config
+    from sqa_jax.parallel.chips import topology
 
     kind, devices = topology(name, slices)
     about = {
@@ -72,7 +72,7 @@ def _about(config: Any, name: str, slices: int) -> tuple[dict[str, Any], tuple]:
 
 def main() -> None:
     FLAGS = flags.FLAGS
-    from sqa_jax.plan.chips import use_compiler_only
+    from sqa_jax.parallel.chips import use_compiler_only
 
     use_compiler_only()
     from sqa_jax.adapters.peft_read import given_adapter

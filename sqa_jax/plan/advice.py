@@ -8,10 +8,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sqa_jax.errors import UserError
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.parallel.chips import CHIPS, GIB
 from sqa_jax.parallel.mesh import make_mesh, row_shards
-from sqa_jax.plan.chips import CHIPS, GIB
 from sqa_jax.plan.programs import Data, Step, training_step
-from sqa_jax.students.config import DecoderConfig
 
 _USABLE = 0.95  # of a chip's memory; the rest is the runtime's
 

@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.log_probs import CHUNK
 from sqa_jax.parallel.rules import path_name, spec_for
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.training.loss import CHUNK
 
 _SHARED_INPUTS = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # projections of one input
 

@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.errors import UserError
+from sqa_jax.parallel.chips import CHIPS, GIB, Chip, communication_seconds, quiet_compiler
 from sqa_jax.parallel.mesh import AXES
-from sqa_jax.plan.chips import CHIPS, GIB, Chip, communication_seconds, quiet_compiler
 from sqa_jax.plan.hlo import parse
-from sqa_jax.plan.work import Work, count
+from sqa_jax.plan.hlo_cost import Work, count
 
 # How the compiler says what it lacks: bytes of temporaries, or of everything together.
 _TEMPORARIES, _EVERYTHING = r"temporaries \(([\d.]+)G\)", r"[Uu]sed ([\d.]+)G of"

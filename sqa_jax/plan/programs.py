@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.data.packing import Limits, choose_limits, pack_row, room_for
-from sqa_jax.data.pictures import PictureRows, PictureSet
+from sqa_jax.batches.images import PictureRows, PictureSet
+from sqa_jax.batches.packing import Limits, choose_limits, pack_row, room_for
+from sqa_jax.checkpoints.weights import shapes
 from sqa_jax.errors import UserError
 from sqa_jax.inference.features import trains_tower
 from sqa_jax.inference.generate import Generator
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.models.flops import forward_flops, see_flops, training_flops
+from sqa_jax.models.vision.registry import module_of
 from sqa_jax.parallel.mesh import check_rows, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.plan.communication import expected_bytes
 from sqa_jax.runtime import held_dtype, make_decoder
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.flops import forward_flops, see_flops, training_flops
-from sqa_jax.students.vision.family import module_of
-from sqa_jax.students.weights import shapes
 from sqa_jax.training.optimizer import make_optimizer
 from sqa_jax.training.step import compile_step, init_state, make_step
 
@@ -67,7 +67,7 @@ class Step(NamedTuple):
       parameters, trained: numbers of the student and of the adapter.
       tokens: places in the rows of one step.
       expected: bytes that a chip sends in one step, see `sqa_jax.plan.communication`.
-      model_flops: of one step on all chips, see `sqa_jax.students.flops`.
+      model_flops: of one step on all chips, see `sqa_jax.models.flops`.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -88,9 +88,9 @@ def data_of(config, student: DecoderConfig) -> Data:
     Raises:
       UserError: the data cannot be read; `config.plan.tokens` does without them.
     """
-    from sqa_jax.data.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
-    from sqa_jax.data.loader import packed_rows
-    from sqa_jax.students.tokenizer import load_tokenizer
+    from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
+    from sqa_jax.batches.loader import packed_rows
+    from sqa_jax.checkpoints.tokenizer import load_tokenizer
 
     virtual, length = adapters.virtual_tokens(config.adapter), config.train.row_length
     if config.plan.tokens or config.student.path.startswith("random:"):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.parallel.chips import CHIPS
 from sqa_jax.parallel.mesh import AXES, make_mesh, row_shards
 from sqa_jax.plan.advice import advice
-from sqa_jax.plan.chips import CHIPS
 from sqa_jax.plan.measure import measure
 from sqa_jax.plan.programs import Data, decode_loop, training_step
-from sqa_jax.students.config import DecoderConfig
 
 
 def plan(config: Any, student: DecoderConfig, kind: str, devices: list[Any], data: Data) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from sqa_jax.errors import UserError
+from sqa_jax.models.decoder_config import DecoderConfig
+from sqa_jax.parallel.chips import CHIPS
 from sqa_jax.parallel.mesh import AXES, make_mesh
-from sqa_jax.plan.chips import CHIPS
 from sqa_jax.plan.programs import Data, training_step
 from sqa_jax.plan.report import plan
-from sqa_jax.students.config import DecoderConfig
 
 _ROWS = (1, 2, 4, 8, 16, 32)  # of one micro-batch on one chip
 

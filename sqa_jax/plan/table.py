@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sqa_jax.parallel.chips import GIB
 from sqa_jax.parallel.mesh import AXES
-from sqa_jax.plan.chips import GIB
 
 
 def training(row: dict[str, Any]) -> str:

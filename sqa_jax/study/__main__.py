@@ -33,14 +33,15 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
       UserError: something that would stop a run is known before any is started, or WORKDIR is another study's.
       Interrupted: SIGTERM came, or config.train.stop_after; what is done is kept.
     """
-    from sqa_jax.data.dataset import load_config_problems
+    from sqa_jax.batches.dataset import load_config_problems
     from sqa_jax.files import local_path, read_json, write_json
-    from sqa_jax.study import benchmark, summary
+    from sqa_jax.study import summary
     from sqa_jax.study.execute import Executor
     from sqa_jax.study.explain import explanations
     from sqa_jax.study.matrix import check, runs_of
     from sqa_jax.study.published import PUBLISHED
     from sqa_jax.study.report import write_report
+    from sqa_jax.teach import recorded_models
 
     if not workdir:
         raise UserError("--workdir is needed: where the study's runs, results and report are kept")
@@ -48,7 +49,9 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
     runs = runs_of(config)
     problems = load_config_problems(config)
     usable = check(config, runs, problems)
-    existing = benchmark.existing_models(config, problems)  # before hours are spent: it reads files that may be missing
+    existing = recorded_models.existing_models(
+        config, problems
+    )  # before hours are spent: it reads files that may be missing
     agent = None
     if config.study.agent:
         agent = read_json(
@@ -74,7 +77,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
     test = problems.split(config.eval.split)[: config.eval.limit or None]
     over_seeds = config.study.resample == "questions_and_seeds"
     systems = summary.collect(runs, records, root, test, config.eval.split)
-    words = benchmark.word_counts(problems.split(config.data.train_split), test)
+    words = recorded_models.word_counts(problems.split(config.data.train_split), test)
     results = {
         "command": command or shlex.join(["python", "-m", "sqa_jax.study", *sys.argv[1:]]),
         "config": config.to_dict(),
@@ -88,7 +91,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
         "agreement": summary.agreement(systems),
         "curves": summary.curves(runs, records, root),
         "examples": summary.examples(systems, runs, root, test, config.eval.split),
-        "baselines": {"chance": 100 * benchmark.chance(test), "bag_of_words": 100 * sum(words) / len(words)},
+        "baselines": {"chance": 100 * recorded_models.chance(test), "bag_of_words": 100 * sum(words) / len(words)},
         "benchmark": [{name: value for name, value in row.items() if name != "records"} for row in existing],
         "explanations": explanations(config, runs, records, root, problems, existing),
         "agent": agent,

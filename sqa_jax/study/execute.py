@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqa_jax.data.dataset import (
+from sqa_jax.batches.dataset import (
     DistillationDataset,
     build_or_reuse,
     config_pictures,
@@ -17,15 +17,15 @@ from sqa_jax.data.dataset import (
     records_by_pid,
     training_problems,
 )
-from sqa_jax.data.pictures import PictureRows, PictureSet
-from sqa_jax.data.recipes import Example, Records, arm_format, arm_of, examples
+from sqa_jax.batches.images import PictureRows, PictureSet
+from sqa_jax.checkpoints.load import Student
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
-from sqa_jax.students.load import Student
-from sqa_jax.study.costs import inference_cost, teacher_cost, training_cost
+from sqa_jax.metrics.costs import inference_cost, teacher_cost, training_cost
+from sqa_jax.prompts.recipes import Example, Records, arm_format, arm_of, examples
 from sqa_jax.study.matrix import Run, run_config
-from sqa_jax.teach.prompts import prompt
+from sqa_jax.teach.prompts import asked
 from sqa_jax.training.workdir import described, flatten
 
 EXPLANATIONS = "explanations"  # folder of the generated explanations, under a run's eval/
@@ -183,7 +183,7 @@ class Executor:
     def _length(self, run: Run, runtime) -> tuple[int, float]:
         """(steps that a run's own epochs take, tokens of a step on average)."""
         from sqa_jax.adapters.adapter import virtual_tokens
-        from sqa_jax.data.loader import packed_rows, steps_of
+        from sqa_jax.batches.loader import packed_rows, steps_of
 
         own, student = self._config(run), runtime.student
         dataset, pictures = self._dataset(own, student)
@@ -210,13 +210,3 @@ class Executor:
         ]
         replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
         return teacher_cost(replies, self.config.teach.prices, asked)
-
-
-def asked(problem, record) -> str:
-    """About what a teacher was asked, for replies whose tokens were not counted."""
-    return prompt(
-        problem,
-        record.setting if record.setting.startswith("QTCH") else "QTCH",
-        "json" if record.solution else "text",
-        True,
-    )

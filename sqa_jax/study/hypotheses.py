@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sqa_jax.study.statistics import Comparison
+from sqa_jax.metrics.paired_tests import Comparison
 
 ALPHA = 0.05
 

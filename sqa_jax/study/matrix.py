@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sqa_jax.adapters.adapter import METHODS, check_methods
+from sqa_jax.batches.dataset import config_records, records_by_pid, training_problems
 from sqa_jax.config import default
-from sqa_jax.data.dataset import config_records, records_by_pid, training_problems
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.recipes import ARMS, Records, Unusable, check_recipe, examples
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.data.teacher_records import read_replies
 from sqa_jax.errors import UserError
+from sqa_jax.prompts.recipes import ARMS, Records, Unusable, check_recipe, examples
 
 # An untrained student, and the recipe arm whose prompt it is given.
 ZERO_SHOT = {"zero_shot": "golden_answer_only", "zero_shot_lecture": "golden_lecture"}
@@ -185,8 +185,8 @@ def check(config, runs: Sequence[Run], problems: ProblemSet) -> dict[str, int]:
       UserError: an arm lacks its teacher records, training and evaluation share a question, a student is not there,
         or a run's settings do not go together.
     """
+    from sqa_jax.checkpoints.paths import locate
     from sqa_jax.inference.answer import way
-    from sqa_jax.students.paths import locate
 
     for path in students(config):
         if not path.startswith("random:"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sqa_jax.metrics.figures import INK, axes_of
+from sqa_jax.reporting.plot_style import INK, axes_of
 
 Results = dict[str, Any]
 _COLOURS = (

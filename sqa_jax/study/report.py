@@ -7,9 +7,9 @@ from typing import Any
 
 from sqa_jax.agent import report as agent_report
 from sqa_jax.files import atomic_write
-from sqa_jax.metrics.cells import cell, count, duration, money, percent, points
-from sqa_jax.metrics.figures import svg
 from sqa_jax.metrics.leaderboard import COLUMNS
+from sqa_jax.reporting.format import cell, count, duration, money, percent, points
+from sqa_jax.reporting.plot_style import svg
 from sqa_jax.study.matrix import NO_ADAPTER
 from sqa_jax.study.plots import PLOTS, label
 

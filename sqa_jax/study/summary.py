@@ -14,9 +14,9 @@ from sqa_jax.data.problem import Problem
 from sqa_jax.files import read_jsonl
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import COLUMNS, correctness, read_predictions, score
+from sqa_jax.metrics.paired_tests import Comparison, bootstrap_interval, compare, holm
 from sqa_jax.study.hypotheses import HYPOTHESES, verdict
 from sqa_jax.study.matrix import NO_ADAPTER, ZERO_SHOT, Run, student_name
-from sqa_jax.study.statistics import Comparison, bootstrap_interval, compare, holm
 
 Key = tuple[str, str, str]  # student, arm, adapter
 

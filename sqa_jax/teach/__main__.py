@@ -25,7 +25,7 @@ from sqa_jax.data.sources import ProblemSet, load_problems
 from sqa_jax.data.teacher_records import STATUSES, TeacherRecord, make_records, write_records
 from sqa_jax.errors import UserError
 from sqa_jax.files import local_path, write_json
-from sqa_jax.stop import StopSignal
+from sqa_jax.signals import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.prompts import make_requests

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from sqa_jax.stop import StopSignal
+from sqa_jax.signals import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.genai import BATCH_BYTES, GenAI
 from sqa_jax.teach.ledger import Ledger, Outcome

@@ -9,9 +9,9 @@ from typing import Any
 
 from sqa_jax.data.image import ImageFile
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import SETTINGS, Format, sections
 from sqa_jax.errors import UserError
 from sqa_jax.files import sha256_json
+from sqa_jax.prompts.formats import SETTINGS, Format, sections
 from sqa_jax.teach.teacher import Request
 
 REPLIES = ("json", "text")
@@ -101,3 +101,13 @@ def encoded_image(image: ImageFile) -> tuple[str, bytes]:
     converted = io.BytesIO()
     image.open().save(converted, "PNG")
     return "image/png", converted.getvalue()
+
+
+def asked(problem, record) -> str:
+    """About what a teacher was asked, for replies whose tokens were not counted."""
+    return prompt(
+        problem,
+        record.setting if record.setting.startswith("QTCH") else "QTCH",
+        "json" if record.solution else "text",
+        True,
+    )

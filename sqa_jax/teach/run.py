@@ -18,7 +18,7 @@ import tenacity
 from aiolimiter import AsyncLimiter
 
 from sqa_jax.errors import UserError
-from sqa_jax.stop import StopSignal
+from sqa_jax.signals import StopSignal
 from sqa_jax.teach.budget import Budget, Prices
 from sqa_jax.teach.ledger import Ledger, Outcome
 from sqa_jax.teach.teacher import LocalTeacher, Refused, RemoteTeacher, Reply, Request, Transient

@@ -48,9 +48,9 @@ class StudentTeacher:
         Raises:
           UserError: a prompt and its reply are longer than the student's positions.
         """
-        from sqa_jax.data.tokenize import Encoder
         from sqa_jax.inference.features import picture_rows
         from sqa_jax.inference.generate import Generator
+        from sqa_jax.prompts.encode import Encoder
 
         settings, student = self._config.teach, self._runtime.student
         seen = picture_rows(self._config, self._runtime, requests)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from sqa_jax.models.api import Module
 from sqa_jax.parallel.mesh import batch_sharding, replicated
 from sqa_jax.parallel.rules import shardings
-from sqa_jax.students.modules import Module
 from sqa_jax.training.loss import row_losses
 
 

@@ -8,16 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from sqa_jax.data.dataset import encoder_for
-from sqa_jax.data.loader import PackedRows, pack
-from sqa_jax.data.packing import Virtual
-from sqa_jax.data.pictures import PictureRows
+from sqa_jax.batches.dataset import encoder_for
+from sqa_jax.batches.images import PictureRows
+from sqa_jax.batches.loader import PackedRows, pack
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import render_target
-from sqa_jax.data.recipes import arm_format
 from sqa_jax.errors import UserError
 from sqa_jax.inference.answer import LikelihoodAnswers
+from sqa_jax.models.soft_tokens import Virtual
 from sqa_jax.parallel.mesh import place_rows, replicated
+from sqa_jax.prompts.formats import render_target
+from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.runtime import Runtime
 from sqa_jax.training.loss import row_losses
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from sqa_jax.files import read_json
-from sqa_jax.students.flops import forward_flops, training_flops
+from sqa_jax.models.flops import forward_flops, training_flops
 from sqa_jax.training.loss import row_losses
 from tests.benchmarks.ours import begin
 from tests.benchmarks.process import PRODUCTS, seconds_of, serve

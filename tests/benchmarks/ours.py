@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sqa_jax.data.dataset import build_or_reuse, load_config_problems
-from sqa_jax.data.loader import make_loader, packed_rows, steps_of
+from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
+from sqa_jax.batches.loader import make_loader, packed_rows, steps_of
 from sqa_jax.inference.answer import GeneratedAnswers, LikelihoodAnswers
 from sqa_jax.parallel.mesh import place_rows
 from sqa_jax.runtime import Runtime, start

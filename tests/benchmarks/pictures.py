@@ -46,10 +46,10 @@ def pieces(count: int, width: int = 800, height: int = 600) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
+    from sqa_jax.batches.images import load_pictures
     from sqa_jax.data.image import ImageFile
-    from sqa_jax.data.pictures import load_pictures
     from sqa_jax.data.problem import Problem
-    from sqa_jax.students.catalogue import SHAPES
+    from sqa_jax.models.catalogue import SHAPES
 
     student, problems = SHAPES["paligemma-3b"], []
     side, rng = student.vision.tower.image_size, np.random.default_rng(0)
@@ -84,13 +84,13 @@ def step(config, repeats: int) -> dict[str, Any]:
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
-    from sqa_jax.data.dataset import config_pictures, encoder_for, load_config_problems, training_problems
-    from sqa_jax.data.loader import make_loader, pack
-    from sqa_jax.data.pictures import PictureRows
-    from sqa_jax.data.prompts import render_target
-    from sqa_jax.data.recipes import arm_format
+    from sqa_jax.batches.dataset import config_pictures, encoder_for, load_config_problems, training_problems
+    from sqa_jax.batches.images import PictureRows
+    from sqa_jax.batches.loader import make_loader, pack
     from sqa_jax.inference.features import known_features
     from sqa_jax.parallel.mesh import place_rows
+    from sqa_jax.prompts.formats import render_target
+    from sqa_jax.prompts.recipes import arm_format
     from sqa_jax.runtime import start
     from sqa_jax.training.optimizer import make_optimizer
     from sqa_jax.training.step import compile_step, init_state, make_step

@@ -16,18 +16,18 @@ from ml_collections import ConfigDict
 
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.adapters.peft_format import to_peft, write_peft
-from sqa_jax.data.dataset import build_or_reuse, encoder_for, load_config_problems
-from sqa_jax.data.loader import packed_rows, steps_of
+from sqa_jax.batches.dataset import build_or_reuse, encoder_for, load_config_problems
+from sqa_jax.batches.loader import packed_rows, steps_of
+from sqa_jax.checkpoints.tokenizer import load_tokenizer
+from sqa_jax.checkpoints.weights import save_safetensors
 from sqa_jax.data.problem import Problem
-from sqa_jax.data.prompts import option_targets
-from sqa_jax.data.recipes import arm_format
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, write_json
+from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.parallel.rules import shardings
+from sqa_jax.prompts.formats import option_targets
+from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.runtime import Runtime, start
-from sqa_jax.students.config import DecoderConfig
-from sqa_jax.students.tokenizer import load_tokenizer
-from sqa_jax.students.weights import save_safetensors
 from sqa_jax.training.checkpoint import Checkpoints, abstract
 from sqa_jax.training.optimizer import make_schedule
 from tests.benchmarks.process import WARM, serve

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.data.sample import language, natural, social, teacher
-from sqa_jax.data.sample.draw import draw_picture
+from sqa_jax.data.sample.image import draw_picture
 from sqa_jax.data.sample.skill import Draft, Skill, Source
 from sqa_jax.files import atomic_directory, write_json
 

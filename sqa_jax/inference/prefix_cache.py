@@ -1,0 +1,92 @@
+"""What all prompts begin with is read once: a soft prompt, and the first lines of a chat template.
+
+Its keys and values then lie in front of every prompt, as a trained prefix does.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.models.api import Module, read
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.layers.kv_cache import Adaptation
+from sqa_jax.models.t5.config import T5Config
+from sqa_jax.parallel.mesh import replicated
+
+_STEP = 8  # its length is a multiple of this, so that few shapes are compiled
+
+
+def common_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
+    """Tokens of the common beginning of all prompts, each of which keeps some of its own.
+
+    Args:
+      vocabulary: from this token on they show pictures, before which the beginning ends.
+    """
+    if len(prompts) < 2:
+        return 0
+    common = os.path.commonprefix([list(prompt) for prompt in prompts])
+    words = next((place for place, token in enumerate(common) if token >= vocabulary), len(common))
+    return min(words, min(map(len, prompts)) - 1) // _STEP * _STEP
+
+
+class Begun(NamedTuple):
+    """Prompts whose common beginning has been read.
+
+    Attributes:
+      length: its tokens.
+      read: their keys and values, which `adapt` takes, [L, length, K·d] each; None where there are none.
+      rest: what each prompt goes on with.
+    """
+
+    length: int
+    read: dict[str, jax.Array] | None
+    rest: list[Sequence[int]]
+
+
+class Beginning:
+    """Reads the common beginning of prompts.
+
+    Where a prompt is read both ways, nothing of it is read before all of it is there, so such prompts have none.
+
+    Args:
+      settings: `config.adapter`.
+    """
+
+    def __init__(self, settings, decoder: Module, mesh: Mesh):
+        self._settings, self._decoder = settings, decoder
+        self._run = jax.jit(self._read, out_shardings=replicated(mesh))
+
+    def __call__(self, adapter: Any, base: Any, prompts: Sequence[Sequence[int]]) -> Begun:
+        config = self._decoder.config
+        whole = config.prompt_both_ways or isinstance(config, T5Config)
+        length = 0 if whole else common_length(prompts, config.vocab_size)
+        read = self._run(adapter, base, np.asarray([prompts[0][:length]], np.int32)) if length else None
+        return Begun(length, read, [prompt[length:] for prompt in prompts])
+
+    def _read(self, adapter: Any, base: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+        adaptation = adapters.activate(self._settings, adapter, self._decoder.config)
+        positions = jnp.arange(tokens.shape[1])[None]
+        weights = adapters.weights(adapter, base)
+        decoder = self._decoder.clone(fused=None, rows=None)  # it is one short row
+        _, key, value, _ = read(decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
+        flat = (key.shape[0], key.shape[2], -1)
+        return {"key": key.reshape(flat), "value": value.reshape(flat)}
+
+
+def adapt(settings, adapter: Any, student: StudentConfig, beginning: dict[str, jax.Array] | None) -> Adaptation:
+    """The adapter in the form that the decoder uses, behind which prompts go on where their beginning ends."""
+    adaptation = adapters.activate(settings, adapter, student)
+    if beginning is None:
+        return adaptation
+    prefix = beginning
+    if adaptation.prefix is not None:
+        prefix = {name: jnp.concatenate([adaptation.prefix[name], beginning[name]], axis=1) for name in beginning}
+    return adaptation._replace(prefix=prefix)

@@ -1,0 +1,83 @@
+"""Which module computes a student, and what is asked of one besides being called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sqa_jax.models import decoder as decoder_only
+from sqa_jax.models.decoder import Decoder
+from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.layers.kv_cache import Adaptation, Visual
+from sqa_jax.models.t5 import model as t5
+from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.t5.model import T5
+from sqa_jax.models.vision.adapter import UNADAPTED, Computation
+from sqa_jax.models.vision.encode import has_pieces, see
+
+Module = Decoder | T5
+
+
+def module_for(config: StudentConfig) -> type[Decoder] | type[T5]:
+    """The class that computes students of this configuration."""
+    return T5 if isinstance(config, T5Config) else Decoder
+
+
+def bounded(student: Module, most: int) -> Module:
+    """The module for rows in which at most `most` tokens have another one behind them that is predicted.
+
+    An encoder–decoder then computes its decoder for so many places a row only; see `T5.most_decoded`.
+    """
+    return student.clone(most_decoded=most) if isinstance(student, T5) else student
+
+
+def seen(
+    student: Module,
+    weights: Any,
+    batch: Mapping[str, jax.Array],
+    adaptation: Adaptation,
+    dropout: jax.Array | None = None,
+) -> dict[str, Any]:
+    """What besides tokens a student reads of a batch's rows, as arguments of its module and of `read`.
+
+    Args:
+      batch: arrays of packed rows; "branches" where the rows fork or are read both ways, and, where they hold pictures,
+        their features or what the tower makes these of (`sqa_jax.batches.images.PictureRows`).
+      dropout: a key, or None where nothing is dropped.
+    """
+    more = {"branches": batch["branches"]} if "branches" in batch else {}
+    if "features" in batch:
+        if adaptation.tower is not None:
+            raise ValueError("these features are of the bare tower, which the adapter changes")
+        return {**more, "visual": Visual(batch["features"], batch.get("places"))}
+    if has_pieces(batch):
+        how = Computation(student.dtype, student.remat, student.lora_dropout, student.rows)
+        features = see(student.config.vision, weights["vision"], batch, how, adaptation.tower or UNADAPTED, dropout)
+        return {**more, "visual": Visual(features, batch.get("places"))}
+    return more
+
+
+def read(
+    student: Module,
+    weights: Any,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    adaptation: Adaptation,
+    **more: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Reads packed rows, and gives what later tokens need of them.
+
+    Args:
+      weights: parameters of the student.
+      tokens, positions, segments, adaptation: as `Decoder.__call__`.
+      more: as `seen` gives it.
+
+    Returns:
+      Normed hidden states [B, T, D]; keys and values of all layers [L, B, T, K, d], without a prefix's; and for a
+      cache the segment [B, T] that each place is of, where all of its row is of segment 1.
+    """
+    module = t5 if isinstance(student, T5) else decoder_only
+    return module.read(student, weights, tokens, positions, segments, adaptation, **more)

@@ -1,0 +1,179 @@
+"""The options of the decoder: all that tells one family of models from another."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sqa_jax.errors import UserError
+from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.validation import check_numbers
+
+if TYPE_CHECKING:
+    from sqa_jax.models.vision.registry import Vision
+
+ROPES = ("default", "linear", "llama3")
+FULL, WINDOW, NOPE = "full", "window", "nope"  # a layer sees all, sees near keys only, or knows no positions
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies.
+
+    Attributes:
+      theta: their base.
+      kind: "default"; "linear", where positions count for 1/`factor` of themselves (Chen et al. 2023, arXiv:2306.15595);
+        "llama3", where only low frequencies do (Grattafiori et al. 2024, arXiv:2407.21783, as Llama 3.1 computes it).
+      factor: of "linear" and "llama3".
+      low_frequency_factor, high_frequency_factor: llama3: waves longer than `original_positions` divided by the first
+        are stretched, those shorter than by the second are not, those between in part.
+      original_positions: llama3: longest sequence before the stretching.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_positions: int = 8192
+
+    def frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a position of each pair of a head, [head_dim / 2] float32."""
+        frequencies = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
+        return (frequencies / self.divisors(head_dim)).astype(np.float32)
+
+    def divisors(self, head_dim: int) -> np.ndarray:
+        """What the default's frequencies are divided by, [head_dim / 2]."""
+        if self.kind == "default":
+            return np.ones(head_dim // 2)
+        if self.kind == "linear":
+            return np.full(head_dim // 2, self.factor)
+        waves = 2 * np.pi * self.theta ** (np.arange(0, head_dim, 2) / head_dim)
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        kept = np.clip((self.original_positions / waves - low) / (high - low), 0, 1)
+        return 1 / (kept + (1 - kept) / self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a decoder-only transformer.
+
+    Attributes:
+      vocab_size: rows of the embedding table.
+      hidden_size: D, width of the residual stream.
+      intermediate_size: F, width of the gated MLP.
+      num_layers: L.
+      num_heads: H, query heads.
+      num_kv_heads: K, key and value heads; H is a multiple of it (grouped-query attention).
+      head_dim: d, width of one head.
+      rope: rotary frequencies.
+      norm_epsilon: of the RMS norms.
+      tie_embeddings: the output layer is the transposed embedding table.
+      qkv_bias, output_bias: biases on q, k and v, and on o.
+      mlp_bias: biases in the MLP.
+      max_positions: longest sequence that the model was made for.
+      family: the architecture's name in Hugging Face's `model_type`.
+      activation: of the MLP's gate, silu or gelu_tanh.
+      qk_norm: the heads of queries and keys are normed before the rotation.
+      norm_offset: norms multiply by one plus their weight.
+      sandwich_norms: attention and MLP are normed behind, too.
+      embedding_scale: embeddings are multiplied by √D.
+      query_scale: attention's scores are divided by its root; 0 is d.
+      attention_softcap, logit_softcap: c of c · tanh(x / c), which bounds scores and logits; 0 is none.
+      window: keys that a layer of kind "window" sees, the query's own included.
+      layer_types: of each layer "full", "window" or "nope"; () is all "full".
+      local_rope: rotary frequencies of the layers of kind "window"; None is the same.
+      prompt_both_ways: a prompt's tokens see each other, whichever comes first (a prefix LM).
+      first_position: of a sequence, for the rotation.
+      mrope_sections: pairs of a head that turn by time, row and column of what is seen (M-RoPE); () is none.
+      vision: the tower through which it sees pictures, and what else of them is its own; None is a student of text.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope = Rope()
+    norm_epsilon: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    max_positions: int = 2048
+    family: str = "llama"
+    activation: str = "silu"
+    qk_norm: bool = False
+    norm_offset: bool = False
+    sandwich_norms: bool = False
+    embedding_scale: bool = False
+    query_scale: int = 0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    window: int = 0
+    layer_types: tuple[str, ...] = ()
+    local_rope: Rope | None = None
+    prompt_both_ways: bool = False
+    first_position: int = 0
+    mrope_sections: tuple[int, ...] = ()
+    vision: Vision | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return self.layer_types or (FULL,) * self.num_layers
+
+    def rope_of(self, kind: str) -> Rope | None:
+        """The rotary frequencies of layers of a kind; None for those without positions."""
+        return {FULL: self.rope, WINDOW: self.local_rope or self.rope, NOPE: None}[kind]
+
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a layer that are as wide as its residual stream, under Hugging Face's names."""
+        names = ("input_layernorm", "post_attention_layernorm")
+        return (*names, "pre_feedforward_layernorm", "post_feedforward_layernorm") if self.sandwich_norms else names
+
+    def bias(self, layer: str) -> bool:
+        """Whether a linear layer has a bias."""
+        return {"q_proj": self.qkv_bias, "k_proj": self.qkv_bias, "v_proj": self.qkv_bias, "o_proj": self.output_bias}.get(layer, self.mlp_bias)  # fmt: skip
+
+    def linear_shapes(self) -> dict[str, tuple[str, int, int]]:
+        """Of each linear layer of a block: its module, input width and output width."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": ("self_attn", d, q),
+            "k_proj": ("self_attn", d, kv),
+            "v_proj": ("self_attn", d, kv),
+            "o_proj": ("self_attn", q, d),
+            "gate_proj": ("mlp", d, f),
+            "up_proj": ("mlp", d, f),
+            "down_proj": ("mlp", f, d),
+        }
+
+
+StudentConfig = DecoderConfig | T5Config
+
+
+def checked(config: DecoderConfig, where: str) -> DecoderConfig:
+    """The configuration, if its numbers are possible; raises `UserError` where they are not."""
+    check_numbers(config, where, ("query_scale", "attention_softcap", "logit_softcap", "window", "first_position"))
+    queries, keys = config.num_heads, config.num_kv_heads
+    if queries % keys:
+        raise UserError(
+            f"{where}: {queries} query heads cannot share {keys} key/value heads evenly; fetch the model again"
+        )
+    if config.head_dim % 2:
+        raise UserError(
+            f"{where}: head width {config.head_dim} is odd and cannot be rotated in pairs; fetch the model again"
+        )
+    if len(config.kinds) != config.num_layers:
+        raise UserError(
+            f"{where}: lists the types of {len(config.kinds)} layers, but has {config.num_layers}; fetch the model again"
+        )
+    if WINDOW in config.kinds and not config.window:
+        raise UserError(f"{where}: has layers with a sliding window, but no sliding_window; fetch the model again")
+    return config

@@ -1,0 +1,43 @@
+"""The table of a T5's parameters."""
+
+from __future__ import annotations
+
+from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.t5.config import T5Config
+
+# Of each stack its modules, in the order in which a block applies them, by our name and the file's.
+_MODULES = {
+    "encoder": {"self_attn": "SelfAttention", "mlp": "DenseReluDense"},
+    "decoder": {"self_attn": "SelfAttention", "cross_attn": "EncDecAttention", "mlp": "DenseReluDense"},
+}
+# What files may hold besides: copies of the shared table, and a bias that transformers never applies.
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+
+
+def t5_leaves(config: T5Config) -> list[Leaf]:
+    """Every parameter of a T5."""
+    D, V = config.hidden_size, config.vocab_size
+    depths = {"encoder": config.num_encoder_layers, "decoder": config.num_layers}
+
+    def layered(module: str, path: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool) -> Leaf:
+        stack, own = module.split(".")
+        place, depth = list(_MODULES[stack]).index(own), depths[stack]
+        names = tuple(f"{stack}.block.{i}.layer.{place}.{name}.weight" for i in range(depth))
+        return Leaf((stack, "layers", *path), (depth, *shape), names, True, transposed)
+
+    table = [Leaf(("embed_tokens", "embedding"), (V, D), ("shared.weight",), False, False)]
+    for stack, modules in _MODULES.items():
+        table.append(Leaf((stack, "norm", "scale"), (D,), (f"{stack}.final_layer_norm.weight",), False, False))
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        shape = (config.num_buckets, config.num_heads)
+        table.append(Leaf((stack, "relative_attention_bias", "embedding"), shape, (bias,), False, False))
+        for own in modules:
+            table.append(layered(f"{stack}.{own}", (f"{own}_layernorm", "scale"), "layer_norm", (D,), False))
+    for layer, (module, width_in, width_out) in config.linear_shapes().items():
+        stack, own, name = layer.split(".")
+        path, theirs = (own, name, "kernel"), f"{_MODULES[stack][own]}.{name}"
+        table.append(layered(module, path, theirs, (width_in, width_out), True))
+    if not config.tie_embeddings:
+        table.append(Leaf(("lm_head", "kernel"), (D, V), ("lm_head.weight",), False, True))
+    return table

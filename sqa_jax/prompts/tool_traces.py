@@ -1,0 +1,59 @@
+"""Conversations with tools as training rows: each decision is a row, the whole conversation before it its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sqa_jax.data.problem import Problem
+from sqa_jax.errors import UserError
+from sqa_jax.files import read_jsonl
+from sqa_jax.prompts.encode import Encoded
+from sqa_jax.prompts.tool_dialogue import Call, Dialogue, ToolSpec
+
+
+def read_traces(paths: Sequence[str], problems: Mapping[str, Problem]) -> dict[str, dict[str, Any]]:
+    """Traces {"pid", "tools", "turns"} by pid, of the questions that are there.
+
+    Raises:
+      UserError: a file or a field is missing, or all traces are for other questions.
+    """
+    traces: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path, "traces of conversations"), start=1):
+            if not {"pid", "tools", "turns"} <= row.keys():
+                raise UserError(f"{path}: trace {number} lacks pid, tools or turns; python -m sqa_jax.agent --traces makes them")  # fmt: skip
+            if row["pid"] in problems:
+                traces[row["pid"]] = row
+    if not traces:
+        raise UserError(f"config.data.traces: {', '.join(paths)} hold no trace of a training question; see config.data")
+    return traces
+
+
+def trace_rows(
+    tokenizer: Any, recipe, context: int, problems: Sequence[Problem], traces: Mapping[str, dict[str, Any]]
+) -> Iterator[tuple[Problem, str, Encoded]]:
+    """(question, "call" or "answer", row) of each decision of each trace.
+
+    Args:
+      context: tokens of a conversation; results are shortened to it as they are when questions are answered.
+    """
+    known = [problem for problem in problems if problem.pid in traces]
+    specs = [ToolSpec(**spec) for spec in traces[known[0].pid]["tools"]] if known else []
+    dialogue = Dialogue(tokenizer, recipe, specs)
+    for problem, opening in zip(known, dialogue.openings(known), strict=True):
+        tokens, shortened = list(opening.tokens), dict(opening.shortened)
+        answers = dialogue.answers(problem)
+
+        def row(target: list[int], tokens=tokens, shortened=shortened, opening=opening) -> Encoded:
+            return Encoded(tokens + target, len(tokens), 0, dict(shortened), opening.fits)
+
+        for turn in traces[problem.pid]["turns"]:
+            call = dialogue.call(Call(turn["tool"], turn["argument"]))
+            yield problem, "call", row([*call, dialogue.end_of_call()])
+            tokens += call
+            shown, left_out = dialogue.result(turn["result"], context - len(tokens) - dialogue.reserve(answers))
+            tokens += shown
+            if left_out:
+                shortened[turn["tool"]] = left_out
+        yield problem, "answer", row([*answers[problem.answer], tokenizer.eos_token_id])
