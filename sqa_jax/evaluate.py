@@ -27,7 +27,7 @@ from sqa_jax.files import read_json
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sqa_jax.inference.answer import Answered
+    from sqa_jax.inference.answer import Prediction
     from sqa_jax.runtime import Runtime
 
 
@@ -42,23 +42,23 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     """
     from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.batches.dataset import load_config_problems
-    from sqa_jax.inference.answer import answers, way
+    from sqa_jax.inference.answer import answer_mode, answers
     from sqa_jax.inference.features import picture_rows
     from sqa_jax.inference.predictions import Predictions
     from sqa_jax.metrics.leaderboard import read_predictions, score
     from sqa_jax.parallel.processes import main_first
-    from sqa_jax.runtime import start
+    from sqa_jax.runtime import build_runtime
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
 
     if not workdir:
         raise UserError("--workdir is needed: the run to evaluate, or where the bare student's predictions are kept")
-    root, settings, mode = open_workdir(workdir), config.eval, way(config)
+    root, settings, mode = open_workdir(workdir), config.eval, answer_mode(config)
     check_checkpoint(config, root)
     config, given = given_adapter(config) if settings.checkpoint == "none" else (config, None)
     loaded = load_config_problems(config)
     problems = loaded.split(settings.split)[: settings.limit or None]
-    runtime = runtime or start(config)
+    runtime = runtime or build_runtime(config)
     if settings.checkpoint != "none":
         check_evaluable(root, config, runtime.student.fingerprint)
     step, adapter = restore_adapter(config, root, runtime, given)
@@ -95,7 +95,7 @@ def evaluate(config, workdir: str, runtime: Runtime | None = None) -> dict[str, 
     return predictions.finish(metrics)
 
 
-def _row(pid: str, one: Answered, unseen: Mapping[str, str]) -> dict[str, Any]:
+def _row(pid: str, one: Prediction, unseen: Mapping[str, str]) -> dict[str, Any]:
     """A row of predictions.jsonl; its "status" says where a question was asked without its picture, and why."""
     row = {"pid": pid, **{name: value for name, value in one._asdict().items() if name != "index"}}
     return row | ({"status": f"without its image: {unseen[pid]}"} if pid in unseen else {})

@@ -28,7 +28,7 @@ from sqa_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from sqa_jax.batches.images import PictureRows
+    from sqa_jax.batches.images import ImageBatcher
     from sqa_jax.checkpoints.load import Student
 
 
@@ -46,7 +46,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.files import atomic_directory
     from sqa_jax.reporting.model_card import PICTURE, example, model_card, results_of
-    from sqa_jax.runtime import start
+    from sqa_jax.runtime import build_runtime
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
 
@@ -61,7 +61,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
         config = config.copy_and_resolve_references()
         # Wherever and however it was trained: here nothing is rounded but what is written.
         config.student.dtype, config.student.attention = "float32", "auto"
-        runtime = start(config)
+        runtime = build_runtime(config)
         if which != "none":
             check_evaluable(root, config, runtime.student.fingerprint)
         step, tree = restore_adapter(config, root, runtime, given)
@@ -141,14 +141,14 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
-    from sqa_jax.models.api import module_for, seen
-    from sqa_jax.models.soft_tokens import with_virtual
+    from sqa_jax.models.api import extra_model_inputs, module_for
+    from sqa_jax.models.soft_tokens import with_soft_tokens
     from sqa_jax.models.t5.config import T5Config
 
-    config, virtual = student.config, adapters.virtual_tokens(settings).count if tree else 0
+    config, virtual = student.config, adapters.soft_prompt_tokens(settings).count if tree else 0
     words = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
     pictures = None if config.vision is None else _picture(student)
-    tokens = with_virtual([*(pictures.pictures.prompt("", student.tokenizer) if pictures else []), *words], virtual)
+    tokens = with_soft_tokens([*(pictures.pictures.prompt("", student.tokenizer) if pictures else []), *words], virtual)
     batch = {"tokens": np.asarray([tokens], np.int32)}
     if isinstance(config, T5Config):  # the decoder reads the last ones
         batch["tokens"][:, virtual + 8] = config.decoder_start
@@ -158,9 +158,12 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
 
     @jax.jit
     def read(tree, base, batch):
-        adaptation, weights = adapters.activate(settings, tree, config), {"params": adapters.weights(tree, base)}
+        adaptation, weights = (
+            adapters.adapter_inputs(settings, tree, config),
+            {"params": adapters.model_params(tree, base)},
+        )
         module = module_for(config)(config)
-        more = seen(module, weights["params"], batch, adaptation)
+        more = extra_model_inputs(module, weights["params"], batch, adaptation)
         hidden, _ = module.apply(weights, batch["tokens"], places, np.ones_like(places), adaptation, **more)
         return module.apply(weights, hidden[:, -len(words) :], method="unembed")
 
@@ -168,18 +171,18 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
         return np.asarray(read(tree, student.params, batch))
 
 
-def _picture(student: Student) -> PictureRows:
+def _picture(student: Student) -> ImageBatcher:
     """One picture, of question ""."""
     import numpy as np
 
-    from sqa_jax.batches.images import PictureRows, PictureSet
-    from sqa_jax.models.vision.registry import module_of
+    from sqa_jax.batches.images import ImageBatcher, ImageStore
+    from sqa_jax.models.vision.registry import vision_family
     from sqa_jax.reporting.model_card import example
 
     config = student.config
-    pieces, *sizes = module_of(config.vision).picture(config.vision, example(student).image.open())
+    pieces, *sizes = vision_family(config.vision).picture(config.vision, example(student).image.open())
     sizes = np.asarray([[len(pieces), *sizes]])
-    return PictureRows(PictureSet(config.vision, config.vocab_size, "", pieces, sizes, {"": 0}, {}))
+    return ImageBatcher(ImageStore(config.vision, config.vocab_size, "", pieces, sizes, {"": 0}, {}))
 
 
 def _check_equal(found: np.ndarray, expected: np.ndarray) -> None:

@@ -137,7 +137,7 @@ def open_log(path: str | Path) -> IO[str] | BucketLog:
     return BucketLog(path) if in_bucket(path) else open(path, "a", encoding="utf-8", buffering=1)
 
 
-def set_aside(folder: str | Path, target: str | Path) -> None:
+def archive(folder: str | Path, target: str | Path) -> None:
     """Renames a folder of files. In a bucket nothing is removed before all is copied, and `folder` may stay half empty."""
     folder, target = as_path(folder), as_path(target)
     with disk_errors(folder):

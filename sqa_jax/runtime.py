@@ -29,7 +29,7 @@ class Runtime(NamedTuple):
     decoder: Module
 
 
-def start(config) -> Runtime:
+def build_runtime(config) -> Runtime:
     """Makes the mesh and reads the student into its shards.
 
     Raises:
@@ -40,7 +40,7 @@ def start(config) -> Runtime:
     student = load_student(
         config.student.path,
         revision=config.student.revision,
-        dtype=held_dtype(config, mesh),
+        dtype=param_dtype(config, mesh),
         shardings_for=lambda tree: shardings(tree, mesh),
         seed=config.seed,
         picture_tokens=config.student.picture_tokens,
@@ -69,7 +69,7 @@ def make_decoder(config, student: StudentConfig, mesh: Mesh) -> Module:
     return Decoder(student, dtype, config.student.remat, dropout, fused, row_shards(mesh), rows)
 
 
-def held_dtype(config, mesh: Mesh) -> Any:
+def param_dtype(config, mesh: Mesh) -> Any:
     """The base's type in memory: a frozen one only needs the computation's; a fully trained model starts in float32."""
     return jnp.dtype(jnp.float32) if "full" in config.adapter.methods else resolve_dtype(config.student.dtype, mesh)
 

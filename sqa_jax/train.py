@@ -40,7 +40,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     import numpy as np
 
     from sqa_jax.adapters import adapter as adapters
-    from sqa_jax.adapters.nearest import tell_nearest
+    from sqa_jax.adapters.nearest import report_nearest_tokens
     from sqa_jax.adapters.peft_read import given_adapter
     from sqa_jax.batches.dataset import build_or_reuse, load_config_problems, training_problems
     from sqa_jax.batches.loader import make_loader, packed_rows, steps_of
@@ -49,14 +49,14 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     from sqa_jax.parallel.mesh import check_rows, own_rows, place_rows
     from sqa_jax.parallel.processes import Votes, is_main, main_first
     from sqa_jax.parallel.rules import shardings
-    from sqa_jax.runtime import start
+    from sqa_jax.runtime import build_runtime
     from sqa_jax.signals import StopSignal
     from sqa_jax.training.checkpoint import Checkpoints, abstract
     from sqa_jax.training.optimizer import make_optimizer
     from sqa_jax.training.reporter import Reporter
     from sqa_jax.training.step import compile_step, init_state, make_step
     from sqa_jax.training.validate import Validator
-    from sqa_jax.training.workdir import claim, open_workdir
+    from sqa_jax.training.workdir import bind_config, open_workdir
 
     if not workdir:
         raise UserError("--workdir is needed: where the run's checkpoints and metrics are kept")
@@ -65,22 +65,22 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     root = open_workdir(workdir)
 
     # ---- student and data
-    runtime = runtime or start(config)
+    runtime = runtime or build_runtime(config)
     mesh, student, decoder = runtime
     check_rows(config.train.batch_rows, mesh, "train.batch_rows")
     problems = load_config_problems(config)
     seen = picture_rows(config, runtime, training_problems(config, problems))
     with main_first():
         dataset, reused = build_or_reuse(config, student.tokenizer, problems, seen and seen.pictures)
-    virtual = adapters.virtual_tokens(config.adapter)
-    rows = packed_rows(dataset, config, student.tokenizer.pad_token_id, virtual, student.config.prompt_both_ways, seen)
+    virtual = adapters.soft_prompt_tokens(config.adapter)
+    rows = packed_rows(dataset, config, student.tokenizer.pad_token_id, virtual, student.config.prefix_lm, seen)
     rows_per_step = config.train.batch_rows * config.train.accumulate
     steps = steps_of(config, rows)
     own = own_rows(mesh, config.train.batch_rows)
     loader = make_loader(rows, config.train.batch_rows, config.train.accumulate, own)
     with main_first():
         made_of = {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]}
-        claim(root, config, made_of if given is None else {**made_of, "peft": given.fingerprint})
+        bind_config(root, config, made_of if given is None else {**made_of, "peft": given.fingerprint})
 
     # ---- state, in its shards
     optimizer = make_optimizer(config.optimizer, steps)
@@ -190,7 +190,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     }
     if done == steps and "prompt" in state.adapter:
         prompt, table = state.adapter["prompt"]["embedding"], base["embed_tokens"]["embedding"]
-        tell_nearest(root / "prompt.json", prompt, table, student.tokenizer, mesh)
+        report_nearest_tokens(root / "prompt.json", prompt, table, student.tokenizer, mesh)
     if not is_main():
         pass
     elif done == steps:

@@ -18,7 +18,7 @@ from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
 from sqa_jax.inference.generate import Generator
 from sqa_jax.models.api import module_for
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.parallel.mesh import make_mesh
 
 TOKENS = np.random.default_rng(0).integers(4, 264, (2, 9))
@@ -87,12 +87,12 @@ class Pair:
 
     def logits(self, settings, tree) -> np.ndarray:
         """Of the tokens that a decoder reads."""
-        virtual = adapters.virtual_tokens(settings).count
-        tokens = np.asarray([with_virtual(row, virtual) for row in self.rows])
+        virtual = adapters.soft_prompt_tokens(settings).count
+        tokens = np.asarray([with_soft_tokens(row, virtual) for row in self.rows])
         positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
 
         def read(tree, base):
-            adaptation = adapters.activate(settings, tree, self.student.config)
+            adaptation = adapters.adapter_inputs(settings, tree, self.student.config)
             return self.module.apply(
                 {"params": base}, tokens, positions, np.ones_like(tokens), adaptation, method="logits"
             )[0]
@@ -103,7 +103,9 @@ class Pair:
     def generated(self, settings, tree) -> list[list[int]]:
         mesh = make_mesh(default().mesh, jax.devices()[:1])
         generator = Generator(settings, self.module, mesh, [ENDS], 12, len(TOKENS))
-        prompts = [with_virtual(prompt, adapters.virtual_tokens(settings).count) for prompt in self.prompts.tolist()]
+        prompts = [
+            with_soft_tokens(prompt, adapters.soft_prompt_tokens(settings).count) for prompt in self.prompts.tolist()
+        ]
         return [ids for _, ids in sorted(generator(tree, self.student.params, prompts))]
 
 

@@ -18,7 +18,7 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 
 CONFIG = DecoderConfig(61, 32, 48, 2, 4, 2, 8, tie_embeddings=True)
 LAYERS = tuple(CONFIG.linear_shapes())
@@ -54,12 +54,12 @@ def shaken(tree, scale=0.3):
 
 def logits(config, tree, base, tokens):
     """Logits of the real tokens, with a soft prompt's in front where the adapter has one."""
-    virtual = adapters.virtual_tokens(config).count if tree else 0
-    tokens = np.asarray([with_virtual(row, virtual) for row in tokens])
+    virtual = adapters.soft_prompt_tokens(config).count if tree else 0
+    tokens = np.asarray([with_soft_tokens(row, virtual) for row in tokens])
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     out, _ = Decoder(CONFIG).apply(
-        {"params": adapters.weights(tree, base)}, jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(positions),
-        adapters.activate(config, tree, CONFIG), method="logits",
+        {"params": adapters.model_params(tree, base)}, jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(positions),
+        adapters.adapter_inputs(config, tree, CONFIG), method="logits",
     )  # fmt: skip
     return np.asarray(out)[:, virtual:]
 
@@ -120,7 +120,7 @@ def test_prefix_equals_peft(base, reference, reparametrize):
     config = config_for("prefix")
     config.prefix.reparametrize = reparametrize
     tree = shaken(adapters.init_adapter(config, CONFIG, base, 0))
-    active = adapters.activate(config, tree, CONFIG).prefix
+    active = adapters.adapter_inputs(config, tree, CONFIG).prefix
     model = peft.get_peft_model(
         reference(),
         peft.PrefixTuningConfig(
@@ -156,14 +156,14 @@ def test_methods_combine(base):
         assert np.abs(logits(partial, others, base, TOKENS) - together).max() > 1e-3
 
     def loss(tree):
-        tokens = jnp.asarray([with_virtual(row, 3) for row in TOKENS])
+        tokens = jnp.asarray([with_soft_tokens(row, 3) for row in TOKENS])
         positions = jnp.tile(jnp.arange(12), (2, 1))
         out, _ = Decoder(CONFIG).apply(
             {"params": base},
             tokens,
             positions,
             jnp.ones_like(positions),
-            adapters.activate(config, tree, CONFIG),
+            adapters.adapter_inputs(config, tree, CONFIG),
             method="logits",
         )
         return jnp.square(out).mean()

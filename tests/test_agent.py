@@ -26,7 +26,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl
 from sqa_jax.models.flops import forward_flops
 from sqa_jax.prompts.tool_dialogue import ToolSpec
-from sqa_jax.runtime import start
+from sqa_jax.runtime import build_runtime
 from sqa_jax.train import train
 
 CALCULATOR = "test_agent:calculator"
@@ -56,7 +56,7 @@ def on_one_device(one_device):
 
 @pytest.fixture(scope="module")
 def runtime(one_device):
-    return start(small())
+    return build_runtime(small())
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from test_train import last_adapter, same, tiny_config
 from sqa_jax import bucket
 from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
-from sqa_jax.files import as_path, atomic_write, local_path, open_log, read_json, read_jsonl, set_aside, write_json
-from sqa_jax.runtime import start
+from sqa_jax.files import archive, as_path, atomic_write, local_path, open_log, read_json, read_jsonl, write_json
+from sqa_jax.runtime import build_runtime
 from sqa_jax.train import train
-from sqa_jax.training.workdir import claim, open_workdir
+from sqa_jax.training.workdir import bind_config, open_workdir
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:google"),  # how long Google will support this Python
@@ -58,7 +58,7 @@ def runs(server, tmp_path_factory):
     """A run on a disk; the same in a bucket, whose permission to write was withdrawn while it saved step 3."""
     root = tmp_path_factory.mktemp("runs")
     config = tiny_config(root, **{"train.steps": 4, "train.eval_every": 2, "train.save_every": 1})
-    runtime = start(config)
+    runtime = build_runtime(config)
     train(config, str(root / "run"), runtime)
     server.buckets = {"bucket": {}}
     server.refuse = lambda method, name: 403 if method == "POST" and "checkpoints/last/3" in name else None
@@ -140,7 +140,7 @@ def test_a_workdir_in_a_bucket_keeps_to_its_configuration(runs):
     other.optimizer.learning_rate = 0.5
     trained = json.loads(text(store, "runs/x/config.json"))
     with pytest.raises(UserError, match="learning_rate was 0.001 and is 0.5"):
-        claim("gs://bucket/runs/x", other, {key: trained[key] for key in ("student", "dataset")})
+        bind_config("gs://bucket/runs/x", other, {key: trained[key] for key in ("student", "dataset")})
     assert dict(store) == before
 
 
@@ -237,11 +237,11 @@ def test_a_folder_that_is_moved_aside_is_never_lost(server, store):
     for denied in ("POST", "DELETE"):
         server.refuse = lambda method, name, denied=denied: 403 if (method, name[-5:]) == (denied, "jsonl") else None
         with pytest.raises(UserError, match="access is refused"):
-            set_aside("gs://bucket/test", f"gs://bucket/test.{denied}")
+            archive("gs://bucket/test", f"gs://bucket/test.{denied}")
         whole = [name for name in ("test", f"test.{denied}") if all(f"{name}/{file}" in store for file in files)]
         assert whole, "a copy is whole at any time"
     server.refuse = lambda method, name: None
-    set_aside("gs://bucket/test", "gs://bucket/test.1")
+    archive("gs://bucket/test", "gs://bucket/test.1")
     left = {file: content for file, content in files.items() if file != "metrics.json"}
     assert {file: store[f"test.1/{file}"][1] for file in left} == left and not [
         n for n in store if n.startswith("test/")

@@ -15,11 +15,11 @@ from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
 from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import CATALOGUE, SHAPES
-from sqa_jax.models.params import leaves
+from sqa_jax.models.params import param_specs
 from sqa_jax.models.t5.config import T5Config
 from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision
 from sqa_jax.parallel.mesh import make_mesh
-from sqa_jax.runtime import make_decoder, start
+from sqa_jax.runtime import build_runtime, make_decoder
 
 # Millions of parameters on the models' cards.
 CARDS = {
@@ -69,7 +69,7 @@ def stand_in(config):
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_sizes_are_those_of_the_cards(name):
     config = CATALOGUE[name].config
-    assert round(sum(math.prod(leaf.shape) for leaf in leaves(config)) / 1e6) == CARDS[name]
+    assert round(sum(math.prod(leaf.shape) for leaf in param_specs(config)) / 1e6) == CARDS[name]
     assert from_hf(to_hf(config), name) == config
 
 
@@ -81,7 +81,7 @@ def test_a_small_model_of_its_kind_is_loaded_by_its_configuration(name, tmp_path
     config = settings(f"{name},lora,prompt")
     assert config.student.path == CATALOGUE[name].hub and config.adapter.methods == ("lora", "prompt")
     config.student.path, config.mesh.data = str(tmp_path / "model"), 8
-    runtime = start(config)
+    runtime = build_runtime(config)
     assert runtime.student.config == small
     tree = adapters.init_adapter(config.adapter, runtime.student.config, runtime.student.params, 0)
     assert set(tree) == {"lora", "prompt"}

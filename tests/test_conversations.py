@@ -1,4 +1,4 @@
-"""Conversations in one cache: what is read in parts, weighed and written equals reading everything anew."""
+"""DecodeSlots in one cache: what is read in parts, weighed and written equals reading everything anew."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from sqa_jax.adapters import adapter as adapters
 from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
-from sqa_jax.inference.decode_slots import Conversations, _round_up
+from sqa_jax.inference.decode_slots import DecodeSlots, _round_up
 from sqa_jax.inference.generate import Generator
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.parallel.mesh import make_mesh
 
 CONFIG = DecoderConfig(64, 32, 64, 2, 4, 2, 8, tie_embeddings=True, max_positions=512)
@@ -76,12 +76,12 @@ def test_a_continued_cache_weighs_as_reading_anew(base, methods):
     rng = np.random.default_rng(0)
     config, tree = adapted(base, *methods) if methods else (default().adapter, {})
     conversations, reference = (
-        Conversations(config, DECODER, MESH, 3, PLACES + 80, (3,), MOST),
+        DecodeSlots(config, DECODER, MESH, 3, PLACES + 80, (3,), MOST),
         Reference(config, tree, base),
     )
     common = ids(rng, 16)[0]
-    virtual = adapters.virtual_tokens(config).count
-    said = {row: with_virtual(common + own, virtual) for row, own in enumerate(ids(rng, 5, 120, 31))}
+    virtual = adapters.soft_prompt_tokens(config).count
+    said = {row: with_soft_tokens(common + own, virtual) for row, own in enumerate(ids(rng, 5, 120, 31))}
     begun = conversations.start(tree, base, list(said.values()))
     assert conversations.begun >= 16
     pending = dict(enumerate(begun))
@@ -105,7 +105,7 @@ def test_rows_are_used_again_and_see_nothing_of_what_was_there(base):
     rng = np.random.default_rng(1)
     settings_, tree = adapted(base, "lora")
     conversations, reference = (
-        Conversations(settings_, DECODER, MESH, 1, PLACES, (3,), MOST),
+        DecodeSlots(settings_, DECODER, MESH, 1, PLACES, (3,), MOST),
         Reference(settings_, tree, base),
     )
     for opening in conversations.start(tree, base, ids(rng, 90, 6, 40)):
@@ -121,7 +121,7 @@ def test_written_text_is_what_generation_writes_and_is_gone_on_from(base):
     rng = np.random.default_rng(2)
     settings_, tree = adapted(base, "lora")
     conversations, reference = (
-        Conversations(settings_, DECODER, MESH, 3, PLACES, (3,), MOST),
+        DecodeSlots(settings_, DECODER, MESH, 3, PLACES, (3,), MOST),
         Reference(settings_, tree, base),
     )
     said = dict(enumerate(ids(rng, 30, 12, 55)))
@@ -146,7 +146,7 @@ def test_rows_begin_to_write_while_others_are_writing(base):
     rng = np.random.default_rng(5)
     settings_, tree = adapted(base, "lora")
     ends = tuple(range(3, 15))
-    conversations = Conversations(settings_, DECODER, MESH, 3, PLACES, ends, MOST)
+    conversations = DecodeSlots(settings_, DECODER, MESH, 3, PLACES, ends, MOST)
     reference = Reference(settings_, tree, base, ends)
     coming = iter(ids(rng, 30, 12, 55, 20, 9, 41, 17, 33, 8, 26))
     conversations.start(tree, base, [[1], [2]])
@@ -167,7 +167,7 @@ def test_rows_begin_to_write_while_others_are_writing(base):
 
 
 def test_writing_stops_at_the_last_place(base):
-    conversations = Conversations(default().adapter, DECODER, MESH, 1, 24, (), 100)
+    conversations = DecodeSlots(default().adapter, DECODER, MESH, 1, 24, (), 100)
     conversations.start({}, base, [list(range(1, 21))])
     conversations.tell(0, list(range(1, 20)))
     read_all(conversations)
@@ -176,7 +176,7 @@ def test_writing_stops_at_the_last_place(base):
 
 
 def test_what_does_not_fit_is_refused(base):
-    conversations = Conversations(default().adapter, DECODER, MESH, 1, 10, (3,), MOST)
+    conversations = DecodeSlots(default().adapter, DECODER, MESH, 1, 10, (3,), MOST)
     conversations.start({}, base, [[1, 2, 3]])
     with pytest.raises(ValueError, match="do not fit"):
         conversations.tell(0, [1] * 8, [[1, 2], [3]])

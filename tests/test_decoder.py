@@ -20,7 +20,7 @@ from sqa_jax.checkpoints.sources import SafetensorsSource
 from sqa_jax.checkpoints.weights import read_params, save_safetensors
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.layers.kv_cache import Adaptation, init_cache
-from sqa_jax.models.params import build, leaves
+from sqa_jax.models.params import build, param_specs
 
 ALL = FAMILIES | VARIANTS
 FEW = pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_module_initialises_the_tree_that_files_are_read_into(pair):
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), one, one, one, method="logits"))["params"]
     expected = build(decoder.config, lambda leaf: leaf.shape)
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == expected
-    assert len(leaves(decoder.config)) == len(jax.tree.leaves(params))
+    assert len(param_specs(decoder.config)) == len(jax.tree.leaves(params))
 
 
 def test_saved_weights_load_in_transformers(pair, tmp_path):

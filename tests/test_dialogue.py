@@ -1,4 +1,4 @@
-"""Conversations as ids: three forms, each read back as it was written."""
+"""DecodeSlots as ids: three forms, each read back as it was written."""
 
 from __future__ import annotations
 

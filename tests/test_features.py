@@ -16,8 +16,8 @@ from sqa_jax.checkpoints.load import load_student
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.inference import features as cached
-from sqa_jax.models.vision.adapter import Computation
-from sqa_jax.models.vision.encode import see
+from sqa_jax.models.vision.adapter import ComputeConfig
+from sqa_jax.models.vision.encode import encode_images
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.processes import main_first
 from sqa_jax.parallel.rules import shardings
@@ -54,8 +54,8 @@ def test_features_are_what_the_tower_sees_of_each_picture(alone):
     pictures, found = alone
     runtime, vision = runtime_on(1), pictures.vision
     assert found.shape == (pictures.firsts[-1], 64) and len(pictures.sizes) == 11
-    run = jax.jit(lambda params, batch: see(vision, params, batch, Computation()))
-    rows = cached.PictureRows(pictures)
+    run = jax.jit(lambda params, batch: encode_images(vision, params, batch, ComputeConfig()))
+    rows = cached.ImageBatcher(pictures)
     for number in (0, 4, 10):
         span = slice(*pictures.firsts[number : number + 2])
         _, row = rows(np.arange(span.start, span.stop) + pictures.vocabulary, 64)

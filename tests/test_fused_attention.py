@@ -16,8 +16,8 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.layers.attention import attend, near, visibility
-from sqa_jax.models.layers.blockwise_attention import attend_in_blocks
+from sqa_jax.models.layers.attention import attention_mask, dot_product_attention, sliding_window_mask
+from sqa_jax.models.layers.blockwise_attention import blockwise_attention
 from sqa_jax.models.layers.kernels import fused_attention
 from sqa_jax.parallel.mesh import make_mesh
 
@@ -43,7 +43,7 @@ def packed(rows):
 
 def seen(segments):
     slots = jnp.broadcast_to(jnp.arange(T), segments.shape)
-    return visibility(segments, segments, slots, slots)
+    return attention_mask(segments, segments, slots, slots)
 
 
 def outputs_and_gradients(attention, query, key, value, segments):
@@ -67,13 +67,15 @@ def test_splash_equals_plain_attention(shape, softcap, windowed):
     student = dataclasses.replace(CONFIG, attention_softcap=softcap, window=10)
     visible, places = seen(segments), jnp.broadcast_to(jnp.arange(T), segments.shape)
     if windowed:
-        visible &= near(places, places, student.window)
+        visible &= sliding_window_mask(places, places, student.window)
     devices = mesh(shape, jax.devices()[: np.prod(shape)])
     splash = fused_attention("splash", student, jnp.float32, devices)
     ours = outputs_and_gradients(
         lambda *qkv: splash(*qkv, segments, None, jnp.asarray(windowed)), query, key, value, segments
     )
-    plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible, softcap), query, key, value, segments)
+    plain = outputs_and_gradients(
+        lambda *qkv: dot_product_attention(*qkv, visible, softcap), query, key, value, segments
+    )
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
@@ -83,9 +85,11 @@ def test_blocks_of_queries_change_nothing(softcap, causal):
     query, key, value, segments = packed(2)
     visible = seen(segments) if causal else (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
     ours = outputs_and_gradients(
-        lambda *qkv: attend_in_blocks(*qkv, visible, softcap, causal), query, key, value, segments
+        lambda *qkv: blockwise_attention(*qkv, visible, softcap, causal), query, key, value, segments
     )
-    plain = outputs_and_gradients(lambda *qkv: attend(*qkv, visible, softcap), query, key, value, segments)
+    plain = outputs_and_gradients(
+        lambda *qkv: dot_product_attention(*qkv, visible, softcap), query, key, value, segments
+    )
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
@@ -106,7 +110,7 @@ def test_a_decoder_with_splash_is_the_same_decoder(methods):
 
     def hidden(fused):
         def read(base, adapter):
-            adaptation = adapters.activate(config.adapter, adapter, CONFIG)
+            adaptation = adapters.adapter_inputs(config.adapter, adapter, CONFIG)
             return Decoder(CONFIG, fused=fused).apply({"params": base}, tokens, positions, segments, adaptation)[0]
 
         return np.where((segments > 0)[..., None], jax.jit(read)(base, adapter), 0)

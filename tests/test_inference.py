@@ -20,7 +20,7 @@ from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 
@@ -89,10 +89,10 @@ def test_soft_prompts_and_prefixes_are_seen(base, method):
     settings_ = adapter_settings(method)
     tree = adapters.init_adapter(settings_, CONFIG, base, 0)
     scorer = LikelihoodScorer(settings_, Decoder(CONFIG), MESH, 48, 2)
-    virtual = adapters.virtual_tokens(settings_).count
-    choices = [choice._replace(prompt=with_virtual(choice.prompt, virtual)) for choice in CHOICES]
+    virtual = adapters.soft_prompt_tokens(settings_).count
+    choices = [choice._replace(prompt=with_soft_tokens(choice.prompt, virtual)) for choice in CHOICES]
     together = dict(scorer(tree, base, choices))
-    begun = [choice._replace(prompt=with_virtual([7, 8, 9] * 6 + choice.prompt, virtual)) for choice in CHOICES[:3]]
+    begun = [choice._replace(prompt=with_soft_tokens([7, 8, 9] * 6 + choice.prompt, virtual)) for choice in CHOICES[:3]]
     alone = [option for choice in begun for _, option in scorer(tree, base, [choice])]
     for ours, theirs in zip([p for _, p in sorted(scorer(tree, base, begun))], alone, strict=True):
         for together_, alone_ in zip(ours, theirs, strict=True):
@@ -176,7 +176,7 @@ def rereading(settings_, tree, base, prompts, eos, count):
             tokens,
             positions,
             (positions < length).astype(int),
-            adapters.activate(settings_, tree, CONFIG),
+            adapters.adapter_inputs(settings_, tree, CONFIG),
             method="logits",
         )
         return jnp.argmax(out[0, length - 1])
@@ -201,8 +201,8 @@ BEGUN = [[7, 8, 9] * 6 + prompt for prompt in ids(5, 11, 90, 1, 21)]  # they sha
 @pytest.mark.parametrize("methods", [(), ("prefix",), ("prompt",), ("prefix", "prompt", "lora")])
 def test_generation_equals_rereading_everything(base, adapted, methods):
     settings_, tree = adapter_settings(*methods), {name: adapted[1][name] for name in methods}
-    virtual = adapters.virtual_tokens(settings_).count
-    mixed, begun = ([with_virtual(prompt, virtual) for prompt in prompts] for prompts in (MIXED, BEGUN))
+    virtual = adapters.soft_prompt_tokens(settings_).count
+    mixed, begun = ([with_soft_tokens(prompt, virtual) for prompt in prompts] for prompts in (MIXED, BEGUN))
     free = rereading(settings_, tree, base, mixed + begun, (), 10)
     eos = (free[1][0], next(t[4] for t in free.values() if t[4] not in t[:4] and free[1][0] not in t))
     expected = rereading(settings_, tree, base, mixed + begun, eos, 10)
@@ -310,13 +310,13 @@ def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
     from sqa_jax.batches.dataset import encoder_for, load_config_problems
     from sqa_jax.inference.answer import answers
     from sqa_jax.prompts.formats import Format
-    from sqa_jax.runtime import start
+    from sqa_jax.runtime import build_runtime
 
     config = default()
     config.student.path, config.recipe.format, config.recipe.max_prompt = "random:tiny", "QCM-EA", 700
     config.eval.temperature = 3.0  # greedy, random weights write nothing that can be seen
     config.eval.max_new_tokens, config.eval.batch_questions, config.eval.batch_rows = 12, 2, 8
-    runtime = start(config)
+    runtime = build_runtime(config)
     problems, base = load_config_problems(config).split("test")[:6], runtime.student.params
     found = {one.index: (one.answer, one.text) for one in answers(config, runtime)({}, base, problems)}
     assert sorted(found) == list(range(6))
@@ -360,9 +360,9 @@ def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
     ],
 )
 def test_a_way_of_answering_that_the_format_does_not_allow(fmt, mode, words):
-    from sqa_jax.inference.answer import way
+    from sqa_jax.inference.answer import answer_mode
 
     config = default()
     config.recipe.format, config.eval.mode = fmt, mode
     with pytest.raises(UserError, match=words):
-        way(config)
+        answer_mode(config)

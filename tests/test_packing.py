@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sqa_jax.batches.loader import PackedRows, make_loader
 from sqa_jax.batches.packing import Limits, choose_limits, pack_row
 from sqa_jax.errors import UserError
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 
 
 def make(seed, count, longest=60, virtual=0, row=128, data_seed=0):
@@ -18,7 +18,7 @@ def make(seed, count, longest=60, virtual=0, row=128, data_seed=0):
     prompts, targets = rng.integers(1, longest // 2, count), rng.integers(1, longest // 2, count)
     tokens = [rng.integers(1, 1000, p + t).astype(np.int32) for p, t in zip(prompts, targets, strict=True)]
     pids = [str(k) for k in range(count)]
-    tokens, prompts = [np.asarray(with_virtual(own, virtual)) for own in tokens], prompts + virtual
+    tokens, prompts = [np.asarray(with_soft_tokens(own, virtual)) for own in tokens], prompts + virtual
     limits = choose_limits(prompts + targets, targets, row, pids)
     return PackedRows(tokens, prompts, pids, limits, 0, seed)
 

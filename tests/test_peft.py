@@ -91,7 +91,7 @@ def test_what_is_missing_in_rank_and_layers_has_no_gradient(llama, tmp_path):
     places = np.tile(np.arange(TOKENS.shape[1]), (2, 1))
 
     def loss(tree):
-        adaptation = adapters.activate(settings, tree, student)
+        adaptation = adapters.adapter_inputs(settings, tree, student)
         out, _ = Decoder(student).apply({"params": llama.student.params}, TOKENS, places, np.ones_like(TOKENS), adaptation, method="logits")  # fmt: skip
         return jnp.square(out).mean()
 
@@ -157,7 +157,7 @@ def test_ours_to_peft_to_ours_is_equal_bit_for_bit(llama, tmp_path, methods, opt
     settings, tree = made_here(llama, methods, **options)
     again, read = llama.ours(written(llama, settings, tree, tmp_path / "peft"))
     if "prefix" in tree:  # PEFT knows what the reparametrisation puts out, not what it is made of
-        tree = {**tree, "prefix": adapters.activate(settings, tree, llama.student.config).prefix}
+        tree = {**tree, "prefix": adapters.adapter_inputs(settings, tree, llama.student.config).prefix}
     jax.tree.map(np.testing.assert_array_equal, read, tree)
     assert again.methods == methods
     if "lora" in methods:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
-from sqa_jax.batches.images import PictureRows, PictureSet, load_pictures
+from sqa_jax.batches.images import ImageBatcher, ImageStore, load_pictures
 from sqa_jax.batches.loader import packed_rows
 from sqa_jax.checkpoints.load import load_student, student_config
 from sqa_jax.checkpoints.tokenizer import load_tokenizer
@@ -31,7 +31,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
 from sqa_jax.files import read_jsonl, write_json
 from sqa_jax.models.catalogue import SHAPES
-from sqa_jax.models.vision.registry import module_of
+from sqa_jax.models.vision.registry import vision_family
 from sqa_jax.preprocess import describe
 from tests.vision_pair import png, problem
 
@@ -39,7 +39,7 @@ SEEING = ("paligemma-tiny", "smolvlm-tiny", "qwen2-vl-tiny")
 VISION = SHAPES["qwen2-vl-tiny"].vision
 
 
-def load(cache, problems, vision=VISION) -> PictureSet:
+def load(cache, problems, vision=VISION) -> ImageStore:
     return load_pictures(cache, vision, 1000, problems)
 
 
@@ -126,7 +126,7 @@ def test_every_form_of_a_picture_is_the_picture(name, tmp_path):
     found = load(tmp_path, [problem(pid, content) for pid, (content, _) in pairs.items()], vision)
     assert not found.failed
     for pid, (_, expected) in pairs.items():
-        made = module_of(vision).picture(vision, expected)
+        made = vision_family(vision).picture(vision, expected)
         number = found.number_of[pid]
         np.testing.assert_array_equal(found.pieces_of(number), made.pieces, err_msg=pid)
         assert found.sizes[number].tolist() == [len(made.pieces), made.rows, made.columns]
@@ -134,7 +134,7 @@ def test_every_form_of_a_picture_is_the_picture(name, tmp_path):
 
 def test_each_content_is_decoded_once(tmp_path, monkeypatch):
     """Of one set and of the runs after it; another set that shares pictures with it has the same pieces."""
-    module, count = module_of(VISION), collections.Counter()
+    module, count = vision_family(VISION), collections.Counter()
 
     def picture(vision, image, own=module.picture):
         count[image.size] += 1
@@ -163,7 +163,7 @@ def test_fingerprint_says_which_question_shows_what(tmp_path):
 
 
 def test_interrupted_nothing_is_left(tmp_path, monkeypatch):
-    problems, module = [problem(str(k), png(k, (40, 40))) for k in range(20)], module_of(VISION)
+    problems, module = [problem(str(k), png(k, (40, 40))) for k in range(20)], vision_family(VISION)
 
     def picture(vision, image, own=module.picture, left=iter(range(7))):  # noqa: B008
         if next(left, None) is None:
@@ -180,9 +180,9 @@ def test_interrupted_nothing_is_left(tmp_path, monkeypatch):
 
 KILLED = """
 import itertools, os, signal, sys
-from tests.test_pictures import load, module_of, png, problem, VISION
+from tests.test_pictures import load, vision_family, png, problem, VISION
 from pathlib import Path
-module, seen = module_of(VISION), itertools.count()
+module, seen = vision_family(VISION), itertools.count()
 def picture(vision, image, own=module.picture):
     if next(seen) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -321,13 +321,13 @@ def test_training_drops_and_counts_them(directory, tmp_path):
     assert "pictures:        2 distinct of 2 questions, 0.1 MB" in said
     # The first row is shown as it is read: four tiles of 4 features, row by row, and the whole.
     assert "<row_1_col_2><image 4>" in said and "<global-img><image 4><fake_token_around_image>" in said
-    rows = packed_rows(dataset, config, 0, pictures=PictureRows(pictures))
+    rows = packed_rows(dataset, config, 0, pictures=ImageBatcher(pictures))
     assert rows.rows_of_epoch(0) > 0
     config.train.row_length = 128
     with pytest.raises(
         UserError, match="question train1 takes .* 2 questions do not fit .* config.student.picture_tokens"
     ):
-        packed_rows(dataset, config, 0, pictures=PictureRows(pictures))
+        packed_rows(dataset, config, 0, pictures=ImageBatcher(pictures))
     # Fetched since, they make other rows.
     file = directory / "images" / "train" / "train0" / "image.png"
     file.parent.mkdir()

@@ -19,7 +19,7 @@ from sqa_jax.evaluate import evaluate
 from sqa_jax.metrics.bag_of_words import predict
 from sqa_jax.metrics.intervals import mcnemar
 from sqa_jax.metrics.leaderboard import read_predictions, score
-from sqa_jax.runtime import start
+from sqa_jax.runtime import build_runtime
 from sqa_jax.train import train
 
 SOURCES = ("pictures", "pictures-shifted")
@@ -124,7 +124,7 @@ def test_a_student_that_sees_learns_what_its_blind_twin_cannot(colours, tmp_path
             "train.eval_every": 0, "train.save_every": 0, "eval.val_limit": 16,
         }
     )  # fmt: skip
-    runtime = start(config)
+    runtime = build_runtime(config)
     right = {}
     for images in ("ignore", "drop"):
         config.data.images = images

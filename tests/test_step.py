@@ -19,7 +19,7 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.parallel.mesh import check_rows, make_mesh, own_rows, place_rows, replicated
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.training.loss import row_losses
@@ -54,7 +54,7 @@ def batch(rows, virtual=0, accumulate=1):
     """24 sequences in `rows` packed rows, unevenly: [accumulate, rows / accumulate, …]."""
     dealt = np.array_split(np.arange(24), rows)
     limits = Limits(96 + 8 * virtual, 56)
-    sequences = [np.asarray(with_virtual(sequence, virtual)) for sequence in SEQUENCES]
+    sequences = [np.asarray(with_soft_tokens(sequence, virtual)) for sequence in SEQUENCES]
     made = [pack_row([sequences[k] for k in own], [virtual + PROMPTS[k] for k in own], limits, 0) for own in dealt]
     stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
     return {name: a.reshape(accumulate, rows // accumulate, *a.shape[1:]) for name, a in stacked.items()}
@@ -139,7 +139,7 @@ def trained(methods, shape, devices=None):
     """Losses and adapter of some steps on a mesh of that shape, in however many processes."""
     config = settings_for(*methods)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = shape
-    data = batch(8, virtual=adapters.virtual_tokens(config.adapter).count)
+    data = batch(8, virtual=adapters.soft_prompt_tokens(config.adapter).count)
     losses, adapter, _ = run(config, random_params(CONFIG, 0), data, make_mesh(config.mesh, devices))
     return losses, adapter
 

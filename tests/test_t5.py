@@ -29,7 +29,7 @@ from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
 from sqa_jax.models.catalogue import CATALOGUE, SHAPES
 from sqa_jax.models.flops import forward_flops
 from sqa_jax.models.params import build, linear_layers
-from sqa_jax.models.soft_tokens import with_virtual
+from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.models.t5.config import from_hf, to_hf
 from sqa_jax.models.t5.model import T5, distance_buckets
 from sqa_jax.models.t5.split import split
@@ -100,7 +100,7 @@ def reference(model, prompt, target):
 
 def packed(sequences, length, room, virtual=0):
     """A row of (prompt, target) sequences as training packs them, with a leading dimension of one row."""
-    tokens = [np.array(with_virtual([*prompt, START, *target], virtual), int) for prompt, target in sequences]
+    tokens = [np.array(with_soft_tokens([*prompt, START, *target], virtual), int) for prompt, target in sequences]
     row = pack_row(tokens, [virtual + len(prompt) + 1 for prompt, _ in sequences], Limits(length, room), START)
     return {name: jnp.asarray(values[None]) for name, values in row.items()}
 
@@ -232,9 +232,9 @@ def reread(model, prompt):
 def equals(model, greedy, student, settings_, tree, params):
     """Likelihoods of options that are branches of packed rows, and texts from a cache whose rows are refilled."""
     scorer = LikelihoodScorer(settings_, student, MESH, 96, 2)
-    virtual = adapters.virtual_tokens(settings_).count if "prompt" in tree else 0
-    prompts = [with_virtual(prompt, virtual) for prompt in PROMPTS]
-    found = dict(scorer(tree, params, [Choice(with_virtual(c.prompt, virtual), c.options) for c in CHOICES]))
+    virtual = adapters.soft_prompt_tokens(settings_).count if "prompt" in tree else 0
+    prompts = [with_soft_tokens(prompt, virtual) for prompt in PROMPTS]
+    found = dict(scorer(tree, params, [Choice(with_soft_tokens(c.prompt, virtual), c.options) for c in CHOICES]))
     assert sorted(found) == list(range(len(CHOICES)))
     for index, log_probs in found.items():
         for ours, theirs in zip(log_probs, scores(model, CHOICES[index]), strict=True):
@@ -283,7 +283,7 @@ def test_lora_equals_peft(flan):
     read = jax.jit(
         lambda p, adapted: student.apply({"params": p}, row["tokens"], row["positions"], row["segments"], adapted)[0]
     )
-    one = read(params, adapters.activate(settings_, tree, student.config))
+    one = read(params, adapters.adapter_inputs(settings_, tree, student.config))
     other = read(merged, adapters.Adaptation())
     np.testing.assert_allclose(one, other, atol=1e-3)
 

@@ -14,7 +14,7 @@ from sqa_jax.config import default
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import SHAPES
-from sqa_jax.models.vision.registry import module_of
+from sqa_jax.models.vision.registry import vision_family
 from sqa_jax.teach.__main__ import teach
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.student import StudentTeacher
@@ -197,7 +197,7 @@ def test_a_student_that_sees_is_shown_the_images(tmp_path, capsys):
     longer = {pid: row["prompt_tokens"] - rows[False][pid]["prompt_tokens"] for pid, row in rows[True].items()}
     vision = SHAPES["qwen2-vl-tiny"].vision
     for k in (1, 3):
-        picture = module_of(vision).picture(vision, Image.new("RGB", (3 + k, 5)))
+        picture = vision_family(vision).picture(vision, Image.new("RGB", (3 + k, 5)))
         assert longer[f"q{k}"] == len(picture.pieces) * vision.features_of_piece + 2 > 2  # between two marks
         assert rows[True][f"q{k}"]["raw"] != rows[False][f"q{k}"]["raw"]
     for k in (0, 2, 4):

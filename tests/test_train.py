@@ -202,13 +202,13 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(tmp_path, monkeypatc
 
 def test_validation_questions_that_fit_into_no_row(tmp_path):
     from sqa_jax.data.sources import load_problems
-    from sqa_jax.models.soft_tokens import NO_VIRTUAL
-    from sqa_jax.runtime import start
+    from sqa_jax.models.soft_tokens import NO_SOFT_PROMPT
+    from sqa_jax.runtime import build_runtime
     from sqa_jax.training.validate import Validator
 
     config = tiny_config(tmp_path, **{"train.row_length": 64})
     with pytest.raises(UserError, match="none of the 4 questions of 'val' fits into a row of 64 tokens.*raise"):
-        Validator(config, start(config), load_problems("sample").split("val")[:4], NO_VIRTUAL)
+        Validator(config, build_runtime(config), load_problems("sample").split("val")[:4], NO_SOFT_PROMPT)
 
 
 def command(config, workdir):

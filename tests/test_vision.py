@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sqa_jax.batches.images import PictureRows
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.loader import pack
 from sqa_jax.checkpoints.hf_config import from_hf, to_hf
 from sqa_jax.checkpoints.weights import save_safetensors
@@ -16,8 +16,8 @@ from sqa_jax.config import default
 from sqa_jax.inference.generate import Generator, trim
 from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
 from sqa_jax.models.decoder import Decoder
-from sqa_jax.models.vision.adapter import Computation
-from sqa_jax.models.vision.encode import see
+from sqa_jax.models.vision.adapter import ComputeConfig
+from sqa_jax.models.vision.encode import encode_images
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.training.loss import row_losses
 from tests.vision_pair import MODELS, VisionPair
@@ -53,9 +53,9 @@ def test_packed_rows_have_the_reference_loss(pair):
     """Sequences with one, two, the same and no pictures share rows; the loss is the targets' likelihood in PyTorch."""
     targets = [words(n) for n in (4, 7, 3, 5)]
     sequences = [prompt + target for prompt, target in zip(pair.prompts, targets, strict=True)]
-    config, rows = pair.student.config, PictureRows(pair.shown)
+    config, rows = pair.student.config, ImageBatcher(pair.shown)
     lengths = np.array(list(map(len, pair.prompts)))
-    packed = pack(sequences, lengths, list("abcd"), 400, 0, 0, config.prompt_both_ways, rows)
+    packed = pack(sequences, lengths, list("abcd"), 400, 0, 0, config.prefix_lm, rows)
     made = [packed[k] for k in range(packed.rows_of_epoch(0))]
     batch = {name: jnp.asarray(np.stack([row[name] for row in made])) for name in made[0]}
     settings, decoder = default().adapter, Decoder(config)
@@ -65,7 +65,7 @@ def test_packed_rows_have_the_reference_loss(pair):
     expected = [likelihoods(pair, *one).sum() for one in zip(pair.prompts, targets, strict=True)]
     np.testing.assert_allclose(losses.sum(), -np.sum(expected), rtol=1e-5)
     # The same from features that are known beforehand.
-    known = jax.jit(lambda base, batch: see(config.vision, base["vision"], batch, Computation()))(
+    known = jax.jit(lambda base, batch: encode_images(config.vision, base["vision"], batch, ComputeConfig()))(
         pair.student.params, batch
     )
     rest = {name: a for name, a in batch.items() if name not in ("tiles", "patches", "coordinates", "pictures")}
@@ -79,7 +79,7 @@ def test_packed_rows_have_the_reference_loss(pair):
 
 def test_options_are_scored_as_by_the_reference(pair):
     options = [[7, 8, 9], [7, 8, 30, 31], [90]]
-    scorer = LikelihoodScorer(default().adapter, Decoder(pair.student.config), MESH, 512, 2, PictureRows(pair.shown))
+    scorer = LikelihoodScorer(default().adapter, Decoder(pair.student.config), MESH, 512, 2, ImageBatcher(pair.shown))
     found = dict(scorer({}, pair.student.params, [Choice(prompt, options) for prompt in pair.prompts]))
     for index, prompt in enumerate(pair.prompts):
         for option, ours in zip(options, found[index], strict=True):
@@ -100,7 +100,7 @@ def test_greedy_texts_are_the_reference_s(pair):
     free = [greedy(pair, prompt, 12) for prompt in pair.prompts]
     end = next(text[4] for text in free if text[4] not in text[:4])
     generator = Generator(
-        default().adapter, Decoder(pair.student.config), MESH, (end,), 12, 2, pictures=PictureRows(pair.shown)
+        default().adapter, Decoder(pair.student.config), MESH, (end,), 12, 2, pictures=ImageBatcher(pair.shown)
     )
     found = dict(generator({}, pair.student.params, pair.prompts))
     assert found == {k: trim(np.asarray(text), (end,)) for k, text in enumerate(free)}

@@ -24,7 +24,7 @@ from sqa_jax.adapters.nearest import nearest
 from sqa_jax.adapters.peft_format import lora_modules, to_peft, write_peft
 from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.batches.dataset import encoder_for
-from sqa_jax.batches.images import PictureRows, load_pictures
+from sqa_jax.batches.images import ImageBatcher, load_pictures
 from sqa_jax.batches.loader import pack
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
@@ -34,12 +34,12 @@ from sqa_jax.errors import UserError
 from sqa_jax.evaluate import evaluate
 from sqa_jax.export import export
 from sqa_jax.inference.generate import Generator
-from sqa_jax.models.api import seen
+from sqa_jax.models.api import extra_model_inputs
 from sqa_jax.models.catalogue import CATALOGUE, SHAPES
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.params import tower_layers
-from sqa_jax.models.segments import BOTH_WAYS
-from sqa_jax.models.soft_tokens import Virtual
+from sqa_jax.models.segments import PREFIX_LM
+from sqa_jax.models.soft_tokens import SoftPromptTokens
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.prompts.encode import Encoder
@@ -94,18 +94,18 @@ def reader(pair, settings):
     decoder = Decoder(config)
 
     def read(tree, base, batch):
-        adaptation = adapters.activate(settings, tree, config)
+        adaptation = adapters.adapter_inputs(settings, tree, config)
         places = jnp.arange(batch["tokens"].shape[1])[None]
-        more = seen(decoder, base, batch, adaptation)
+        more = extra_model_inputs(decoder, base, batch, adaptation)
         arguments = (batch["tokens"], places, jnp.ones_like(places), adaptation)
         return decoder.apply({"params": base}, *arguments, **more, method="logits")[0][0]
 
-    compiled, rows = jax.jit(read), PictureRows(pair.shown)
+    compiled, rows = jax.jit(read), ImageBatcher(pair.shown)
 
     def of(tree, ids):
         batch = rows.of_rows({"tokens": np.asarray([ids])}, rows.room(rows.count(ids)))
-        if config.prompt_both_ways:
-            batch["branches"] = BOTH_WAYS * (np.arange(len(ids)) < len(ids) - TARGET)[None]
+        if config.prefix_lm:
+            batch["branches"] = PREFIX_LM * (np.arange(len(ids)) < len(ids) - TARGET)[None]
         return np.asarray(compiled(tree, pair.student.params, batch))
 
     return of
@@ -253,7 +253,7 @@ def test_prompt_in_front_of_a_picture_and_behind_it(pair, tmp_path):
     tree = shaken(settings, config, student.params)
     trained, read = torch.tensor(np.array(tree["prompt"]["embedding"])), reader(pair, settings)
     for behind in (False, True):
-        ids = Virtual(4, behind).put(pair.ids, pair.prompt.behind_picture)
+        ids = SoftPromptTokens(4, behind).put(pair.ids, pair.prompt.behind_picture)
         features = [place for place, token in enumerate(ids) if token >= config.vocab_size]
         virtual = [place for place, token in enumerate(ids) if token < 0]
         assert virtual[0] > features[-1] if behind else virtual == [0, 1, 2, 3]
@@ -349,7 +349,7 @@ def batch_of(request, tmp_path_factory):
     student = load_student(f"random:{request.param}")
     pictures = load_pictures(tmp_path_factory.mktemp("pictures"), student.config.vision, student.config.vocab_size, [problem("0", png(0, (50, 40)))])  # fmt: skip
     prompt = [*pictures.prompt("0", student.tokenizer), *range(10, 20)]
-    rows = pack([[*prompt, 30, 31, 32]], np.array([len(prompt)]), ["0"], 128, 0, 0, False, PictureRows(pictures))
+    rows = pack([[*prompt, 30, 31, 32]], np.array([len(prompt)]), ["0"], 128, 0, 0, False, ImageBatcher(pictures))
     return student, {name: jnp.asarray(array)[None] for name, array in rows[0].items()}
 
 
@@ -473,7 +473,7 @@ def test_exports_answer_as_the_student(published):
     pictures = load_pictures(root, student.config.vision, student.config.vocab_size, [shown])
     (prompt,) = encoder_for(config, student.tokenizer, pictures).encode([shown], [arm_format(config.recipe)])
     mesh = make_mesh(default().mesh, jax.devices()[:1])
-    generator = Generator(settings, Decoder(student.config), mesh, student.eos_ids, 6, 1, pictures=PictureRows(pictures))  # fmt: skip
+    generator = Generator(settings, Decoder(student.config), mesh, student.eos_ids, 6, 1, pictures=ImageBatcher(pictures))  # fmt: skip
     ((_, ids),) = generator(tree, student.params, [prompt.tokens])
     for kind in ("peft", "hf"):
         out = root / kind

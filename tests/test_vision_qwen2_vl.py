@@ -25,11 +25,11 @@ from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.checkpoints.weights import _read_boxes
 from sqa_jax.data.image import rgb
 from sqa_jax.errors import UserError
-from sqa_jax.models.layers.attention import picture_positions
+from sqa_jax.models.layers.attention import mrope_positions
 from sqa_jax.models.vision import qwen2_vl
-from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
-from sqa_jax.models.vision.encode import see as see_unjitted
-from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision, leaves, picture, places, row_arrays
+from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
+from sqa_jax.models.vision.encode import encode_images as see_unjitted
+from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision, param_specs, picture, places, row_arrays
 from sqa_jax.models.vision.qwen2_vl.encoder import Qwen2VLTower
 from sqa_jax.models.vision.qwen2_vl.preprocess import coordinates
 
@@ -71,7 +71,7 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 def read_tower(directory, vision: Qwen2VLVision):
     source, tree = RenamedSource(SafetensorsSource(directory), qwen2_vl.NAMES), {}
-    for leaf in leaves(vision):
+    for leaf in param_specs(vision):
         node = tree
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
@@ -118,10 +118,10 @@ see = jax.jit(see_unjitted, static_argnums=(0, 3))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def run(vision, remat, params, batch, adaptation=UNADAPTED):
+def run(vision, remat, params, batch, adaptation=NO_VISION_ADAPTER):
     colours = jnp.moveaxis(vision.pixels.normalised(jnp.moveaxis(batch["patches"], 3, -1)), -1, 3)
     frames = colours[:, :, :, :, None].repeat(2, axis=4).reshape(1, -1, np.prod(vision.patch_shape))
-    tower = Qwen2VLTower(vision, Computation(remat=remat))
+    tower = Qwen2VLTower(vision, ComputeConfig(remat=remat))
     return tower.apply({"params": params}, frames, batch["coordinates"], batch["pictures"], adaptation)
 
 
@@ -136,10 +136,10 @@ def test_features_of_pictures_in_one_row_and_alone(pair, pictures):
     model, vision, params = pair
     assert {(one.rows, one.columns) for one in pictures} == {(4, 8), (10, 2)}
     expected = reference(model, vision, pictures).numpy()
-    together = see(vision, params, batch(vision, pictures, 16), Computation())
+    together = see(vision, params, batch(vision, pictures, 16), ComputeConfig())
     np.testing.assert_allclose(together[0, : len(expected)], expected, atol=1e-4)
     for one, own in zip(pictures, np.split(expected, [len(pictures[0].pieces)]), strict=True):
-        alone = see(vision, params, batch(vision, [one], 16), Computation())
+        alone = see(vision, params, batch(vision, [one], 16), ComputeConfig())
         np.testing.assert_allclose(alone[0, : len(own)], own, atol=1e-4)
 
 
@@ -167,7 +167,7 @@ def test_deep_prompts_and_their_gradient(pair, pictures, remat):
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def ours(prompts):
-        made = see(vision, params, rows, Computation(remat=remat), TowerAdaptation(prompts))[0, : len(expected)]
+        made = see(vision, params, rows, ComputeConfig(remat=remat), VisionAdapter(prompts))[0, : len(expected)]
         return (made**2).sum(), made
 
     (_, made), own_slope = ours(jnp.asarray(prompts.detach().numpy()))
@@ -196,7 +196,7 @@ def test_lora_in_the_tower_is_pefts(pair, pictures):
 
     lora = {layer: {"a": stack(layer, "A"), "b": stack(layer, "B")} for layer in layers}
     expected = reference(adapted.base_model.model, vision, pictures).numpy()
-    made = run(vision, "none", params, batch(vision, pictures, 16), TowerAdaptation(lora=lora))
+    made = run(vision, "none", params, batch(vision, pictures, 16), VisionAdapter(lora=lora))
     np.testing.assert_allclose(made[0, : len(expected)], expected, atol=1e-4)
     assert np.abs(expected - reference(model, vision, pictures).numpy()).max() > 0.1
 
@@ -210,7 +210,7 @@ def test_published_shapes_names_and_size():
             transformers.Qwen2VLConfig.from_dict(copy.deepcopy(PUBLISHED))
         )
     theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    tower = {name: leaf.file_shape for leaf in leaves(vision) for name in leaf.names}
+    tower = {name: leaf.file_shape for leaf in param_specs(vision) for name in leaf.names}
     ours = {qwen2_vl.NAMES.ours(name): shape for name, shape in theirs.items()}
     assert tower == {name: shape for name, shape in ours.items() if "visual" in name}
     assert {"model.embed_tokens.weight", "model.layers.27.mlp.up_proj.weight", "model.norm.weight"} <= set(ours)
@@ -366,7 +366,7 @@ SEQUENCES = st.lists(
 )  # fmt: skip
 
 
-jitted_positions = jax.jit(picture_positions, static_argnums=3)
+jitted_positions = jax.jit(mrope_positions, static_argnums=3)
 
 
 @settings(max_examples=60, deadline=None)

@@ -26,7 +26,7 @@ from sqa_jax.checkpoints.weights import _read_boxes
 from sqa_jax.data.image import rgb
 from sqa_jax.errors import UserError
 from sqa_jax.models.vision import paligemma, siglip_encoder, smolvlm
-from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
+from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
 
 # Patches of 7 in tiles of 30: two pixels on the right and at the bottom are in no patch.
 TOWER = dict(
@@ -98,7 +98,7 @@ class Pair(NamedTuple):
             mask = torch.ones(1, *values.shape[:1], *values.shape[2:], dtype=torch.long)
             return model.get_image_features(values[None], mask).pooler_output[0].numpy()
 
-    def ours(self, adaptation: TowerAdaptation = UNADAPTED) -> np.ndarray:
+    def ours(self, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> np.ndarray:
         found = self.features(self.params, self.tiles, adaptation)
         assert found.shape == (len(self.tiles), self.vision.features_of_piece, self.vision.width)
         return found.reshape(-1, self.vision.width)
@@ -114,7 +114,7 @@ def pair(request, tmp_path_factory) -> Pair:
     tower = TOWERS[request.param](vision)
     features = jax.jit(lambda params, tiles, adaptation: tower.apply({"params": params}, tiles, adaptation))
     tiles = module.picture(vision, picture_of(50, 15)).pieces
-    return Pair(model, module, vision, tree_of(source, module.leaves(vision))["vision"], tiles, features)
+    return Pair(model, module, vision, tree_of(source, module.param_specs(vision))["vision"], tiles, features)
 
 
 def normalised(vision, pieces: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def test_features_of_several_tiles(pair):
 def test_features_in_half_precision():
     module, vision = tiny("smolvlm")
     tiles = module.picture(vision, picture_of(30, 30)).pieces
-    wide, half = (siglip_encoder.SmolVLMTower(vision, Computation(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    wide, half = (siglip_encoder.SmolVLMTower(vision, ComputeConfig(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
     params = jax.jit(wide.init)(jax.random.key(0), tiles)
     found, exact = jax.jit(half.apply)(params, tiles), jax.jit(wide.apply)(params, tiles)
     assert found.dtype == jnp.bfloat16
@@ -231,7 +231,7 @@ def test_deep_prompts_stand_in_front_of_every_layer(pair):
     expected = pair.theirs(pair.model)
     for hook in hooks:
         hook.remove()
-    np.testing.assert_allclose(pair.ours(TowerAdaptation(prompts)), expected, atol=1e-4)
+    np.testing.assert_allclose(pair.ours(VisionAdapter(prompts)), expected, atol=1e-4)
     assert np.abs(expected - pair.theirs(pair.model)).max() > 1e-2
 
 
@@ -250,7 +250,7 @@ def test_lora_equals_peft(pair):
                 linear.lora_A["default"].weight.copy_(torch.tensor(np.asarray(own["a"][layer]).T.copy()))
                 linear.lora_B["default"].weight.copy_(torch.tensor(np.asarray(own["b"][layer]).T.copy()))
     expected = pair.theirs(adapted)
-    np.testing.assert_allclose(pair.ours(TowerAdaptation(lora=lora)), expected, atol=1e-4)
+    np.testing.assert_allclose(pair.ours(VisionAdapter(lora=lora)), expected, atol=1e-4)
     assert np.abs(expected - pair.theirs(pair.model)).max() > 1e-2
 
 
@@ -260,8 +260,8 @@ def test_rematerialisation_changes_no_gradient():
     params = jax.jit(siglip_encoder.SmolVLMTower(vision).init)(jax.random.key(0), tiles)
 
     def gradient(remat):
-        tower = siglip_encoder.SmolVLMTower(vision, Computation(remat=remat))
-        return jax.jit(jax.grad(lambda prompts: tower.apply(params, tiles, TowerAdaptation(prompts)).var()))(
+        tower = siglip_encoder.SmolVLMTower(vision, ComputeConfig(remat=remat))
+        return jax.jit(jax.grad(lambda prompts: tower.apply(params, tiles, VisionAdapter(prompts)).var()))(
             prompts_of(vision)
         )
 
@@ -382,7 +382,7 @@ def test_published_models(name):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     shapes = {module.NAMES.ours(key): tuple(p.shape) for key, p in model.named_parameters()}
     assert sum(p.numel() for p in model.parameters()) == count
-    expected = {name: leaf.file_shape for leaf in module.leaves(vision) for name in leaf.names}
+    expected = {name: leaf.file_shape for leaf in module.param_specs(vision) for name in leaf.names}
     assert expected.items() <= shapes.items()
     language = {key for key in shapes if key.startswith(("model.embed", "model.layers", "model.norm", "lm_head"))}
     assert shapes.keys() == expected.keys() | language

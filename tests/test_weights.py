@@ -31,7 +31,7 @@ from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.checkpoints.weights import _read_boxes, save_safetensors, shapes, write_model
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder_config import DecoderConfig, Rope
-from sqa_jax.models.params import leaves
+from sqa_jax.models.params import param_specs
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 
@@ -145,7 +145,7 @@ def test_read_into_shards(plain, axes):
 def test_blocks_are_the_same_blocks_of_the_whole(plain, data):
     """What one process of several reads: only its own rows, columns and layers, and each row once."""
     source, config = SafetensorsSource(plain), from_hf(json.loads(Path(plain, "config.json").read_text()), plain)
-    leaf = data.draw(st.sampled_from(leaves(config)))
+    leaf = data.draw(st.sampled_from(param_specs(config)))
     ends = [st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True) for n in leaf.shape]
     box = st.tuples(*(pair.map(lambda pair: range(*sorted(pair))) for pair in ends))
     boxes = data.draw(st.lists(box, min_size=1, max_size=3))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from PIL import Image
 
-from sqa_jax.batches.images import PictureSet, load_pictures
+from sqa_jax.batches.images import ImageStore, load_pictures
 from sqa_jax.checkpoints.load import Student, load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.data.problem import ImageFile, Problem
@@ -85,14 +85,14 @@ class VisionPair:
         words.save_pretrained(self.path)
         self.student: Student = load_student(str(self.path))
 
-    def pictures(self, cache: Path, *sizes: tuple[int, int]) -> PictureSet:
+    def pictures(self, cache: Path, *sizes: tuple[int, int]) -> ImageStore:
         """Random pictures of these widths and heights, of questions "0", "1", …"""
         config = self.student.config
         return load_pictures(
             cache, config.vision, config.vocab_size, [problem(str(k), png(k, size)) for k, size in enumerate(sizes)]
         )
 
-    def theirs(self, ids: list[int], pictures: PictureSet, prompt: int) -> dict[str, torch.Tensor]:
+    def theirs(self, ids: list[int], pictures: ImageStore, prompt: int) -> dict[str, torch.Tensor]:
         """Arguments of the PyTorch model for ids as we have them, of which the first `prompt` are a prompt."""
         vision = self.student.config.vision
         _, numbers = pictures.by_row(np.asarray(ids))

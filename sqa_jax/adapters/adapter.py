@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 from sqa_jax.adapters import lora, prefix, prompt, visual
 from sqa_jax.errors import UserError
-from sqa_jax.models.api import module_for, read
+from sqa_jax.models.api import module_for, prefill
 from sqa_jax.models.decoder_config import StudentConfig
 from sqa_jax.models.layers.kv_cache import Adaptation
 from sqa_jax.models.params import VISION
-from sqa_jax.models.soft_tokens import NO_VIRTUAL, Virtual
+from sqa_jax.models.soft_tokens import NO_SOFT_PROMPT, SoftPromptTokens
 from sqa_jax.models.t5.config import T5Config
-from sqa_jax.models.vision.adapter import TowerAdaptation
+from sqa_jax.models.vision.adapter import VisionAdapter
 
 _SEEING = f"{VISION}."  # what names of a tower's and a connector's layers begin with
 METHODS = ("lora", "prefix", "prompt", "full", "visual")
@@ -40,10 +40,10 @@ def check_methods(methods) -> None:
         )
 
 
-def virtual_tokens(settings) -> Virtual:
+def soft_prompt_tokens(settings) -> SoftPromptTokens:
     """The tokens that a soft prompt adds to every sequence."""
     prompt = settings.prompt
-    return Virtual(prompt.length, prompt.behind_picture) if "prompt" in settings.methods else NO_VIRTUAL
+    return SoftPromptTokens(prompt.length, prompt.behind_picture) if "prompt" in settings.methods else NO_SOFT_PROMPT
 
 
 def prompt_words(settings, tokenizer: Any) -> list[int]:
@@ -87,17 +87,17 @@ def _activations(student: StudentConfig, base: Tree, length: int, key: jax.Array
     if isinstance(student, T5Config):  # the encoder reads them, too, and the decoder repeats them
         tokens = jnp.concatenate([tokens, jnp.full((1, 1), student.decoder_start), tokens], axis=1)
     positions, segments = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
-    _, key, value, _ = read(module_for(student)(student), base, tokens, positions, segments, Adaptation())
+    _, key, value, _ = prefill(module_for(student)(student), base, tokens, positions, segments, Adaptation())
     shape = (student.num_layers, length, student.num_kv_heads * student.head_dim)
     return {"key": key[:, :, -length:].reshape(shape), "value": value[:, :, -length:].reshape(shape)}
 
 
-def weights(tree: Tree, base: Tree) -> Tree:
+def model_params(tree: Tree, base: Tree) -> Tree:
     """The weights that the decoder reads: the base, or the trained model where that is the adapter."""
     return tree.get("full", base)
 
 
-def activate(settings, tree: Tree, student: StudentConfig) -> Adaptation:
+def adapter_inputs(settings, tree: Tree, student: StudentConfig) -> Adaptation:
     """The adapter in the form that the student uses. Differentiable; an empty tree is the bare student."""
     low = lora.activate(settings.lora, tree["lora"]) if "lora" in tree else {}
     reading = {name: layer for name, layer in low.items() if not name.startswith(_SEEING)}
@@ -109,12 +109,12 @@ def activate(settings, tree: Tree, student: StudentConfig) -> Adaptation:
     )
 
 
-def _tower(tree: Tree, low: Tree) -> TowerAdaptation | None:
+def _tower(tree: Tree, low: Tree) -> VisionAdapter | None:
     """What is added to tower and connector, whose linear layers are adapted by `low`."""
     if not low and "visual" not in tree:
         return None
     stacked = {name: layer for name, layer in low.items() if layer["a"].ndim == 3}
-    return TowerAdaptation(
+    return VisionAdapter(
         prompts=tree["visual"]["embedding"] if "visual" in tree else None,
         lora=stacked or None,
         connector={name: low[name] for name in low.keys() - stacked.keys()} or None,
@@ -130,5 +130,5 @@ def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
     if rest := sorted(set(tree) - {"lora", "full"}):
         other = "only sqa_jax has it, evaluate the run itself" if "visual" in rest else "export it as an adapter"
         raise UserError(f"an adapter with {' and '.join(rest)} cannot be merged into weights; {other}")
-    base = weights(tree, base)
+    base = model_params(tree, base)
     return lora.merge(settings.lora, tree["lora"], base, student) if "lora" in tree else base

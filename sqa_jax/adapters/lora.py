@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.params import linear_layers, tower_layers
 
 Tree = dict[str, Any]
@@ -39,7 +39,7 @@ def target_of(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def adaptable(student: StudentConfig, tower: bool = True) -> dict[str, Leaf]:
+def adaptable(student: StudentConfig, tower: bool = True) -> dict[str, ParamSpec]:
     """The kernels that LoRA may adapt, by their names in its tree; those of a tower, too, where there is one."""
     return linear_layers(student) | (tower_layers(student) if tower else {})
 

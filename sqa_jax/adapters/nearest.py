@@ -31,7 +31,9 @@ def nearest(prompt: jax.Array, table: jax.Array, count: int) -> tuple[jax.Array,
     return rows, cosines
 
 
-def tell_nearest(file: Path, prompt: jax.Array, table: jax.Array, tokenizer: Any, mesh: Mesh, count: int = 5) -> None:
+def report_nearest_tokens(
+    file: Path, prompt: jax.Array, table: jax.Array, tokenizer: Any, mesh: Mesh, count: int = 5
+) -> None:
     """Writes and prints the `count` words nearest to each of a prompt's tokens, as [[{token, text, cosine}, …], …].
 
     All processes compute, the first one writes.

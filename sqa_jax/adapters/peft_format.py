@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sqa_jax.adapters.adapter import activate
+from sqa_jax.adapters.adapter import adapter_inputs
 from sqa_jax.adapters.lora import adaptable
 from sqa_jax.checkpoints.safetensors_file import write_safetensors
 from sqa_jax.errors import UserError
@@ -113,7 +113,7 @@ def to_peft(settings, tree: Tree, student: StudentConfig, base: str, revision: s
         "revision": revision or None,
         "inference_mode": True,
     }
-    adapted = activate(settings, tree, student)
+    adapted = adapter_inputs(settings, tree, student)
     writers = {
         "lora": lambda: _lora(settings.lora, tree["lora"], student),
         "prefix": lambda: _prefix(adapted.prefix, student),

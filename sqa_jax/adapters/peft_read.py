@@ -36,7 +36,7 @@ from sqa_jax.models.params import tower_layers
 Tree = dict[str, Any]
 
 # Options that say where an adapter comes from, how it was begun or how it was trained, not what it computes.
-_OF_NO_MATTER = {
+_IGNORED_KEYS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
     "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
     "qalora_group_size", "runtime_config",
@@ -122,7 +122,7 @@ class _Files:
         if self.kind not in _READERS:
             raise UserError(f"{self.where}: peft_type {self.kind!r} is not supported; supported: {', '.join(_READERS)}")
         for key, value in self.config.items():
-            if key not in _OF_NO_MATTER | _READ and value not in (None, False, "none", [], {}):
+            if key not in _IGNORED_KEYS | _READ and value not in (None, False, "none", [], {}):
                 raise UserError(f"{self.where}: {key} = {value!r} is not supported; train the adapter without it")
         self._file = folder / WEIGHTS
         if not self._file.exists() and (folder / "adapter_model.bin").exists():

@@ -1,6 +1,6 @@
 """Deep visual prompts: trained vectors among the patches of every layer of a vision tower.
 
-Jia et al. 2022, "Visual Prompt Tuning", arXiv:2203.12119, VPT-Deep, eq. 5: layer i reads [P_i; E_i] and what it makes of
+Jia et al. 2022, "ImageFeatures Prompt Tuning", arXiv:2203.12119, VPT-Deep, eq. 5: layer i reads [P_i; E_i] and what it makes of
 P_i is dropped. Started as there (section 4.1, Xavier's uniform distribution of an embedding of patches).
 
 Tree: {"embedding": [L, P, E]}, float32, of a tower of L layers and width E.

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from sqa_jax.adapters.adapter import virtual_tokens
+from sqa_jax.adapters.adapter import soft_prompt_tokens
 from sqa_jax.agent.policies import Turn
 from sqa_jax.agent.tools import Result, Tool, call_tools
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
-from sqa_jax.inference.decode_slots import Conversations
+from sqa_jax.inference.decode_slots import DecodeSlots
 from sqa_jax.models.flops import forward_flops
-from sqa_jax.models.soft_tokens import NO_VIRTUAL
+from sqa_jax.models.soft_tokens import NO_SOFT_PROMPT
 from sqa_jax.prompts.tool_dialogue import Call, Dialogue
 from sqa_jax.runtime import Runtime
 
 
 @dataclasses.dataclass
-class Talk:
+class Episode:
     """A question's conversation while it lasts.
 
     Attributes:
@@ -81,15 +81,15 @@ class Agent:
                 f"config.agent.context is {settings.context}, more than the student's {student.config.max_positions} "
                 "positions; lower it"
             )
-        if student.config.prompt_both_ways:
+        if student.config.prefix_lm:
             raise UserError(
                 f"{student.name} reads a prompt both ways, and so cannot hold a conversation with tools, which goes on behind "
                 "what was read; choose another --config.student.path"
             )
         self._settings, self._student, self._tools = settings, student, dict(tools)
-        self._virtual = virtual_tokens(config.adapter)
+        self._virtual = soft_prompt_tokens(config.adapter)
         self.dialogue = Dialogue(student.tokenizer, config.recipe, [tool.spec for tool in tools.values()])
-        self._conversations = Conversations(
+        self._conversations = DecodeSlots(
             config.adapter, runtime.decoder, runtime.mesh, settings.batch, settings.context, self.dialogue.ends,
             settings.max_new_tokens,
         )  # fmt: skip
@@ -116,14 +116,16 @@ class Agent:
                     "tokens, more than config.recipe.max_prompt or config.agent.context; raise them"
                 )
         conversations = self._conversations
-        virtual = self._virtual if "prompt" in adapter else NO_VIRTUAL
+        virtual = self._virtual if "prompt" in adapter else NO_SOFT_PROMPT
         openings = conversations.start(adapter, base, [virtual.put(one.tokens) for one in encoded])
         coming, talks, due = iter(range(len(problems))), {}, set()
         while True:
             for row in set(range(conversations.rows)) - set(talks):
                 if (index := next(coming, None)) is not None:
                     conversations.open(row)
-                    talks[row] = Talk(index, problems[index], openings[index], shortened=dict(encoded[index].shortened))
+                    talks[row] = Episode(
+                        index, problems[index], openings[index], shortened=dict(encoded[index].shortened)
+                    )
                     talks[row].count(conversations.begun)
                     due.add(row)
             if not talks:
@@ -144,12 +146,12 @@ class Agent:
         """Places that weighing actions and answers takes, and writing."""
         return self.dialogue.reserve(answers) + self._settings.max_new_tokens * self._policy.writes
 
-    def _room(self, row: int, talk: Talk) -> int:
+    def _room(self, row: int, talk: Episode) -> int:
         """Tokens of a tool's turn, call included, that the row has room for."""
         reserved = len(talk.unread) + self._reserve(self._answers[talk.index])
         return self._conversations.room(row) - self._conversations.begun - reserved
 
-    def _legal(self, row: int, talk: Talk) -> list[str]:
+    def _legal(self, row: int, talk: Episode) -> list[str]:
         """Tools that may be called: each once, so many in all, and while there is room for what they say."""
         if len(talk.calls) >= self._settings.most_calls:
             return []
@@ -161,7 +163,7 @@ class Agent:
         ]
         return [name for name, size in zip(legal, sizes, strict=True) if size < self._room(row, talk)]
 
-    def _tell(self, row: int, talk: Talk) -> Call | None:
+    def _tell(self, row: int, talk: Episode) -> Call | None:
         """Gives the row what to read and to weigh; or returns the call that a plan makes without asking."""
         tokens, answers = talk.unread, self._answers[talk.index]
         forced = len(talk.mistakes) > self._settings.most_mistakes
@@ -180,7 +182,7 @@ class Agent:
             self._conversations.tell(row, tokens, options)
         return None
 
-    def _weighed(self, row: int, talk: Talk, log_probs: list[np.ndarray], calls: dict, ended: dict) -> None:
+    def _weighed(self, row: int, talk: Episode, log_probs: list[np.ndarray], calls: dict, ended: dict) -> None:
         """Decides by what was weighed."""
         if talk.asks == "text":
             return
@@ -199,7 +201,7 @@ class Agent:
         else:
             calls[row] = self._tools[tool].call_for(talk.problem)
 
-    def _write(self, talks: Mapping[int, Talk], calls: dict, ended: dict, due: set) -> None:
+    def _write(self, talks: Mapping[int, Episode], calls: dict, ended: dict, due: set) -> None:
         """Lets conversations write until a quarter of them have ended, and does what these say."""
         begun = {row: talk.last for row, talk in talks.items() if talk.asks == "text"}
         for row in begun:
@@ -240,7 +242,7 @@ class Agent:
                 return count
         return len(ids)
 
-    def _call(self, talks: Mapping[int, Talk], calls: Mapping[int, Call]) -> set[int]:
+    def _call(self, talks: Mapping[int, Episode], calls: Mapping[int, Call]) -> set[int]:
         """Calls tools; the rows have their results to read."""
         asked = [(talks[row].problem, call) for row, call in calls.items()]
         results = call_tools(self._tools, asked, self._settings.tool_timeout)
@@ -248,7 +250,7 @@ class Agent:
             self._take(row, talks[row], call, result)
         return set(calls)
 
-    def _take(self, row: int, talk: Talk, call: Call, result: Result) -> None:
+    def _take(self, row: int, talk: Episode, call: Call, result: Result) -> None:
         # What a student wrote is in its row already.
         talk.unread = talk.unread + ([] if self._policy.writes else self.dialogue.call(call))
         shown, left_out = self.dialogue.result(result.text, self._room(row, talk))
@@ -259,7 +261,7 @@ class Agent:
         made = {"tool": call.tool, "argument": call.argument, "result": result.text, "status": result.status}
         talk.turns.append(made)
 
-    def _record(self, talk: Talk, answer: int) -> dict[str, Any]:
+    def _record(self, talk: Episode, answer: int) -> dict[str, Any]:
         choices, tokens = talk.problem.choices, talk.read + talk.branched + talk.written
         flops = forward_flops(self._student.config, tokens, talk.seen / tokens, talk.scored + talk.written)
         forced = len(talk.mistakes) > self._settings.most_mistakes
@@ -273,5 +275,5 @@ class Agent:
         }  # fmt: skip
 
 
-def _names(talk: Talk) -> tuple[str, ...]:
+def _names(talk: Episode) -> tuple[str, ...]:
     return tuple(call.tool for call in talk.calls)

@@ -28,7 +28,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl, write_json
 from sqa_jax.inference.predictions import Predictions
 from sqa_jax.metrics.leaderboard import read_predictions, score
-from sqa_jax.runtime import start
+from sqa_jax.runtime import build_runtime
 from sqa_jax.training.restore import restore_adapter
 from sqa_jax.training.workdir import check_evaluable
 
@@ -67,7 +67,7 @@ class Runs:
         self.config, self.root = config, root
         self.problems = load_config_problems(config)
         self.tools = make_tools(config, self.problems)
-        self.runtime = start(config)
+        self.runtime = build_runtime(config)
         own = config.copy_and_resolve_references()
         own.eval.checkpoint = "best" if settings.adapter else "none"
         if settings.adapter:
@@ -131,7 +131,7 @@ class Runs:
         return self._calibration
 
     def traces(self) -> Iterator[dict[str, Any]]:
-        """Conversations of the training questions to learn from."""
+        """DecodeSlots of the training questions to learn from."""
         settings, chosen = self.config.agent, list(training_problems(self.config, self.problems))
         plans: Mapping[str, Sequence[str]]
         if settings.evidence == "student":

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sqa_jax
-from sqa_jax.batches.images import Pictured, PictureSet, load_pictures
+from sqa_jax.batches.images import ImageStore, PreparedImages, load_pictures
 from sqa_jax.checkpoints.tokenizer import fingerprint as tokenizer_fingerprint
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet, load_problems
@@ -80,14 +80,14 @@ def load_config_problems(config) -> ProblemSet:
     return load_problems(data.source, data.path, data.splits, data.images)
 
 
-def config_pictures(config, student: StudentConfig, problems: Sequence[Pictured]) -> PictureSet | None:
+def config_pictures(config, student: StudentConfig, problems: Sequence[PreparedImages]) -> ImageStore | None:
     """The pictures of questions, for a student that sees; None for one that does not."""
     if student.vision is None:
         return None
     return load_pictures(config.data.cache, student.vision, student.vocab_size, problems)
 
 
-def encoder_for(config, tokenizer: Any, pictures: PictureSet | None = None) -> Encoder:
+def encoder_for(config, tokenizer: Any, pictures: ImageStore | None = None) -> Encoder:
     """The one encoder of a configuration, for training and for inference."""
     recipe = config.recipe
     return Encoder(tokenizer, recipe.max_prompt, recipe.chat, recipe.caption, pictures=pictures)
@@ -115,7 +115,7 @@ def records_by_pid(records: Iterable[TeacherRecord]) -> dict[str, dict[str, list
 
 
 def build_or_reuse(
-    config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None = None
+    config, tokenizer: Any, problems: ProblemSet, pictures: ImageStore | None = None
 ) -> tuple[DistillationDataset, bool]:
     """The dataset of a configuration's training split, and whether it was there already.
 
@@ -158,7 +158,7 @@ def build_or_reuse(
     return DistillationDataset(path, manifest), False
 
 
-def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None) -> dict[str, Any]:
+def _fingerprint_inputs(config, tokenizer: Any, problems: ProblemSet, pictures: ImageStore | None) -> dict[str, Any]:
     """All that decides the rows, and nothing else: the same inputs make the same dataset."""
     files = [path for path in config.data.teacher if path != "sample"]
     for path in files:
@@ -213,7 +213,7 @@ def _rows_of_traces(config, tokenizer: Any, chosen: Sequence[Problem]) -> Iterat
 
 
 def _rows_of_recipe(
-    config, tokenizer: Any, chosen: Sequence[Problem], problems: ProblemSet, pictures: PictureSet | None
+    config, tokenizer: Any, chosen: Sequence[Problem], problems: ProblemSet, pictures: ImageStore | None
 ) -> Iterator[_Row | Unusable]:
     by_pid = records_by_pid(config_records(config, problems))
     encoder, recipe = encoder_for(config, tokenizer, pictures), config.recipe
@@ -231,7 +231,7 @@ def _rows_of_recipe(
 
 
 def _make_rows(
-    config, tokenizer: Any, problems: ProblemSet, pictures: PictureSet | None
+    config, tokenizer: Any, problems: ProblemSet, pictures: ImageStore | None
 ) -> tuple[dict[str, list], dict[str, Any]]:
     arm, chosen = "tools" if config.data.traces else config.recipe.arm, training_problems(config, problems)
     if config.data.traces:
@@ -277,7 +277,7 @@ def _make_rows(
     }
 
 
-def _of_pictures(pictures: PictureSet) -> dict[str, Any]:
+def _of_pictures(pictures: ImageStore) -> dict[str, Any]:
     """How many questions have pictures, how many there are, and how large."""
     features = np.diff(pictures.firsts)
     return {

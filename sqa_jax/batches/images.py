@@ -30,12 +30,12 @@ from tqdm import tqdm
 from sqa_jax.data.image import ImageFile
 from sqa_jax.errors import UnusableImage, UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_json, write_json
-from sqa_jax.models.vision.registry import Picture, Vision, module_of
+from sqa_jax.models.vision.registry import Picture, Vision, vision_family
 
 FORMAT = 1  # raised when the same pictures would make other pieces
 
 
-class Pictured(Protocol):
+class PreparedImages(Protocol):
     """A question, or what is asked of it, with the picture that belongs to it."""
 
     @property
@@ -46,7 +46,7 @@ class Pictured(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureSet:
+class ImageStore:
     """Pictures of questions.
 
     Attributes:
@@ -99,7 +99,7 @@ class PictureSet:
         if (number := self.number_of.get(pid)) is None:
             return []
         _, rows, columns = self.sizes[number].tolist()
-        ids = module_of(self.vision).prompt_ids(self.vision, rows, columns, tokenizer)
+        ids = vision_family(self.vision).prompt_ids(self.vision, rows, columns, tokenizer)
         features = iter(range(self.vocabulary + self.firsts[number], self.vocabulary + self.firsts[number + 1]))
         return [int(next(features)) if token == self.vision.image_token else token for token in ids]
 
@@ -120,7 +120,7 @@ class PictureSet:
         return self.pieces[own[0] : own[1]]
 
 
-def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: Sequence[Pictured]) -> PictureSet:
+def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: Sequence[PreparedImages]) -> ImageStore:
     """The pictures of questions, from their folder, or made.
 
     What cannot be read, or is of a form that the tower does not take, is left out and says why: nothing stops for it,
@@ -140,7 +140,7 @@ def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: 
                 contents[problem.pid] = hashlib.sha256(problem.image.content()).hexdigest()
             except UnusableImage as error:
                 failed[problem.pid] = error.reason
-    preprocessing = {"format": FORMAT, "vision": dataclasses.asdict(vision), "pieces": module_of(vision).__name__}
+    preprocessing = {"format": FORMAT, "vision": dataclasses.asdict(vision), "pieces": vision_family(vision).__name__}
     fingerprint = sha256_json([preprocessing, sorted(set(contents.values()))])
     path = Path(cache) / f"pictures-{fingerprint[:16]}"
     if not path.exists():
@@ -158,10 +158,10 @@ def load_pictures(cache: str | Path, vision: Vision, vocabulary: int, problems: 
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); remove this folder and run again") from None
     first = next((problem.image.name for problem in problems if problem.pid in failed), "")
-    return PictureSet(vision, vocabulary, fingerprint, pieces, sizes, numbers, failed, first)
+    return ImageStore(vision, vocabulary, fingerprint, pieces, sizes, numbers, failed, first)
 
 
-def _make(path: Path, vision: Vision, first_of: Mapping[str, Pictured]) -> None:
+def _make(path: Path, vision: Vision, first_of: Mapping[str, PreparedImages]) -> None:
     """Decodes pictures of {content: a question that has it} and writes them, in that order."""
     numbers: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -183,12 +183,12 @@ def _make(path: Path, vision: Vision, first_of: Mapping[str, Pictured]) -> None:
         write_json(beside / "index.json", index)
 
 
-def _decoded(vision: Vision, problems: Sequence[Pictured]) -> Iterator[Picture | UnusableImage]:
+def _decoded(vision: Vision, problems: Sequence[PreparedImages]) -> Iterator[Picture | UnusableImage]:
     """Each picture's pieces, or why it has none, in order; a few are decoded ahead, and no more are in memory."""
 
-    def one(problem: Pictured) -> Picture | UnusableImage:
+    def one(problem: PreparedImages) -> Picture | UnusableImage:
         try:
-            return module_of(vision).picture(vision, problem.image.open())
+            return vision_family(vision).picture(vision, problem.image.open())
         except UnusableImage as error:
             return error
 
@@ -202,7 +202,7 @@ def _decoded(vision: Vision, problems: Sequence[Pictured]) -> Iterator[Picture |
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureRows:
+class ImageBatcher:
     """Puts into batches what their rows see.
 
     Attributes:
@@ -210,7 +210,7 @@ class PictureRows:
       features: [features of all pictures, D], where they are known already; None gives the pieces.
     """
 
-    pictures: PictureSet
+    pictures: ImageStore
     features: np.ndarray | None = None
 
     def count(self, tokens: Sequence[int]) -> int:
@@ -239,7 +239,7 @@ class PictureRows:
 
     def _places(self, number: int) -> np.ndarray:
         vision, (_, rows, columns) = self.pictures.vision, self.pictures.sizes[number].tolist()
-        return module_of(vision).places(vision, rows, columns)
+        return vision_family(vision).places(vision, rows, columns)
 
     def __call__(self, tokens: np.ndarray, room: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """What goes to the devices with a row.
@@ -250,11 +250,11 @@ class PictureRows:
 
         Returns:
           The ids, features by their number in the row, and arrays of the row: "features" [F, D] or what the tower
-          reads, and "places" [F, 4] where positions depend on them (see `sqa_jax.models.layers.kv_cache.Visual`).
+          reads, and "places" [F, 4] where positions depend on them (see `sqa_jax.models.layers.kv_cache.ImageFeatures`).
         """
         pictures, vision = self.pictures, self.pictures.vision
         tokens, numbers = pictures.by_row(np.asarray(tokens, np.int32))
-        module, sizes = module_of(vision), pictures.sizes[numbers].tolist()
+        module, sizes = vision_family(vision), pictures.sizes[numbers].tolist()
         if self.features is None:
             pieces = [pictures.pieces_of(number) for number in numbers]
             arrays = module.row_arrays(vision, pieces, sizes, room // vision.features_of_piece)

@@ -10,10 +10,10 @@ import grain
 import numpy as np
 
 from sqa_jax.batches.dataset import DistillationDataset
-from sqa_jax.batches.images import PictureRows
-from sqa_jax.batches.packing import Limits, choose_limits, pack_row, plan_rows, room_for
+from sqa_jax.batches.images import ImageBatcher
+from sqa_jax.batches.packing import Limits, capacity_for, choose_limits, pack_row, plan_rows
 from sqa_jax.errors import UserError
-from sqa_jax.models.soft_tokens import NO_VIRTUAL, Virtual
+from sqa_jax.models.soft_tokens import NO_SOFT_PROMPT, SoftPromptTokens
 
 
 class PackedRows:
@@ -38,7 +38,7 @@ class PackedRows:
         limits: Limits,
         pad_id: int,
         seed: int,
-        pictures: PictureRows | None = None,
+        pictures: ImageBatcher | None = None,
     ):
         self.tokens, self.prompt_lengths, self.pids = tokens, prompt_lengths, pids
         self.limits, self.pad_id, self.seed, self.pictures = limits, pad_id, seed, pictures
@@ -89,9 +89,9 @@ def packed_rows(
     dataset: DistillationDataset,
     config,
     pad_id: int,
-    virtual: Virtual = NO_VIRTUAL,
+    virtual: SoftPromptTokens = NO_SOFT_PROMPT,
     both_ways: bool = False,
-    pictures: PictureRows | None = None,
+    pictures: ImageBatcher | None = None,
 ) -> PackedRows:
     """Packed rows of a distillation dataset, in the shape that `config.train` asks for.
 
@@ -126,7 +126,7 @@ def pack(
     pad_id: int,
     seed: int,
     both_ways: bool = False,
-    pictures: PictureRows | None = None,
+    pictures: ImageBatcher | None = None,
 ) -> PackedRows:
     """Packed rows of sequences. Arguments and errors are those of `PackedRows` and `packed_rows`."""
     tokens = [np.asarray(own, np.int32) for own in sequences]
@@ -135,7 +135,7 @@ def pack(
     limits = limits._replace(both_ways=both_ways)
     if pictures is not None:
         seen = np.array([pictures.count(own) for own in tokens])
-        limits = limits._replace(features=pictures.room(room_for(lengths, seen, row_length)))
+        limits = limits._replace(features=pictures.room(capacity_for(lengths, seen, row_length)))
     return PackedRows(tokens, prompt_lengths, pids, limits, pad_id, seed, pictures)
 
 

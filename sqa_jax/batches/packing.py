@@ -10,7 +10,7 @@ A packed row, for two sequences of three and four tokens whose last two are targ
     target_mask        1  1  1  1
 
 Logits are computed at `target_positions` only. Where prompts are read both ways (a prefix LM), `branches` marks them,
-see `sqa_jax.models.layers.attention.visibility`; where students see, the row has what it sees, see `sqa_jax.batches.images`.
+see `sqa_jax.models.layers.attention.attention_mask`; where students see, the row has what it sees, see `sqa_jax.batches.images`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.segments import BOTH_WAYS
+from sqa_jax.models.segments import PREFIX_LM
 
 
 class Limits(NamedTuple):
@@ -57,10 +57,10 @@ def choose_limits(lengths: np.ndarray, targets: np.ndarray, row_length: int, pid
             f"config.train.row_length = {row_length}; raise it, or lower config.recipe.max_prompt, and for a student that "
             "sees config.student.picture_tokens"
         )
-    return Limits(row_length, min(row_length, -(-room_for(lengths, targets, row_length) // 8) * 8))
+    return Limits(row_length, min(row_length, -(-capacity_for(lengths, targets, row_length) // 8) * 8))
 
 
-def room_for(lengths: np.ndarray, counts: np.ndarray, row_length: int) -> int:
+def capacity_for(lengths: np.ndarray, counts: np.ndarray, row_length: int) -> int:
     """How much of something a row should take so that packing is free.
 
     Rows hold it in about the data's own proportion, so it is that proportion of a row with a quarter to spare, and at
@@ -134,6 +134,6 @@ def pack_row(
         row["targets"][target : target + count] = tokens[prompt_length:]
         row["target_mask"][target : target + count] = 1.0
         if limits.both_ways:
-            row["branches"][place : place + prompt_length] = BOTH_WAYS
+            row["branches"][place : place + prompt_length] = PREFIX_LM
         place, target = place + size, target + count
     return row

@@ -9,7 +9,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.models.decoder_config import FULL, NOPE, ROPES, WINDOW, DecoderConfig, Rope, StudentConfig, checked
 from sqa_jax.models.t5 import config as t5_config
 from sqa_jax.models.t5.config import T5Config
-from sqa_jax.models.vision.registry import FAMILIES, module_of
+from sqa_jax.models.vision.registry import FAMILIES, vision_family
 
 SUPPORTED = ("llama", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")  # values of model_type
 _MOST_LAYERS = 10_000
@@ -110,7 +110,7 @@ def _seeing(raw: dict[str, Any], processor: dict[str, Any], where: str) -> Decod
     kind = text.get("model_type", family)
     text["model_type"] = {"qwen2_vl": "qwen2", "qwen2_vl_text": "qwen2", "paligemma": "gemma"}.get(kind, kind)
     if family == "paligemma":
-        text["use_bidirectional_attention"] = False  # of pictures and prompts, which `prompt_both_ways` says
+        text["use_bidirectional_attention"] = False  # of pictures and prompts, which `prefix_lm` says
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     rope = dict(text.get(key) or {})
     sections = rope.pop("mrope_section", ())
@@ -125,7 +125,7 @@ def _seeing(raw: dict[str, Any], processor: dict[str, Any], where: str) -> Decod
     tied = raw.get("tie_word_embeddings", family == "paligemma")
     config = dataclasses.replace(
         from_hf({**text, "tie_word_embeddings": tied}, where),
-        prompt_both_ways=family == "paligemma",
+        prefix_lm=family == "paligemma",
         first_position=int(family == "paligemma"),
         mrope_sections=tuple(sections) if family == "qwen2_vl" else (),
         vision=vision,
@@ -229,7 +229,7 @@ def _seeing_to_hf(config: DecoderConfig) -> dict[str, Any]:
         text["model_type"] = "qwen2_vl_text"
         text["rope_parameters"]["mrope_section"] = list(config.mrope_sections)
     return {
-        **module_of(config.vision).to_hf(config.vision),
+        **vision_family(config.vision).to_hf(config.vision),
         "text_config": text,
         "tie_word_embeddings": config.tie_embeddings,
     }

@@ -22,7 +22,7 @@ from sqa_jax.files import read_json, sha256_file, sha256_json
 from sqa_jax.models.catalogue import SHAPES
 from sqa_jax.models.decoder_config import StudentConfig
 from sqa_jax.models.t5.config import T5Config, as_stored
-from sqa_jax.models.vision.registry import module_of
+from sqa_jax.models.vision.registry import vision_family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def load_student(
         config = from_hf(raw, f"{where}/config.json", read_processor(where))
         source: WeightSource = SafetensorsSource(where)
         if config.vision is not None:
-            source = RenamedSource(source, module_of(config.vision).NAMES)
+            source = RenamedSource(source, vision_family(config.vision).NAMES)
         config = as_stored(config, raw, source.shapes) if isinstance(config, T5Config) else config
         vocabulary = tokenizers.load_tokenizer(str(where))
         generation = where / "generation_config.json"  # chat models list there every token that ends a turn
@@ -123,7 +123,7 @@ def student_config(path: str, revision: str = "", picture_tokens: int = 0) -> St
 def _with_at_most(config: StudentConfig, picture_tokens: int) -> StudentConfig:
     if not picture_tokens or config.vision is None:
         return config
-    vision = module_of(config.vision).with_at_most(config.vision, picture_tokens)
+    vision = vision_family(config.vision).with_at_most(config.vision, picture_tokens)
     return dataclasses.replace(config, vision=vision)
 
 

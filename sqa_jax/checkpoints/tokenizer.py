@@ -14,7 +14,7 @@ from sqa_jax.checkpoints.sources import GGUFSource
 from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import SHAPES
 from sqa_jax.models.t5.config import decoder_start
-from sqa_jax.models.vision.registry import Vision, module_of
+from sqa_jax.models.vision.registry import Vision, vision_family
 
 # transformers advises at import that no PyTorch was found; here that is intended.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -116,7 +116,7 @@ def byte_tokenizer(vision: Vision | None = None) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(special + alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = () if vision is None else module_of(vision).WORDS
+    words = () if vision is None else vision_family(vision).WORDS
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (*special, *words)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False

@@ -18,10 +18,10 @@ from sqa_jax.checkpoints.sources import WeightSource
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, write_json
 from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.param_spec import Leaf
-from sqa_jax.models.params import VISION, build, copies, leaves, published, unused
+from sqa_jax.models.param_spec import ParamSpec
+from sqa_jax.models.params import VISION, build, copies, param_specs, published, unused
 from sqa_jax.models.t5.config import T5Config
-from sqa_jax.models.vision.registry import module_of
+from sqa_jax.models.vision.registry import vision_family
 
 Tree = dict[str, Any]
 ShardingsFor = Callable[[Tree], Tree]  # from a tree of shapes to a tree of shardings
@@ -45,7 +45,7 @@ def check(source: WeightSource, config: StudentConfig) -> None:
         raise UserError(
             f"{source.where}: {len(source.shapes)} tensors cannot be the configured {layers} layers; {again}"
         )
-    expected = {name: leaf.file_shape for leaf in leaves(config) for name in leaf.names}
+    expected = {name: leaf.file_shape for leaf in param_specs(config) for name in leaf.names}
     for name, shape in expected.items():
         found = source.shapes.get(name)
         if found is None:
@@ -97,7 +97,7 @@ def read_params(
     check(source, config)
     placed = None if shardings_for is None else shardings_for(shapes(config, dtype))
 
-    def read(leaf: Leaf) -> jax.Array:
+    def read(leaf: ParamSpec) -> jax.Array:
         if placed is None:
             return jax.device_put(_read_boxes(source, leaf, [tuple(map(range, leaf.shape))], dtype)[0])
         sharding = placed
@@ -115,7 +115,7 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(range(*part.indices(n)) for part, n in zip(index, shape, strict=True))
 
 
-def _read_boxes(source: WeightSource, leaf: Leaf, boxes: Sequence[Box], dtype: Any) -> list[np.ndarray]:
+def _read_boxes(source: WeightSource, leaf: ParamSpec, boxes: Sequence[Box], dtype: Any) -> list[np.ndarray]:
     """Blocks of one parameter, in our orientation. Each row is decoded once, however many blocks share it."""
     hosts = [_aligned(tuple(map(len, box)), dtype) for box in boxes]
     layered = [
@@ -164,9 +164,9 @@ def random_params(
     """
 
     def make(key):
-        keys = iter(jax.random.split(key, len(leaves(config))))
+        keys = iter(jax.random.split(key, len(param_specs(config))))
 
-        def one(leaf: Leaf):
+        def one(leaf: ParamSpec):
             key = next(keys)
             if leaf.path[-1] in ("kernel", "embedding"):
                 inputs = leaf.shape[leaf.stacked : -1] if leaf.path[-1] == "kernel" else leaf.shape[-1:]
@@ -207,9 +207,11 @@ def write_model(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     width = jnp.dtype(dtype).itemsize
-    parts = {published(config, name): (leaf, index) for leaf in leaves(config) for index, name in enumerate(leaf.names)}
+    parts = {
+        published(config, name): (leaf, index) for leaf in param_specs(config) for index, name in enumerate(leaf.names)
+    }
 
-    def tensor(leaf: Leaf, index: int) -> np.ndarray:
+    def tensor(leaf: ParamSpec, index: int) -> np.ndarray:
         values = params
         for key in leaf.path:
             values = values[key]
@@ -228,7 +230,7 @@ def write_model(
         write_json(directory / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     write_json(directory / "config.json", {**to_hf(config), "torch_dtype": dtype})
     if config.vision is not None:
-        processor = module_of(config.vision).processor_to_hf(config.vision)
+        processor = vision_family(config.vision).processor_to_hf(config.vision)
         write_json(directory / PROCESSORS[0], processor)
         if own := {key: processor[key] for key in ("processor_class", "image_seq_len") if "image_seq_len" in processor}:
             write_json(directory / PROCESSORS[1], own)

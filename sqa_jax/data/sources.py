@@ -108,18 +108,18 @@ def _load_sample() -> ProblemSet:
     def image(pid: str, row: Mapping[str, Any]) -> ImageFile:
         return ImageFile(f"sample image {pid}", lambda: sample.draw(pid, row))
 
-    return _deal("sample", made.splits, made.problems, made.captions, image)
+    return _assign_splits("sample", made.splits, made.problems, made.captions, image)
 
 
 def _load_pictures(name: str, shifted: bool) -> ProblemSet:
-    from sqa_jax.data.sample import pictures, scenes
+    from sqa_jax.data.sample import image_questions, scenes
 
-    rows, splits = pictures.generate(shifted)
+    rows, splits = image_questions.generate(shifted)
 
     def image(pid: str, row: Mapping[str, Any]) -> ImageFile:
         return ImageFile(f"{name} image {pid}", lambda: scenes.draw_scene(row["scene"]))
 
-    return _deal(name, splits, rows, {}, image)
+    return _assign_splits(name, splits, rows, {}, image)
 
 
 def _load_directory(directory: Path, splits: str) -> ProblemSet:
@@ -137,10 +137,10 @@ def _load_directory(directory: Path, splits: str) -> ProblemSet:
         file = directory / "images" / str(row.get("split", "")) / pid / row["image"]
         return ImageFile(str(file), file.read_bytes)
 
-    return _deal(str(directory / "problems.json"), dealt, rows, captions, image, str(directory / splits))
+    return _assign_splits(str(directory / "problems.json"), dealt, rows, captions, image, str(directory / splits))
 
 
-def _deal(
+def _assign_splits(
     name: str,
     splits: Mapping[str, Iterable[Any]],
     rows: Mapping[str, Any],

@@ -1,4 +1,4 @@
-"""Conversations in one KV cache: each has a row, which is only ever continued, whatever turn it is at.
+"""DecodeSlots in one KV cache: each has a row, which is only ever continued, whatever turn it is at.
 
 Two compiled programs do all of it. One reads what each row has to read next and, behind it, weighs continuations as
 branches that leave nothing in the cache; what is long is read in parts, so that rows of all lengths share a step
@@ -26,9 +26,9 @@ from sqa_jax.adapters import adapter as adapters
 from sqa_jax.inference.batching import cache_shardings
 from sqa_jax.inference.generate import trim
 from sqa_jax.inference.likelihood import Choice, layout
-from sqa_jax.inference.prefix_cache import Beginning, adapt
+from sqa_jax.inference.prefix_cache import SharedPrefixCache, with_shared_prefix
 from sqa_jax.models.decoder import Decoder
-from sqa_jax.models.layers.kv_cache import Cache, Grid, init_cache
+from sqa_jax.models.layers.kv_cache import Cache, PackedToCacheMap, init_cache
 from sqa_jax.models.log_probs import target_log_probs
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 
@@ -55,8 +55,8 @@ class _Row(NamedTuple):
     most: int = 0
 
 
-class Conversations:
-    """Conversations under way at one time.
+class DecodeSlots:
+    """DecodeSlots under way at one time.
 
     Args:
       settings: `config.adapter`.
@@ -76,7 +76,7 @@ class Conversations:
         shards = row_shards(mesh)
         self.rows = -(-rows // shards) * shards
         cache, seen = cache_shardings(decoder.config, mesh), replicated(mesh)
-        self._beginning = Beginning(settings, decoder, mesh)
+        self._beginning = SharedPrefixCache(settings, decoder, mesh)
         self._empty = jax.jit(self._make_empty, out_shardings=cache)
         self._read = jax.jit(self._read_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, seen))
         self._write = jax.jit(
@@ -188,7 +188,7 @@ class Conversations:
             places[place, : len(where)], back[where] = where, place * W + np.arange(len(where))
             starts[line], weighed[line] = here.stop, own.stop
         placed = place_rows(batch, self.mesh, lines)
-        return {**placed, "grid": Grid(rows, places, back), "length": length}, scored
+        return {**placed, "grid": PackedToCacheMap(rows, places, back), "length": length}, scored
 
     def write(self, begun: Mapping[int, int], pause: int = 0) -> dict[int, list[int]]:
         """Continues rows greedily, each until an end token, `most_written` tokens, or its last place.
@@ -233,13 +233,13 @@ class Conversations:
         self._own[row] = _Row(own.length - max(0, excess - unread), own.tokens[: max(0, unread - excess)])
 
     def _make_empty(self, adapter: Any, beginning: Any) -> Cache:
-        adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
+        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
         return init_cache(self.decoder.config, self.rows, self.places, adaptation, self.decoder.dtype)
 
     def _read_rows(self, adapter, base, beginning, cache: Cache, batch: dict[str, jax.Array], extent: int):
         """The cache with what was read in it, and log-probabilities [B, M]."""
-        adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
-        weights = adapters.weights(adapter, base)
+        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
+        weights = adapters.model_params(adapter, base)
         P = adaptation.prefix_length
         cache = cache._replace(length=P + batch["length"])
         packed = (batch[name] for name in ("tokens", "positions", "segments"))
@@ -250,8 +250,8 @@ class Conversations:
 
     def _write_rows(self, adapter, base, beginning, cache: Cache, batch: dict[str, jax.Array], pause, extent: int):
         """The cache, new tokens [B, N], how many of them each row has written, and which go on, [B]."""
-        adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
-        weights = adapters.weights(adapter, base)
+        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
+        weights = adapters.model_params(adapter, base)
         P, B = adaptation.prefix_length, self.rows
 
         def unfinished(state):

@@ -12,20 +12,20 @@ import numpy as np
 from tqdm import tqdm
 
 from sqa_jax.batches.dataset import config_pictures
-from sqa_jax.batches.images import Pictured, PictureRows, PictureSet
+from sqa_jax.batches.images import ImageBatcher, ImageStore, PreparedImages
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_json, write_json
-from sqa_jax.models.vision.adapter import Computation
-from sqa_jax.models.vision.encode import see
+from sqa_jax.models.vision.adapter import ComputeConfig
+from sqa_jax.models.vision.encode import encode_images
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
-from sqa_jax.parallel.processes import is_main, main_first, meet
+from sqa_jax.parallel.processes import barrier, is_main, main_first
 from sqa_jax.runtime import Runtime
 
 FORMAT = 1  # raised when the same tower would see something else
 _AT_ONCE = 8  # pictures of one call on each data shard
 
 
-def picture_rows(config, runtime: Runtime, problems: Sequence[Pictured]) -> PictureRows | None:
+def picture_rows(config, runtime: Runtime, problems: Sequence[PreparedImages]) -> ImageBatcher | None:
     """What puts into rows what they see of the questions' pictures; None for a student that sees none.
 
     Says which pictures cannot be used. Where the tower changes in training, these are the pictures themselves; else the
@@ -39,8 +39,8 @@ def picture_rows(config, runtime: Runtime, problems: Sequence[Pictured]) -> Pict
     if pictures is not None and pictures.failed and is_main():
         print(pictures.complaint(), file=sys.stderr)
     if pictures is None or not config.student.cache_features or trains_tower(config.adapter):
-        return pictures and PictureRows(pictures)
-    return PictureRows(pictures, known_features(config.data.cache, runtime, pictures))
+        return pictures and ImageBatcher(pictures)
+    return ImageBatcher(pictures, known_features(config.data.cache, runtime, pictures))
 
 
 def trains_tower(settings) -> bool:
@@ -48,7 +48,7 @@ def trains_tower(settings) -> bool:
     return bool({"full", "visual"} & set(settings.methods)) or "lora" in settings.methods and settings.lora.tower
 
 
-def known_features(cache: str | Path, runtime: Runtime, pictures: PictureSet) -> np.ndarray:
+def known_features(cache: str | Path, runtime: Runtime, pictures: ImageStore) -> np.ndarray:
     """The features of all pictures, [features, D] in the type of the computation, from disk or computed.
 
     They lie in a folder whose name is the fingerprint of pictures, student and type.
@@ -62,7 +62,7 @@ def known_features(cache: str | Path, runtime: Runtime, pictures: PictureSet) ->
     if not count:
         return np.zeros(shape, dtype)
     there = path.exists()
-    meet()  # so that all processes have looked before one of them writes
+    barrier()  # so that all processes have looked before one of them writes
     if not there:
         _compute(path, runtime, pictures, shape, dtype)
     read_json(path / "manifest.json", "what these features are of (remove this folder to compute them again)")
@@ -72,15 +72,15 @@ def known_features(cache: str | Path, runtime: Runtime, pictures: PictureSet) ->
         raise UserError(f"{path}: damaged ({error}); remove this folder and run again") from None
 
 
-def _compute(path: Path, runtime: Runtime, pictures: PictureSet, shape: tuple[int, int], dtype: np.dtype) -> None:
+def _compute(path: Path, runtime: Runtime, pictures: ImageStore, shape: tuple[int, int], dtype: np.dtype) -> None:
     """All processes compute together; the first one writes."""
     mesh, student, decoder = runtime
-    vision, rows = pictures.vision, PictureRows(pictures)
+    vision, rows = pictures.vision, ImageBatcher(pictures)
     at_once = _AT_ONCE * row_shards(mesh)
 
-    how = Computation(decoder.dtype, rows=decoder.rows)
+    how = ComputeConfig(decoder.dtype, rows=decoder.rows)
     # Replicated, so that the first process can read it.
-    run = jax.jit(lambda params, batch: see(vision, params, batch, how), out_shardings=replicated(mesh))
+    run = jax.jit(lambda params, batch: encode_images(vision, params, batch, how), out_shardings=replicated(mesh))
     counts = pictures.firsts[1:] - pictures.firsts[:-1]
     order = np.argsort(counts, kind="stable")  # pictures of a batch are about equally large
     with atomic_directory(path) if is_main() else contextlib.nullcontext() as beside:
@@ -103,4 +103,4 @@ def _compute(path: Path, runtime: Runtime, pictures: PictureSet, shape: tuple[in
         if out is not None:
             out.flush()
             write_json(beside / "manifest.json", {"pictures": len(order), "shape": list(shape), "dtype": dtype.name})
-    meet()
+    barrier()

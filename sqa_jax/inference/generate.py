@@ -25,13 +25,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.batches.images import PictureRows
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.errors import UserError
 from sqa_jax.inference.batching import cache_shardings, first_fit
-from sqa_jax.inference.prefix_cache import Beginning, adapt
-from sqa_jax.models.api import Module, bounded, read, seen
+from sqa_jax.inference.prefix_cache import SharedPrefixCache, with_shared_prefix
+from sqa_jax.models.api import Module, extra_model_inputs, prefill, with_max_decoder_tokens
 from sqa_jax.models.layers.kv_cache import Cache, init_cache
-from sqa_jax.models.segments import BOTH_WAYS, PADDING
+from sqa_jax.models.segments import PADDING, PREFIX_LM
 from sqa_jax.parallel.mesh import batch_sharding, place_rows, replicated, row_shards
 from sqa_jax.parallel.rules import shardings
 
@@ -89,7 +89,7 @@ class Generator:
         batch: int,
         temperature: float = 0.0,
         seed: int = 0,
-        pictures: PictureRows | None = None,
+        pictures: ImageBatcher | None = None,
     ):
         self.pictures = pictures
         self.settings, self.decoder, self.mesh = settings, decoder, mesh
@@ -104,12 +104,15 @@ class Generator:
         rows = batch_sharding(mesh)
         placed = _State(cache_shardings(decoder.config, mesh), rows, rows, rows, rows, rows, rows)
         # What the host looks at is on every device, and so can be read by every process.
-        seen = replicated(mesh)
-        self._beginning = Beginning(settings, decoder, mesh)
+        everywhere = replicated(mesh)
+        self._beginning = SharedPrefixCache(settings, decoder, mesh)
         self._empty = jax.jit(self._make_empty, static_argnums=2, out_shardings=placed)
         self._read = jax.jit(self._read_pack, donate_argnums=3, out_shardings=placed)
         self._continue = jax.jit(
-            self._continue_rows, static_argnames="extent", donate_argnums=3, out_shardings=(placed, (seen, seen, seen))
+            self._continue_rows,
+            static_argnames="extent",
+            donate_argnums=3,
+            out_shardings=(placed, (everywhere, everywhere, everywhere)),
         )
 
     def __call__(self, adapter: Any, base: Any, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
@@ -215,7 +218,7 @@ class Generator:
         return place_rows(arrays, self.mesh, R)
 
     def _make_empty(self, adapter: Any, beginning: Any, places: int) -> _State:
-        adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
+        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
         cache = init_cache(
             self.decoder.config, self.batch, places - adaptation.prefix_length, adaptation, self.decoder.dtype
         )
@@ -225,14 +228,14 @@ class Generator:
 
     def _read_pack(self, adapter: Any, base: Any, beginning: Any, state: _State, pack: dict[str, jax.Array]) -> _State:
         """Reads a pack into the rows that it names, and writes each text's first token."""
-        adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
-        weights = adapters.weights(adapter, base)
+        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
+        weights = adapters.model_params(adapter, base)
         positions, segments = pack["positions"], pack["segments"]
-        decoder = bounded(self.decoder, pack["last"].shape[1])
-        more = seen(decoder, weights, pack, adaptation)
-        if decoder.config.prompt_both_ways:
-            more["branches"] = jnp.where(segments != PADDING, BOTH_WAYS, 0)
-        hidden, *fresh, marks = read(decoder, weights, pack["tokens"], positions, segments, adaptation, **more)
+        decoder = with_max_decoder_tokens(self.decoder, pack["last"].shape[1])
+        more = extra_model_inputs(decoder, weights, pack, adaptation)
+        if decoder.config.prefix_lm:
+            more["branches"] = jnp.where(segments != PADDING, PREFIX_LM, 0)
+        hidden, *fresh, marks = prefill(decoder, weights, pack["tokens"], positions, segments, adaptation, **more)
 
         # Nothing of a row's former text needs to be wiped: no token sees places behind its own.
         P = adaptation.prefix_length
@@ -271,8 +274,8 @@ class Generator:
         Returns:
           The state, and of it what the host wants to see: new tokens, their number, and which rows go on.
         """
-        adaptation = adapt(self.settings, adapter, self.decoder.config, beginning)
-        weights, whole = adapters.weights(adapter, base), state.cache
+        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
+        weights, whole = adapters.model_params(adapter, base), state.cache
         every_row = jnp.arange(self.batch)
         least = max((e for e in _extents(whole.segments.shape[1]) if e < extent), default=0)
 

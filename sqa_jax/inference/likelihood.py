@@ -22,13 +22,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.batches.images import PictureRows
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.errors import UserError
 from sqa_jax.inference.batching import first_fit
-from sqa_jax.inference.prefix_cache import Beginning, adapt
-from sqa_jax.models.api import Module, bounded, seen
+from sqa_jax.inference.prefix_cache import SharedPrefixCache, with_shared_prefix
+from sqa_jax.models.api import Module, extra_model_inputs, with_max_decoder_tokens
 from sqa_jax.models.log_probs import target_log_probs
-from sqa_jax.models.segments import BOTH_WAYS
+from sqa_jax.models.segments import PREFIX_LM
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 
 
@@ -57,7 +57,7 @@ def layout(choice: Choice, both_ways: bool = False) -> _Tree:
     shared = shared[: min((len(option) - 1 for option in choice.options), default=0)]
     trunk = list(choice.prompt) + shared
     tokens, positions = list(trunk), list(range(len(trunk)))
-    branches = [BOTH_WAYS * both_ways] * len(choice.prompt) + [0] * len(shared)
+    branches = [PREFIX_LM * both_ways] * len(choice.prompt) + [0] * len(shared)
     predicting, targets, owners = [], [], []
     for number, option in enumerate(choice.options):
         own = list(option[len(shared) :])
@@ -89,7 +89,7 @@ class LikelihoodScorer:
         mesh: Mesh,
         row_length: int,
         batch_rows: int,
-        pictures: PictureRows | None = None,
+        pictures: ImageBatcher | None = None,
     ):
         self.settings, self.decoder, self.mesh, self.pictures = settings, decoder, mesh, pictures
         self._shards = row_shards(mesh)
@@ -97,22 +97,22 @@ class LikelihoodScorer:
         self._scored = self._decoded = self._features = (
             0  # grow with what is asked, so that later calls of like size compile nothing
         )
-        self._beginning = Beginning(settings, decoder, mesh)
+        self._beginning = SharedPrefixCache(settings, decoder, mesh)
         # Replicated, so that every process can read it.
         self._forward = jax.jit(self._log_probs, static_argnums=0, out_shardings=replicated(mesh))
 
     def _log_probs(
         self, decoder: Module, adapter: Any, base: Any, beginning: Any, batch: dict[str, jax.Array]
     ) -> jax.Array:
-        weights = adapters.weights(adapter, base)
-        adaptation = adapt(self.settings, adapter, decoder.config, beginning)
+        weights = adapters.model_params(adapter, base)
+        adaptation = with_shared_prefix(self.settings, adapter, decoder.config, beginning)
         hidden, _ = decoder.apply(
             {"params": weights},
             batch["tokens"],
             batch["positions"],
             batch["segments"],
             adaptation,
-            **seen(decoder, weights, batch, adaptation),
+            **extra_model_inputs(decoder, weights, batch, adaptation),
         )
         return target_log_probs(decoder, weights, hidden, batch["predicting"], batch["targets"])
 
@@ -126,7 +126,7 @@ class LikelihoodScorer:
             return
         prompts = [choice.prompt for choice in choices]
         begun, beginning, rest = self._beginning(adapter, base, prompts)
-        both_ways = self.decoder.config.prompt_both_ways
+        both_ways = self.decoder.config.prefix_lm
         trees = [layout(one._replace(prompt=own), both_ways) for one, own in zip(choices, rest, strict=True)]
         longest = max(len(tree.tokens) for tree in trees)
         limit = self.decoder.config.max_positions
@@ -146,7 +146,7 @@ class LikelihoodScorer:
         behind = [len(tree.tokens) - len(own) + 1 for tree, own in zip(trees, rest, strict=True)]
         most = max(sum(behind[k] for k in row) for row in rows)
         self._decoded = max(self._decoded, -(-most // 16) * 16)
-        decoder = bounded(self.decoder, self._decoded)
+        decoder = with_max_decoder_tokens(self.decoder, self._decoded)
         if self.pictures is not None:
             most = max(sum(self.pictures.count(trees[k].tokens) for k in row) for row in rows)
             self._features = max(self._features, self.pictures.room(most))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.data.problem import Problem
-from sqa_jax.files import atomic_write, disk_errors, open_log, read_json, set_aside, sha256_json, write_json
-from sqa_jax.parallel.processes import is_main, main_first, meet
+from sqa_jax.files import archive, atomic_write, disk_errors, open_log, read_json, sha256_json, write_json
+from sqa_jax.parallel.processes import barrier, is_main, main_first
 
 
 class Predictions:
@@ -46,10 +46,10 @@ class Predictions:
                     self.metrics = before
                     return
                 name = f"{folder.name}.{before.get('fingerprint', 'unknown')[:8]}-{int(time.time())}"
-                set_aside(folder, folder.with_name(name))
+                archive(folder, folder.with_name(name))
             folder.mkdir(parents=True, exist_ok=True)
             self.known = _read_partial(self._partial)
-        meet()  # from here on, the file grows
+        barrier()  # from here on, the file grows
 
     def missing(self, problems: Sequence[Problem]) -> list[Problem]:
         return [problem for problem in problems if problem.pid not in self.known]

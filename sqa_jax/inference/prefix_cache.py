@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.models.api import Module, read
+from sqa_jax.models.api import Module, prefill
 from sqa_jax.models.decoder_config import StudentConfig
 from sqa_jax.models.layers.kv_cache import Adaptation
 from sqa_jax.models.t5.config import T5Config
@@ -24,7 +24,7 @@ from sqa_jax.parallel.mesh import replicated
 _STEP = 8  # its length is a multiple of this, so that few shapes are compiled
 
 
-def common_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
+def shared_prefix_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
     """Tokens of the common beginning of all prompts, each of which keeps some of its own.
 
     Args:
@@ -37,21 +37,21 @@ def common_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
     return min(words, min(map(len, prompts)) - 1) // _STEP * _STEP
 
 
-class Begun(NamedTuple):
+class SharedPrefix(NamedTuple):
     """Prompts whose common beginning has been read.
 
     Attributes:
       length: its tokens.
-      read: their keys and values, which `adapt` takes, [L, length, K·d] each; None where there are none.
+      kv: their keys and values, which `with_shared_prefix` takes, [L, length, K·d] each; None where there are none.
       rest: what each prompt goes on with.
     """
 
     length: int
-    read: dict[str, jax.Array] | None
+    kv: dict[str, jax.Array] | None
     rest: list[Sequence[int]]
 
 
-class Beginning:
+class SharedPrefixCache:
     """Reads the common beginning of prompts.
 
     Where a prompt is read both ways, nothing of it is read before all of it is there, so such prompts have none.
@@ -64,26 +64,28 @@ class Beginning:
         self._settings, self._decoder = settings, decoder
         self._run = jax.jit(self._read, out_shardings=replicated(mesh))
 
-    def __call__(self, adapter: Any, base: Any, prompts: Sequence[Sequence[int]]) -> Begun:
+    def __call__(self, adapter: Any, base: Any, prompts: Sequence[Sequence[int]]) -> SharedPrefix:
         config = self._decoder.config
-        whole = config.prompt_both_ways or isinstance(config, T5Config)
-        length = 0 if whole else common_length(prompts, config.vocab_size)
-        read = self._run(adapter, base, np.asarray([prompts[0][:length]], np.int32)) if length else None
-        return Begun(length, read, [prompt[length:] for prompt in prompts])
+        whole = config.prefix_lm or isinstance(config, T5Config)
+        length = 0 if whole else shared_prefix_length(prompts, config.vocab_size)
+        kv = self._run(adapter, base, np.asarray([prompts[0][:length]], np.int32)) if length else None
+        return SharedPrefix(length, kv, [prompt[length:] for prompt in prompts])
 
     def _read(self, adapter: Any, base: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-        adaptation = adapters.activate(self._settings, adapter, self._decoder.config)
+        adaptation = adapters.adapter_inputs(self._settings, adapter, self._decoder.config)
         positions = jnp.arange(tokens.shape[1])[None]
-        weights = adapters.weights(adapter, base)
+        weights = adapters.model_params(adapter, base)
         decoder = self._decoder.clone(fused=None, rows=None)  # it is one short row
-        _, key, value, _ = read(decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
+        _, key, value, _ = prefill(decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
         flat = (key.shape[0], key.shape[2], -1)
         return {"key": key.reshape(flat), "value": value.reshape(flat)}
 
 
-def adapt(settings, adapter: Any, student: StudentConfig, beginning: dict[str, jax.Array] | None) -> Adaptation:
+def with_shared_prefix(
+    settings, adapter: Any, student: StudentConfig, beginning: dict[str, jax.Array] | None
+) -> Adaptation:
     """The adapter in the form that the decoder uses, behind which prompts go on where their beginning ends."""
-    adaptation = adapters.activate(settings, adapter, student)
+    adaptation = adapters.adapter_inputs(settings, adapter, student)
     if beginning is None:
         return adaptation
     prefix = beginning

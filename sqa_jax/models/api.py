@@ -10,12 +10,12 @@ import jax
 from sqa_jax.models import decoder as decoder_only
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.layers.kv_cache import Adaptation, Visual
+from sqa_jax.models.layers.kv_cache import Adaptation, ImageFeatures
 from sqa_jax.models.t5 import model as t5
 from sqa_jax.models.t5.config import T5Config
 from sqa_jax.models.t5.model import T5
-from sqa_jax.models.vision.adapter import UNADAPTED, Computation
-from sqa_jax.models.vision.encode import has_pieces, see
+from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig
+from sqa_jax.models.vision.encode import encode_images, has_image_inputs
 
 Module = Decoder | T5
 
@@ -25,41 +25,43 @@ def module_for(config: StudentConfig) -> type[Decoder] | type[T5]:
     return T5 if isinstance(config, T5Config) else Decoder
 
 
-def bounded(student: Module, most: int) -> Module:
+def with_max_decoder_tokens(student: Module, most: int) -> Module:
     """The module for rows in which at most `most` tokens have another one behind them that is predicted.
 
-    An encoder–decoder then computes its decoder for so many places a row only; see `T5.most_decoded`.
+    An encoder–decoder then computes its decoder for so many places a row only; see `T5.max_decoder_tokens`.
     """
-    return student.clone(most_decoded=most) if isinstance(student, T5) else student
+    return student.clone(max_decoder_tokens=most) if isinstance(student, T5) else student
 
 
-def seen(
+def extra_model_inputs(
     student: Module,
     weights: Any,
     batch: Mapping[str, jax.Array],
     adaptation: Adaptation,
     dropout: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """What besides tokens a student reads of a batch's rows, as arguments of its module and of `read`.
+    """What besides tokens a student reads of a batch's rows, as arguments of its module and of `prefill`.
 
     Args:
       batch: arrays of packed rows; "branches" where the rows fork or are read both ways, and, where they hold pictures,
-        their features or what the tower makes these of (`sqa_jax.batches.images.PictureRows`).
+        their features or what the tower makes these of (`sqa_jax.batches.images.ImageBatcher`).
       dropout: a key, or None where nothing is dropped.
     """
     more = {"branches": batch["branches"]} if "branches" in batch else {}
     if "features" in batch:
         if adaptation.tower is not None:
             raise ValueError("these features are of the bare tower, which the adapter changes")
-        return {**more, "visual": Visual(batch["features"], batch.get("places"))}
-    if has_pieces(batch):
-        how = Computation(student.dtype, student.remat, student.lora_dropout, student.rows)
-        features = see(student.config.vision, weights["vision"], batch, how, adaptation.tower or UNADAPTED, dropout)
-        return {**more, "visual": Visual(features, batch.get("places"))}
+        return {**more, "visual": ImageFeatures(batch["features"], batch.get("places"))}
+    if has_image_inputs(batch):
+        how = ComputeConfig(student.dtype, student.remat, student.lora_dropout, student.rows)
+        features = encode_images(
+            student.config.vision, weights["vision"], batch, how, adaptation.tower or NO_VISION_ADAPTER, dropout
+        )
+        return {**more, "visual": ImageFeatures(features, batch.get("places"))}
     return more
 
 
-def read(
+def prefill(
     student: Module,
     weights: Any,
     tokens: jax.Array,
@@ -73,11 +75,11 @@ def read(
     Args:
       weights: parameters of the student.
       tokens, positions, segments, adaptation: as `Decoder.__call__`.
-      more: as `seen` gives it.
+      more: as `extra_model_inputs` gives it.
 
     Returns:
       Normed hidden states [B, T, D]; keys and values of all layers [L, B, T, K, d], without a prefix's; and for a
       cache the segment [B, T] that each place is of, where all of its row is of segment 1.
     """
     module = t5 if isinstance(student, T5) else decoder_only
-    return module.read(student, weights, tokens, positions, segments, adaptation, **more)
+    return module.prefill(student, weights, tokens, positions, segments, adaptation, **more)

@@ -94,7 +94,7 @@ def _paligemma(
     text: DecoderConfig, tower: SiglipConfig = _SO400M, image_token: int = 257152, vocabulary: int = 257216
 ) -> DecoderConfig:
     vision = PaliGemmaVision(tower, text.hidden_size, image_token, _BICUBIC)
-    return _seeing(text, vision, vocab_size=vocabulary, prompt_both_ways=True, first_position=1)
+    return _seeing(text, vision, vocab_size=vocabulary, prefix_lm=True, first_position=1)
 
 
 def _smolvlm(text: DecoderConfig) -> DecoderConfig:

@@ -19,34 +19,34 @@ from jax.sharding import NamedSharding
 
 from sqa_jax.models.decoder_config import WINDOW, DecoderConfig
 from sqa_jax.models.layers.attention import (
-    attend,
-    both_ways,
-    capped,
-    near,
-    picture_positions,
-    rotary_angles,
-    rotate,
-    visibility,
+    apply_rope,
+    attention_mask,
+    dot_product_attention,
+    mrope_positions,
+    prefix_lm_mask,
+    rope_sin_cos,
+    sliding_window_mask,
+    soft_cap,
 )
-from sqa_jax.models.layers.blockwise_attention import attend_in_blocks
+from sqa_jax.models.layers.blockwise_attention import blockwise_attention
 from sqa_jax.models.layers.kernels import FusedAttention
 from sqa_jax.models.layers.kv_cache import (
     NO_ADAPTATION,
     Adaptation,
     Cache,
-    Grid,
-    Visual,
-    behind_prefix,
+    ImageFeatures,
+    PackedToCacheMap,
     embed,
-    used_places,
+    num_valid,
+    prepend_prefix_kv,
 )
-from sqa_jax.models.layers.linear import Linear, RMSNorm, laid_out, stacked
-from sqa_jax.models.segments import EVERYWHERE, PADDING
+from sqa_jax.models.layers.linear import Linear, RMSNorm, constrain_batch_sharding, scan_layers
+from sqa_jax.models.segments import GLOBAL_SEGMENT, PADDING
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
-class Surroundings(NamedTuple):
+class AttentionContext(NamedTuple):
     """What all layers share of the tokens that are read.
 
     Attributes:
@@ -64,10 +64,10 @@ class Surroundings(NamedTuple):
     lately: jax.Array | None
     slots: jax.Array
     segments: jax.Array | None
-    grid: Grid | None
+    grid: PackedToCacheMap | None
 
 
-class Layer(NamedTuple):
+class LayerInputs(NamedTuple):
     """What tells a layer from the others; stacked in front of the scan.
 
     Attributes:
@@ -90,7 +90,7 @@ class Attention(nn.Module):
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, x, layer: Layer, cache, around: Surroundings):
+    def __call__(self, x, layer: LayerInputs, cache, around: AttentionContext):
         c, lora, grid = self.config, layer.adaptation.lora or {}, around.grid
         B, T, _ = x.shape
         sin, cos = around.sin[layer.rotation], around.cos[layer.rotation]
@@ -111,7 +111,7 @@ class Attention(nn.Module):
             key = RMSNorm(c.norm_epsilon, c.norm_offset, name="k_norm")(key)
         if c.query_scale:  # attention divides by √d
             query *= (c.head_dim / c.query_scale) ** 0.5
-        query, key = rotate(query, sin, cos), rotate(key, sin, cos)
+        query, key = apply_rope(query, sin, cos), apply_rope(key, sin, cos)
         self.sow("read", "key", key)
         self.sow("read", "value", value)
         if cache is not None:
@@ -133,11 +133,11 @@ class Attention(nn.Module):
 
             key, value = map(known, cache)
         else:
-            key, value = behind_prefix(layer.adaptation.prefix, key, value)
+            key, value = prepend_prefix_kv(layer.adaptation.prefix, key, value)
         if around.segments is not None:
             out = self.fused(query, key, value, around.segments, visible, layer.windowed)
         else:
-            attention = partial(attend_in_blocks, causal=not c.prompt_both_ways) if cache is None else attend
+            attention = partial(blockwise_attention, causal=not c.prefix_lm) if cache is None else dot_product_attention
             out = attention(query, key, value, visible, c.attention_softcap)
         if grid is not None:
             out = grid.packed(out, (B, T))
@@ -172,7 +172,7 @@ class Block(nn.Module):
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, carry, layer: Layer, around: Surroundings):
+    def __call__(self, carry, layer: LayerInputs, around: AttentionContext):
         (x, cache), c = carry, self.config
         before, *between, last = c.norms()  # two of a layer, or four
 
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         than segments.
       data_shards: parts of the mesh over which a batch's rows lie; what is done a piece at a time takes as much of
         each.
-      rows: how these rows lie there, which the compiler is told: see `sqa_jax.models.layers.linear.laid_out`.
+      rows: how these rows lie there, which the compiler is told: see `sqa_jax.models.layers.linear.constrain_batch_sharding`.
     """
 
     config: DecoderConfig
@@ -221,7 +221,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02)
         )
-        self.layers = stacked(Block, c.num_layers, self.remat)(c, self.dtype, self.lora_dropout, self.fused)
+        self.layers = scan_layers(Block, c.num_layers, self.remat)(c, self.dtype, self.lora_dropout, self.fused)
         self.norm = RMSNorm(c.norm_epsilon, c.norm_offset)
         if not c.tie_embeddings:
             self.lm_head = Linear(c.vocab_size, False, self.dtype, 0.0)
@@ -235,19 +235,19 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         branches: jax.Array | None = None,
         extent: int | None = None,
-        grid: Grid | None = None,
-        visual: Visual | None = None,
+        grid: PackedToCacheMap | None = None,
+        visual: ImageFeatures | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
 
         Args:
-          tokens: [B, T] ids: words'; a soft prompt's, -1, -2, …; pictures' features, see `Visual`.
+          tokens: [B, T] ids: words'; a soft prompt's, -1, -2, …; pictures' features, see `ImageFeatures`.
           positions: [B, T], 0-based within each sequence.
           segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
           adaptation: what the adapters add.
           cache: what the rows have read before; the new tokens go behind it. Made by `init_cache` with the
             same adaptation. A row that has no room left drops its tokens.
-          branches: [B, T] forks of a segment (see `visibility`). Only their trunk may stay in a cache: the caller
+          branches: [B, T] forks of a segment (see `attention_mask`). Only their trunk may stay in a cache: the caller
             sets its `length` back to the trunk's end.
           grid: with a cache, tokens of any of its rows are packed into [B, T], and lie in the cache as it says.
           extent: places of the cache, a prefix included, that attention looks at; behind them must be nothing.
@@ -259,13 +259,13 @@ class Decoder(nn.Module):
         c = self.config
         B, T = tokens.shape
         x = embed(self.embed_tokens, tokens, adaptation, visual, c.hidden_size**0.5 if c.embedding_scale else 1.0)
-        x = laid_out(x, self.rows if cache is None else None)
+        x = constrain_batch_sharding(x, self.rows if cache is None else None)
 
         P = adaptation.prefix_length
         key_branches = None
         if cache is None:
             slots = jnp.broadcast_to(jnp.arange(P, P + T), (B, T))
-            key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=EVERYWHERE)
+            key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=GLOBAL_SEGMENT)
             if branches is not None:
                 key_branches = jnp.pad(branches, ((0, 0), (P, 0)))
         else:
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
             if branches is not None:  # what was read before is trunk
                 _, key_branches = entered(jnp.zeros_like(cache.segments), branches)
         key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
-        visible = visibility(segments, key_segments, slots, key_slots, branches, key_branches)[..., :extent]
+        visible = attention_mask(segments, key_segments, slots, key_slots, branches, key_branches)[..., :extent]
         lately = None
         if 0 < c.window < visible.shape[-1]:
             # Places are slots but for branches, which are as far from their trunk as if they were alone.
@@ -296,24 +296,24 @@ class Decoder(nn.Module):
                 places = own + jnp.take_along_axis(slots - own, first, axis=1)
                 everywhere = jnp.broadcast_to(jnp.arange(cache.segments.shape[1]), cache.segments.shape)
                 _, key_places = entered(everywhere, places)
-            close = near(places, key_places[:, : visible.shape[-1]], c.window)
+            close = sliding_window_mask(places, key_places[:, : visible.shape[-1]], c.window)
             if branches is not None:
-                close |= both_ways(branches[:, :, None], key_branches[:, None, : visible.shape[-1]])
+                close |= prefix_lm_mask(branches[:, :, None], key_branches[:, None, : visible.shape[-1]])
             lately = visible & close
 
         # A prefix takes the first P positions, as it does in PEFT.
         rotations, turned = list(dict.fromkeys(map(c.rope_of, c.kinds))), positions + P + c.first_position
         if c.mrope_sections:
             if visual is not None:
-                turned = picture_positions(tokens, turned, segments, c.vocab_size, visual.places)
+                turned = mrope_positions(tokens, turned, segments, c.vocab_size, visual.places)
             else:
                 turned = jnp.broadcast_to(turned[..., None], (B, T, 3))
-        angles = [rotary_angles(turned, c.head_dim, rope, c.mrope_sections) for rope in rotations]
+        angles = [rope_sin_cos(turned, c.head_dim, rope, c.mrope_sections) for rope in rotations]
         plain = self.fused is None or cache is not None or branches is not None or adaptation.prefix is not None
-        around = Surroundings(
+        around = AttentionContext(
             *map(jnp.stack, zip(*angles, strict=True)), visible, lately, slots, None if plain else segments, grid
         )
-        layers = Layer(
+        layers = LayerInputs(
             jnp.arange(c.num_layers),
             jnp.asarray([rotations.index(c.rope_of(kind)) for kind in c.kinds]),
             jnp.asarray([kind == WINDOW for kind in c.kinds]),
@@ -322,13 +322,13 @@ class Decoder(nn.Module):
         carry = (x, None if cache is None else (cache.key, cache.value))
         (x, kv), _ = self.layers(carry, layers, around)
         if cache is not None:
-            cache = Cache(*kv, all_segments, cache.length.at[rows].add(used_places(segments), mode="drop"))
+            cache = Cache(*kv, all_segments, cache.length.at[rows].add(num_valid(segments), mode="drop"))
         return self.norm(x), cache
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32: [..., D] → [..., V]."""
         logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
-        return capped(logits.astype(jnp.float32), self.config.logit_softcap)
+        return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
     def logits(self, *args, **kwargs) -> tuple[jax.Array, Cache | None]:
         """Logits of every position, [B, T, V]: for small inputs; training asks only where there is a target."""
@@ -336,7 +336,7 @@ class Decoder(nn.Module):
         return self.unembed(hidden), cache
 
 
-def read(
+def prefill(
     decoder: Decoder,
     weights: Any,
     tokens: jax.Array,
@@ -344,9 +344,9 @@ def read(
     segments: jax.Array,
     adaptation: Adaptation,
     branches: jax.Array | None = None,
-    visual: Visual | None = None,
+    visual: ImageFeatures | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.models.api.read`."""
+    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.models.api.prefill`."""
     (hidden, _), kept = decoder.apply(
         {"params": weights}, tokens, positions, segments, adaptation, branches=branches, visual=visual, mutable=["read"]
     )

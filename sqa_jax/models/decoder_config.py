@@ -85,7 +85,7 @@ class DecoderConfig:
       window: keys that a layer of kind "window" sees, the query's own included.
       layer_types: of each layer "full", "window" or "nope"; () is all "full".
       local_rope: rotary frequencies of the layers of kind "window"; None is the same.
-      prompt_both_ways: a prompt's tokens see each other, whichever comes first (a prefix LM).
+      prefix_lm: a prompt's tokens see each other, whichever comes first (a prefix LM).
       first_position: of a sequence, for the rotation.
       mrope_sections: pairs of a head that turn by time, row and column of what is seen (M-RoPE); () is none.
       vision: the tower through which it sees pictures, and what else of them is its own; None is a student of text.
@@ -117,7 +117,7 @@ class DecoderConfig:
     window: int = 0
     layer_types: tuple[str, ...] = ()
     local_rope: Rope | None = None
-    prompt_both_ways: bool = False
+    prefix_lm: bool = False
     first_position: int = 0
     mrope_sections: tuple[int, ...] = ()
     vision: Vision | None = None

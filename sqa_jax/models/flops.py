@@ -30,7 +30,7 @@ def forward_flops(config: StudentConfig, tokens: float, context: float, logits: 
     return 2 * (tokens * config.num_layers * (linear + attention) + logits * config.hidden_size * config.vocab_size)
 
 
-def see_flops(vision: Vision, features: float, picture: float) -> float:
+def vision_flops(vision: Vision, features: float, picture: float) -> float:
     """Operations of a vision tower and its connector.
 
     Args:

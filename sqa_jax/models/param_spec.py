@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Leaf(NamedTuple):
+class ParamSpec(NamedTuple):
     """One parameter.
 
     Attributes:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-def with_virtual(tokens: Sequence[int], count: int, place: int = 0) -> list[int]:
+def with_soft_tokens(tokens: Sequence[int], count: int, place: int = 0) -> list[int]:
     """Ids with `count` tokens of a soft prompt at `place`: they are -1, -2, …, which no vocabulary has."""
     return [*tokens[:place], *range(-1, -count - 1, -1), *tokens[place:]]
 
 
-class Virtual(NamedTuple):
+class SoftPromptTokens(NamedTuple):
     """A soft prompt's tokens, which every sequence gets.
 
     Attributes:
@@ -24,7 +24,7 @@ class Virtual(NamedTuple):
 
     def put(self, tokens: Sequence[int], behind_picture: int = 0) -> list[int]:
         """Ids with the soft prompt's in them; `behind_picture` of them end with the prompt's picture."""
-        return with_virtual(tokens, self.count, behind_picture if self.behind_picture else 0)
+        return with_soft_tokens(tokens, self.count, behind_picture if self.behind_picture else 0)
 
 
-NO_VIRTUAL = Virtual()
+NO_SOFT_PROMPT = SoftPromptTokens()

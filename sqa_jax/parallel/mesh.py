@@ -43,10 +43,12 @@ def make_mesh(settings, devices=None) -> Mesh:
         )
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
-        laid_out = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        constrain_batch_sharding = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
-        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        constrain_batch_sharding = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(constrain_batch_sharding, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

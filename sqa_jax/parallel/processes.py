@@ -157,13 +157,13 @@ def is_main() -> bool:
 def main_first() -> Iterator[None]:
     """Process 0 goes through the block alone; then the others do, and find what it made."""
     if not is_main():
-        meet()
+        barrier()
     yield
     if is_main():
-        meet()
+        barrier()
 
 
-def meet() -> None:
+def barrier() -> None:
     """Waits until every process is here."""
     import jax
 

@@ -58,7 +58,7 @@ class Collective:
 
 
 @dataclasses.dataclass
-class Work:
+class HloCost:
     """Totals of one run on one chip.
 
     Attributes:
@@ -78,7 +78,7 @@ class Work:
     collectives: list[Collective] = dataclasses.field(default_factory=list)
 
 
-def count(program: Program, chip: Chip, devices: int, unknown_trips: int | None = None) -> Work:
+def count(program: Program, chip: Chip, devices: int, unknown_trips: int | None = None) -> HloCost:
     """The work of a program on each of the `devices` that it was compiled for.
 
     Args:
@@ -87,12 +87,14 @@ def count(program: Program, chip: Chip, devices: int, unknown_trips: int | None 
     Raises:
       ValueError: the length of a loop, or a group of devices, is written in a way that is not known.
     """
-    work = Work()
+    work = HloCost()
     _count(program, program.entry, 1, chip, devices, unknown_trips, work)
     return work
 
 
-def _count(program: Program, name: str, times: int, chip: Chip, devices: int, unknown: int | None, work: Work) -> None:
+def _count(
+    program: Program, name: str, times: int, chip: Chip, devices: int, unknown: int | None, work: HloCost
+) -> None:
     inside = program.computations[name]
     channels: set[str] = set()  # a collective that is spread over several fusions has one channel
     for own in inside.instructions.values():
@@ -125,7 +127,7 @@ def _count(program: Program, name: str, times: int, chip: Chip, devices: int, un
             if not flops:
                 work.uncounted.add(own.name.split(".")[0])
         main = core = 0.0
-        for in_main, size in _moved(program, inside, own):
+        for in_main, size in _memory_traffic(program, inside, own):
             main, core = (main + size, core) if in_main else (main, core + size)
         if not own.opcode.endswith("-start"):
             work.busy += times * max(seconds, main / chip.bandwidth, core / chip.core_bandwidth)
@@ -169,7 +171,7 @@ def _product_flops(inside: Computation, own: Instruction) -> float:
     return float(total)
 
 
-def _moved(program: Program, inside: Computation, own: Instruction) -> Iterator[tuple[bool, float]]:
+def _memory_traffic(program: Program, inside: Computation, own: Instruction) -> Iterator[tuple[bool, float]]:
     """What an instruction reads and writes: (in HBM?, bytes)."""
     if own.opcode in _FREE or _communicates(own):
         return

@@ -14,7 +14,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.parallel.chips import CHIPS, GIB, Chip, communication_seconds, quiet_compiler
 from sqa_jax.parallel.mesh import AXES
 from sqa_jax.plan.hlo import parse
-from sqa_jax.plan.hlo_cost import Work, count
+from sqa_jax.plan.hlo_cost import HloCost, count
 
 # How the compiler says what it lacks: bytes of temporaries, or of everything together.
 _TEMPORARIES, _EVERYTHING = r"temporaries \(([\d.]+)G\)", r"[Uu]sed ([\d.]+)G of"
@@ -93,7 +93,7 @@ def _text(compiled: jax.stages.Compiled, kind: str, peak: int) -> str:
         ) from None
 
 
-def times(work: Work, chip: Chip, collectives: list[dict[str, Any]]) -> dict[str, Any]:
+def times(work: HloCost, chip: Chip, collectives: list[dict[str, Any]]) -> dict[str, Any]:
     """Seconds of one run.
 
     estimate: every instruction after the other (`Work.busy`), with collectives that do not run beside them.
@@ -117,7 +117,7 @@ def times(work: Work, chip: Chip, collectives: list[dict[str, Any]]) -> dict[str
     }
 
 
-def _collectives(work: Work, chip: Chip, mesh: Mesh) -> list[dict[str, Any]]:
+def _collectives(work: HloCost, chip: Chip, mesh: Mesh) -> list[dict[str, Any]]:
     """Totals by kind, mesh axes and whether they overlap: count, payload and bytes sent by a chip, seconds."""
     devices, shape = list(mesh.devices.flat), mesh.devices.shape
     rows: dict[tuple, dict[str, Any]] = {}

@@ -13,19 +13,19 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.batches.images import PictureRows, PictureSet
-from sqa_jax.batches.packing import Limits, choose_limits, pack_row, room_for
+from sqa_jax.batches.images import ImageBatcher, ImageStore
+from sqa_jax.batches.packing import Limits, capacity_for, choose_limits, pack_row
 from sqa_jax.checkpoints.weights import shapes
 from sqa_jax.errors import UserError
 from sqa_jax.inference.features import trains_tower
 from sqa_jax.inference.generate import Generator
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.flops import forward_flops, see_flops, training_flops
-from sqa_jax.models.vision.registry import module_of
+from sqa_jax.models.flops import forward_flops, training_flops, vision_flops
+from sqa_jax.models.vision.registry import vision_family
 from sqa_jax.parallel.mesh import check_rows, row_shards
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.plan.communication import expected_bytes
-from sqa_jax.runtime import held_dtype, make_decoder
+from sqa_jax.runtime import make_decoder, param_dtype
 from sqa_jax.training.optimizer import make_optimizer
 from sqa_jax.training.step import compile_step, init_state, make_step
 
@@ -92,14 +92,14 @@ def data_of(config, student: DecoderConfig) -> Data:
     from sqa_jax.batches.loader import packed_rows
     from sqa_jax.checkpoints.tokenizer import load_tokenizer
 
-    virtual, length = adapters.virtual_tokens(config.adapter), config.train.row_length
+    virtual, length = adapters.soft_prompt_tokens(config.adapter), config.train.row_length
     if config.plan.tokens or config.student.path.startswith("random:"):
         picture = _usual_picture(student)
         mean = _MEAN_LENGTH + _PICTURED * picture
         targets, share = _TARGET_SHARE * _MEAN_LENGTH, _PICTURED * picture / mean
         one = np.array([min(math.ceil(mean) + virtual.count, length)])
         limits = choose_limits(one, np.array([min(math.ceil(targets), length)]), length, [""])
-        limits = limits._replace(both_ways=student.prompt_both_ways)
+        limits = limits._replace(both_ways=student.prefix_lm)
         if picture:
             if picture > length:
                 raise UserError(
@@ -107,15 +107,15 @@ def data_of(config, student: DecoderConfig) -> Data:
                     "config.student.picture_tokens"
                 )
             seen = np.array([math.ceil(share * one[0])])
-            limits = limits._replace(features=_no_pictures(student).room(max(picture, room_for(one, seen, length))))
+            limits = limits._replace(features=_no_pictures(student).room(max(picture, capacity_for(one, seen, length))))
         tokens = config.plan.tokens or _SCIENCEQA_QUESTIONS * mean
         source = "config.plan.tokens" if config.plan.tokens else "about ScienceQA's training questions"
         return Data(tokens, mean, targets / mean, limits, source, share, picture)
     tokenizer, problems = load_tokenizer(config.student.path, config.student.revision), load_config_problems(config)
     pictures = config_pictures(config, student, training_problems(config, problems))
     dataset, _ = build_or_reuse(config, tokenizer, problems, pictures)
-    seen = pictures and PictureRows(pictures)
-    rows = packed_rows(dataset, config, tokenizer.pad_token_id, virtual, student.prompt_both_ways, seen)
+    seen = pictures and ImageBatcher(pictures)
+    rows = packed_rows(dataset, config, tokenizer.pad_token_id, virtual, student.prefix_lm, seen)
     tokens, prompts = sum(map(len, rows.tokens)), int(np.sum(rows.prompt_lengths))
     about = Data(tokens, tokens / len(rows.tokens), 1 - prompts / tokens, rows.limits, str(dataset.path))
     if seen is None:
@@ -130,14 +130,14 @@ def _usual_picture(student: DecoderConfig) -> int:
     """Features of a usual picture; 0 for a student that sees none."""
     if student.vision is None:
         return 0
-    made = module_of(student.vision).picture(student.vision, Image.new("RGB", _PICTURE))
+    made = vision_family(student.vision).picture(student.vision, Image.new("RGB", _PICTURE))
     return len(made.pieces) * student.vision.features_of_piece
 
 
-def _no_pictures(student: DecoderConfig, features: np.ndarray | None = None) -> PictureRows:
+def _no_pictures(student: DecoderConfig, features: np.ndarray | None = None) -> ImageBatcher:
     """What puts nothing into rows that could hold pictures."""
-    empty = PictureSet(student.vision, student.vocab_size, "", np.zeros(0), np.zeros((0, 3), int), {}, {})
-    return PictureRows(empty, features)
+    empty = ImageStore(student.vision, student.vocab_size, "", np.zeros(0), np.zeros((0, 3), int), {}, {})
+    return ImageBatcher(empty, features)
 
 
 def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Step:
@@ -168,7 +168,9 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
     sent = sum(a.size * a.dtype.itemsize for a in batch.values()) // row_shards(mesh)
     targets = data.target_share * tokens
     seen = (
-        0.0 if known or student.vision is None else see_flops(student.vision, data.feature_share * tokens, data.picture)
+        0.0
+        if known or student.vision is None
+        else vision_flops(student.vision, data.feature_share * tokens, data.picture)
     )
     methods = tuple(config.adapter.methods)
     return Step(
@@ -192,7 +194,7 @@ def decode_loop(config, student: DecoderConfig, mesh: Mesh) -> tuple[jax.stages.
     Raises:
       UserError: the configuration, the mesh and the student do not fit each other.
     """
-    settings, virtual = config.eval, adapters.virtual_tokens(config.adapter).count
+    settings, virtual = config.eval, adapters.soft_prompt_tokens(config.adapter).count
     base, adapter = _trees(config, student, mesh)
     decoder = make_decoder(config, student, mesh)
     any_end = (0,)  # which token ends a text does not change the program
@@ -212,7 +214,7 @@ def decode_loop(config, student: DecoderConfig, mesh: Mesh) -> tuple[jax.stages.
 def _trees(config, student: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Shapes of the base, which is empty where the adapter is the whole model, and of the adapter."""
     adapters.check_methods(config.adapter.methods)
-    base = shapes(student, held_dtype(config, mesh))
+    base = shapes(student, param_dtype(config, mesh))
     words = (0,)  # those that a prompt starts from do not change the program
     adapter = jax.eval_shape(
         lambda base: adapters.init_adapter(config.adapter, student, base, config.seed, words), base

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from sqa_jax.batches.images import PictureSet
+from sqa_jax.batches.images import ImageStore
 from sqa_jax.data.problem import Problem
 from sqa_jax.prompts.formats import Format, Template, sections
 
@@ -56,7 +56,7 @@ class Encoder:
         chat: bool,
         caption: bool,
         around: tuple[str, str] | None = None,
-        pictures: PictureSet | None = None,
+        pictures: ImageStore | None = None,
     ):
         self.tokenizer, self.max_prompt, self.caption, self.pictures = tokenizer, max_prompt, caption, pictures
         if around is None:

@@ -1,4 +1,4 @@
-"""Conversations with tools as ids: the question, calls, their results, and the answer, for training and inference.
+"""DecodeSlots with tools as ids: the question, calls, their results, and the answer, for training and inference.
 
 Three forms, of which a student gets the first that its tokenizer has (the last where `config.recipe.chat` is off):
 

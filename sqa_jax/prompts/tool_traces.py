@@ -1,4 +1,4 @@
-"""Conversations with tools as training rows: each decision is a row, the whole conversation before it its prompt."""
+"""DecodeSlots with tools as training rows: each decision is a row, the whole conversation before it its prompt."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _data(data) -> str:
 def _use(config, student: Student, methods: Sequence[str], kind: str, out: str) -> list[str]:
     """How it is used."""
     vision, soft = student.config.vision, {"prefix", "prompt"} & set(methods)
-    if soft and vision is not None and (vision.has_places or student.config.prompt_both_ways):
+    if soft and vision is not None and (vision.has_places or student.config.prefix_lm):
         lost = "positions of pictures in rows and columns" if vision.has_places else "mask that lets a prompt's tokens see each other"  # fmt: skip
         return [
             f"PEFT reads the files, but where it puts a {soft.pop()} in front it leaves out this model's {lost}, and so "

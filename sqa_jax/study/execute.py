@@ -17,7 +17,7 @@ from sqa_jax.batches.dataset import (
     records_by_pid,
     training_problems,
 )
-from sqa_jax.batches.images import PictureRows, PictureSet
+from sqa_jax.batches.images import ImageBatcher, ImageStore
 from sqa_jax.checkpoints.load import Student
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
@@ -160,7 +160,7 @@ class Executor:
 
     def _load(self, own):
         """The student of a run; the one before is kept where it is the same, and let go where it is not."""
-        from sqa_jax.runtime import start
+        from sqa_jax.runtime import build_runtime
 
         full, lora = "full" in own.adapter.methods, "lora" in own.adapter.methods
         random_seed = own.seed if own.student.path.startswith("random:") else None
@@ -169,7 +169,7 @@ class Executor:
         )
         if self._runtime is None or self._runtime[0] != key:
             self._runtime = None
-            self._runtime = (key, start(own))
+            self._runtime = (key, build_runtime(own))
         return self._runtime[1]
 
     def _equal_steps(self, run: Run, runtime) -> int:
@@ -182,19 +182,19 @@ class Executor:
 
     def _length(self, run: Run, runtime) -> tuple[int, float]:
         """(steps that a run's own epochs take, tokens of a step on average)."""
-        from sqa_jax.adapters.adapter import virtual_tokens
+        from sqa_jax.adapters.adapter import soft_prompt_tokens
         from sqa_jax.batches.loader import packed_rows, steps_of
 
         own, student = self._config(run), runtime.student
         dataset, pictures = self._dataset(own, student)
         rows = packed_rows(
-            dataset, own, student.tokenizer.pad_token_id, virtual_tokens(own.adapter), student.config.prompt_both_ways,
-            pictures and PictureRows(pictures),
+            dataset, own, student.tokenizer.pad_token_id, soft_prompt_tokens(own.adapter), student.config.prefix_lm,
+            pictures and ImageBatcher(pictures),
         )  # fmt: skip
         step = own.train.row_length * own.train.batch_rows * own.train.accumulate
         return steps_of(own, rows), rows.real_tokens() * step
 
-    def _dataset(self, own, student: Student) -> tuple[DistillationDataset, PictureSet | None]:
+    def _dataset(self, own, student: Student) -> tuple[DistillationDataset, ImageStore | None]:
         """The dataset of a run, and the pictures of its questions."""
         pictures = config_pictures(own, student.config, training_problems(own, self.problems))
         return build_or_reuse(own, student.tokenizer, self.problems, pictures)[0], pictures

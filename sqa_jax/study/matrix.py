@@ -186,7 +186,7 @@ def check(config, runs: Sequence[Run], problems: ProblemSet) -> dict[str, int]:
         or a run's settings do not go together.
     """
     from sqa_jax.checkpoints.paths import locate
-    from sqa_jax.inference.answer import way
+    from sqa_jax.inference.answer import answer_mode
 
     for path in students(config):
         if not path.startswith("random:"):
@@ -206,7 +206,7 @@ def check(config, runs: Sequence[Run], problems: ProblemSet) -> dict[str, int]:
     replies: dict[tuple[str, ...], Mapping[str, Records]] = {}
     for run in runs:
         own = run_config(config, run)
-        way(own)
+        answer_mode(own)
         train = problems.split(own.data.train_split)
         if shared := [p.pid for p in train if p.pid in held_out]:
             raise UserError(

@@ -25,12 +25,12 @@ class StudentTeacher:
         settings = config.teach
         if not settings.model:
             raise UserError("config.teach.model is empty; with client = 'student' it is the path of the weights")
-        from sqa_jax.runtime import start
+        from sqa_jax.runtime import build_runtime
 
         own = config.copy_and_resolve_references()
         own.student.path = settings.model
         own.adapter.methods = ()
-        runtime = start(own)
+        runtime = build_runtime(own)
         if settings.image and runtime.student.config.vision is None:
             raise UserError(
                 f"{runtime.student.name} sees no images; set --config.teach.image=False, and --config.teach.caption=True to "

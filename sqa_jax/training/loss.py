@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from sqa_jax.adapters import adapter as adapters
-from sqa_jax.models.api import Module, bounded, seen
+from sqa_jax.models.api import Module, extra_model_inputs, with_max_decoder_tokens
 from sqa_jax.models.log_probs import target_log_probs
 
 
@@ -21,16 +21,16 @@ def row_losses(
       batch: arrays of `sqa_jax.batches.packing.pack_row`, each with a leading B.
       dropout: a key, or None where nothing is dropped.
     """
-    weights = adapters.weights(adapter, base)
-    decoder = bounded(decoder, batch["targets"].shape[1])
-    adaptation = adapters.activate(settings, adapter, decoder.config)
+    weights = adapters.model_params(adapter, base)
+    decoder = with_max_decoder_tokens(decoder, batch["targets"].shape[1])
+    adaptation = adapters.adapter_inputs(settings, adapter, decoder.config)
     hidden, _ = decoder.apply(
         {"params": weights},
         batch["tokens"],
         batch["positions"],
         batch["segments"],
         adaptation,
-        **seen(decoder, weights, batch, adaptation, dropout),
+        **extra_model_inputs(decoder, weights, batch, adaptation, dropout),
         rngs=None if dropout is None else {"dropout": dropout},
     )
     log_probs = target_log_probs(

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from sqa_jax.batches.dataset import encoder_for
-from sqa_jax.batches.images import PictureRows
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.loader import PackedRows, pack
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
-from sqa_jax.inference.answer import LikelihoodAnswers
-from sqa_jax.models.soft_tokens import Virtual
+from sqa_jax.inference.answer import LikelihoodAnswerer
+from sqa_jax.models.soft_tokens import SoftPromptTokens
 from sqa_jax.parallel.mesh import place_rows, replicated
 from sqa_jax.prompts.formats import render_target
 from sqa_jax.prompts.recipes import arm_format
@@ -39,8 +39,8 @@ class Validator:
         config,
         runtime: Runtime,
         problems: Sequence[Problem],
-        virtual: Virtual,
-        pictures: PictureRows | None = None,
+        virtual: SoftPromptTokens,
+        pictures: ImageBatcher | None = None,
     ):
         self._problems, self._mesh = problems, runtime.mesh
         fmt, tokenizer = arm_format(config.recipe), runtime.student.tokenizer
@@ -57,14 +57,14 @@ class Validator:
         rows = pack(
             [virtual.put(e.tokens, e.behind_picture) for e in encoded],
             np.array([virtual.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
-            tokenizer.pad_token_id, 0, runtime.student.config.prompt_both_ways, pictures,
+            tokenizer.pad_token_id, 0, runtime.student.config.prefix_lm, pictures,
         )  # fmt: skip
         self._batches = _batches(rows, config.train.batch_rows)
         self._loss = jax.jit(
             lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum(),
             out_shardings=replicated(runtime.mesh),
         )
-        self._answers = LikelihoodAnswers(config, runtime, pictures) if fmt.answer_first else None
+        self._answers = LikelihoodAnswerer(config, runtime, pictures) if fmt.answer_first else None
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
         """{"val_loss": nats a target token, "val_accuracy": percent (only where the answer comes first)}."""

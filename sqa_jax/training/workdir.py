@@ -47,7 +47,7 @@ def open_workdir(workdir: str | Path) -> Path:
     return root
 
 
-def claim(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
+def bind_config(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
     """Makes the directory the run's own, or checks that it is.
 
     Args:

@@ -12,9 +12,9 @@ import numpy as np
 
 from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
 from sqa_jax.batches.loader import make_loader, packed_rows, steps_of
-from sqa_jax.inference.answer import GeneratedAnswers, LikelihoodAnswers
+from sqa_jax.inference.answer import GenerativeAnswerer, LikelihoodAnswerer
 from sqa_jax.parallel.mesh import place_rows
-from sqa_jax.runtime import Runtime, start
+from sqa_jax.runtime import Runtime, build_runtime
 from sqa_jax.training.optimizer import make_optimizer
 from sqa_jax.training.step import TrainState, compile_step, init_state, make_step
 from tests.benchmarks.process import WARM, host_peak, serve
@@ -110,7 +110,7 @@ def loader(root: Path, _: float) -> dict[str, Any]:
 def likelihood(root: Path, _: float) -> dict[str, Any]:
     """`config.eval.mode=likelihood`; the first time compiles, the second is measured."""
     config, runtime, adapter = _begin(root)
-    questions, ask = questions_of(config), LikelihoodAnswers(config, runtime)
+    questions, ask = questions_of(config), LikelihoodAnswerer(config, runtime)
     for _ in range(2):
         clock = time.perf_counter()
         found = {one.index: one.answer for one in ask(adapter, runtime.student.params, questions)}
@@ -122,7 +122,7 @@ def likelihood(root: Path, _: float) -> dict[str, Any]:
 def generate(root: Path, _: float) -> dict[str, Any]:
     """`config.eval.mode=generate`; the first time compiles, the second is measured."""
     config, runtime, adapter = _begin(root)
-    questions, ask = questions_of(config), GeneratedAnswers(config, runtime)
+    questions, ask = questions_of(config), GenerativeAnswerer(config, runtime)
     for _ in range(2):
         clock = time.perf_counter()
         found = {one.index: one for one in ask(adapter, runtime.student.params, questions)}
@@ -136,7 +136,7 @@ def _begin(root: Path) -> tuple[Any, Runtime, Any]:
     """Configuration, student and adapter."""
     config, flags = settings_of(root)
     config.student.path = str(root / "student")
-    runtime = start(config)
+    runtime = build_runtime(config)
     return config, runtime, adapter_of(config, flags["run"], runtime)
 
 

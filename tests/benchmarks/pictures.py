@@ -85,23 +85,23 @@ def step(config, repeats: int) -> dict[str, Any]:
 
     from sqa_jax.adapters import adapter as adapters
     from sqa_jax.batches.dataset import config_pictures, encoder_for, load_config_problems, training_problems
-    from sqa_jax.batches.images import PictureRows
+    from sqa_jax.batches.images import ImageBatcher
     from sqa_jax.batches.loader import make_loader, pack
     from sqa_jax.inference.features import known_features
     from sqa_jax.parallel.mesh import place_rows
     from sqa_jax.prompts.formats import render_target
     from sqa_jax.prompts.recipes import arm_format
-    from sqa_jax.runtime import start
+    from sqa_jax.runtime import build_runtime
     from sqa_jax.training.optimizer import make_optimizer
     from sqa_jax.training.step import compile_step, init_state, make_step
 
-    mesh, student, decoder = runtime = start(config)
+    mesh, student, decoder = runtime = build_runtime(config)
     if student.config.vision is None:
         raise UserError("config.student.path: a student that sees is needed, such as random:smolvlm-256m")
     chosen = training_problems(config, load_config_problems(config))
     pictures = config_pictures(config, student.config, chosen)
     shown = [problem for problem in chosen if problem.pid in pictures.number_of]
-    recipe, virtual, rows_of = config.recipe, adapters.virtual_tokens(config.adapter), config.train.batch_rows
+    recipe, virtual, rows_of = config.recipe, adapters.soft_prompt_tokens(config.adapter), config.train.batch_rows
     fmt = arm_format(recipe)
     gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, recipe.answer) for p in shown]
     encoded = encoder_for(config, student.tokenizer, pictures).encode(shown, [fmt] * len(shown), gold)
@@ -116,8 +116,8 @@ def step(config, repeats: int) -> dict[str, Any]:
         rows = pack(
             [virtual.put(one.tokens, one.behind_picture) for one in encoded],
             np.array([one.prompt_length + virtual.count for one in encoded]), [one.pid for one in shown],
-            config.train.row_length, student.tokenizer.pad_token_id, config.seed, student.config.prompt_both_ways,
-            PictureRows(pictures, known),
+            config.train.row_length, student.tokenizer.pad_token_id, config.seed, student.config.prefix_lm,
+            ImageBatcher(pictures, known),
         )  # fmt: skip
         state = init_state(
             adapters.init_adapter(config.adapter, student.config, student.params, config.seed), optimizer

@@ -27,7 +27,7 @@ from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.prompts.formats import option_targets
 from sqa_jax.prompts.recipes import arm_format
-from sqa_jax.runtime import Runtime, start
+from sqa_jax.runtime import Runtime, build_runtime
 from sqa_jax.training.checkpoint import Checkpoints, abstract
 from sqa_jax.training.optimizer import make_schedule
 from tests.benchmarks.process import WARM, serve
@@ -81,7 +81,7 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
     config, flags = settings_of(root)
     if tuple(config.adapter.methods) != ("lora",):
         raise UserError(f"config.adapter.methods is {tuple(config.adapter.methods)}; both sides are compared with lora")
-    runtime = start(config)
+    runtime = build_runtime(config)
     device = jax.devices()[0]
     if device.platform not in ("cpu", "gpu") or (device.platform == "gpu" and runtime.mesh.size > 1):
         raise UserError(

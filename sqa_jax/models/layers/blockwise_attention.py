@@ -17,17 +17,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sqa_jax.models.layers.attention import capped
+from sqa_jax.models.layers.attention import soft_cap
 
 # Queries of a row that are worth splitting, least queries of a block, and most blocks, which take long to compile.
 _LONG, _BLOCK, _BLOCKS = 256, 64, 8
 SAVED = "attention"  # name under which attention's results are kept for the backward pass
 
 
-def attend_in_blocks(
+def blockwise_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, softcap: float = 0.0, causal: bool = True
 ) -> jax.Array:
-    """`attention.attend`, whose arguments and shapes these are.
+    """`attention.dot_product_attention`, whose arguments and shapes these are.
 
     Args:
       causal: the queries are the last T of the S places, and none sees a later one.
@@ -52,7 +52,7 @@ def _blocks(q: jax.Array, visible: jax.Array, causal: bool) -> Iterator[tuple[sl
 
 def _scores(q: jax.Array, key: jax.Array, visible: jax.Array, softcap: float) -> jax.Array:
     """[B, K, t·G, s] in float32."""
-    scores = capped(jnp.einsum("bkrd,bksd->bkrs", q, key, preferred_element_type=jnp.float32), softcap)
+    scores = soft_cap(jnp.einsum("bkrd,bksd->bkrs", q, key, preferred_element_type=jnp.float32), softcap)
     B, K, rows, s = scores.shape
     split = scores.reshape(B, K, visible.shape[2], -1, s)
     return jnp.where(visible, split, jnp.finfo(jnp.float32).min).reshape(scores.shape)

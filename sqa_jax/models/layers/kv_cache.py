@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.segments import EVERYWHERE, PADDING
-from sqa_jax.models.vision.adapter import TowerAdaptation
+from sqa_jax.models.segments import GLOBAL_SEGMENT, PADDING
+from sqa_jax.models.vision.adapter import VisionAdapter
 
 
 class Adaptation(NamedTuple):
@@ -22,14 +22,14 @@ class Adaptation(NamedTuple):
     Attributes:
       lora: {layer name: {"a": [L, in, r], "b": [L, r, out]}}, with the scale already in `b`.
       prefix: {"key": [L, P, K·d], "value": [L, P, K·d]}, keys as after the rotation.
-      prompt: [P, D], embeddings of a soft prompt's tokens, whose ids are -1, -2, … (`sqa_jax.batches.packing.with_virtual`).
+      prompt: [P, D], embeddings of a soft prompt's tokens, whose ids are -1, -2, … (`sqa_jax.batches.packing.with_soft_tokens`).
       tower: what is added to the half that sees; None is nothing.
     """
 
     lora: dict[str, Any] | None = None
     prefix: dict[str, jax.Array] | None = None
     prompt: jax.Array | None = None
-    tower: TowerAdaptation | None = None
+    tower: VisionAdapter | None = None
 
     @property
     def prefix_length(self) -> int:
@@ -43,7 +43,7 @@ class Adaptation(NamedTuple):
 NO_ADAPTATION = Adaptation()
 
 
-class Visual(NamedTuple):
+class ImageFeatures(NamedTuple):
     """What a student sees of the pictures in its rows.
 
     Token V + f of row b, V being the size of the vocabulary, stands for feature f of that row.
@@ -74,7 +74,7 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-class Grid(NamedTuple):
+class PackedToCacheMap(NamedTuple):
     """How packed tokens lie in the rows of a cache, so that only attention works row by row.
 
     Attributes:
@@ -109,12 +109,12 @@ def init_cache(config: StudentConfig, rows: int, slots: int, adaptation: Adaptat
             empty.at[..., :P, :].set(adaptation.prefix[name].reshape(heads).swapaxes(2, 3).astype(dtype))
             for name, empty in (("key", key), ("value", value))
         )
-        segments = segments.at[:, :P].set(EVERYWHERE)
+        segments = segments.at[:, :P].set(GLOBAL_SEGMENT)
     return Cache(key, value, segments, jnp.full((rows,), P, jnp.int32))
 
 
 def embed(
-    table: nn.Embed, tokens: jax.Array, adaptation: Adaptation, visual: Visual | None = None, scale: float = 1.0
+    table: nn.Embed, tokens: jax.Array, adaptation: Adaptation, visual: ImageFeatures | None = None, scale: float = 1.0
 ) -> jax.Array:
     """Embeddings [B, T, D]: of words, times `scale`; of a soft prompt, and of pictures, as they are."""
     V = table.num_embeddings
@@ -131,7 +131,7 @@ def embed(
     return x
 
 
-def behind_prefix(prefix: dict[str, jax.Array] | None, key: jax.Array, value: jax.Array) -> list[jax.Array]:
+def prepend_prefix_kv(prefix: dict[str, jax.Array] | None, key: jax.Array, value: jax.Array) -> list[jax.Array]:
     """One layer's keys and values [B, T, K, d] with its prefix, [P, K·d] of each, in front: [B, P + T, K, d]."""
     if prefix is None:
         return [key, value]
@@ -143,6 +143,6 @@ def behind_prefix(prefix: dict[str, jax.Array] | None, key: jax.Array, value: ja
     return [joined(prefix["key"], key), joined(prefix["value"], value)]
 
 
-def used_places(segments: jax.Array) -> jax.Array:
+def num_valid(segments: jax.Array) -> jax.Array:
     """Of new tokens [B, T] how many each row keeps, [B]: trailing padding is not kept, the next token overwrites it."""
     return jnp.max(jnp.where(segments != PADDING, jnp.arange(1, segments.shape[1] + 1), 0), axis=1)

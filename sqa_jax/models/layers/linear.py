@@ -23,7 +23,7 @@ REMAT_POLICIES = {
 }
 
 
-def laid_out(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
+def constrain_batch_sharding(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
     """An array with rows in front, which lie on the mesh as `rows` says; None says nothing.
 
     In front of layers whose weights are split over the rows' axis, the compiler would rather split activations by their
@@ -32,7 +32,7 @@ def laid_out(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
     return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
 
 
-def stacked(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
+def scan_layers(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
     """`depth` blocks as one module that scans over them: called with (carry, each layer's inputs, what all share).
 
     Args:
@@ -51,7 +51,7 @@ def stacked(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
 
 
 @jax.custom_vjp
-def narrow_product(x: jax.Array, w: jax.Array) -> jax.Array:
+def lora_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x w for a narrow w, [N, in] · [in, out], with a gradient of w that CPUs compute three to eight times faster.
 
     It contracts the N tokens, and CPUs want the contracted dimension last in the first factor: the narrower
@@ -73,7 +73,7 @@ def _narrow_backward(saved, dy):
     return dy @ w.T, dw
 
 
-narrow_product.defvjp(_narrow_forward, _narrow_backward)
+lora_matmul.defvjp(_narrow_forward, _narrow_backward)
 
 
 class Linear(nn.Module):
@@ -95,8 +95,8 @@ class Linear(nn.Module):
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         if lora is not None:
             dropped = nn.Dropout(self.lora_dropout, deterministic=not self.has_rng("dropout"))(x)
-            low = narrow_product(dropped, lora["a"].astype(self.dtype))
-            y += narrow_product(low, lora["b"].astype(self.dtype))
+            low = lora_matmul(dropped, lora["a"].astype(self.dtype))
+            y += lora_matmul(low, lora["b"].astype(self.dtype))
         return checkpoint_name(y, LINEAR).reshape(*leading, self.features)
 
 

@@ -51,7 +51,7 @@ class T5Config:
     max_positions: int = 2048
 
     vision: ClassVar[None] = None  # it sees nothing
-    prompt_both_ways: ClassVar[bool] = False  # its encoder does that by itself
+    prefix_lm: ClassVar[bool] = False  # its encoder does that by itself
 
     @property
     def num_kv_heads(self) -> int:

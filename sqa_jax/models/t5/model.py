@@ -23,11 +23,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from sqa_jax.models.layers.attention import visibility
+from sqa_jax.models.layers.attention import attention_mask
 from sqa_jax.models.layers.blockwise_attention import SAVED
-from sqa_jax.models.layers.kv_cache import NO_ADAPTATION, Adaptation, Cache, behind_prefix, embed, used_places
-from sqa_jax.models.layers.linear import Linear, RMSNorm, laid_out, stacked
-from sqa_jax.models.segments import EVERYWHERE, PADDING
+from sqa_jax.models.layers.kv_cache import NO_ADAPTATION, Adaptation, Cache, embed, num_valid, prepend_prefix_kv
+from sqa_jax.models.layers.linear import Linear, RMSNorm, constrain_batch_sharding, scan_layers
+from sqa_jax.models.segments import GLOBAL_SEGMENT, PADDING
 from sqa_jax.models.t5.config import T5Config
 from sqa_jax.models.t5.split import Split, split
 
@@ -138,7 +138,7 @@ class EncoderBlock(nn.Module):
         return x + MLP(c, self.dtype, self.lora_dropout, name="mlp")(y, lora.get("mlp", {})), None
 
 
-class _Sight(NamedTuple):
+class DecoderContext(NamedTuple):
     """What all layers of the decoder share.
 
     Attributes:
@@ -163,7 +163,7 @@ class DecoderBlock(nn.Module):
     lora_dropout: float
 
     @nn.compact
-    def __call__(self, carry, inputs, sight: _Sight):
+    def __call__(self, carry, inputs, sight: DecoderContext):
         (x, cache), (layer, lora, prefix) = carry, inputs
         c = self.config
         B = len(x)
@@ -176,7 +176,7 @@ class DecoderBlock(nn.Module):
             encoded = cross.keys_and_values(sight.encoded, other)
             self.sow("read", "of_decoder", (key, value))
             self.sow("read", "of_encoder", encoded)
-            key, value = behind_prefix(prefix, key, value)
+            key, value = prepend_prefix_kv(prefix, key, value)
         else:
             rows, heads = jnp.arange(B)[:, None, None], jnp.arange(c.num_heads)[:, None]
             cache = tuple(
@@ -209,7 +209,7 @@ class Stack(nn.Module):
     def setup(self):
         c = self.config
         self.relative_attention_bias = nn.Embed(c.num_buckets, c.num_heads)
-        self.layers = stacked(self.block, self.depth, self.remat)(c, self.dtype, self.lora_dropout)
+        self.layers = scan_layers(self.block, self.depth, self.remat)(c, self.dtype, self.lora_dropout)
         self.norm = RMSNorm(c.norm_epsilon)
 
     def bias(self, relative: jax.Array, bidirectional: bool) -> jax.Array:
@@ -235,7 +235,7 @@ class T5(nn.Module):
       remat: a key of `REMAT_POLICIES`.
       lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
       data_shards, rows: as of `Decoder`.
-      most_decoded: places of a row that the decoder computes, see `split`; None is all of them.
+      max_decoder_tokens: places of a row that the decoder computes, see `split`; None is all of them.
     """
 
     config: T5Config
@@ -244,7 +244,7 @@ class T5(nn.Module):
     lora_dropout: float = 0.0
     data_shards: int = 1
     rows: NamedSharding | None = None
-    most_decoded: int | None = None
+    max_decoder_tokens: int | None = None
 
     def setup(self):
         c = self.config
@@ -276,9 +276,9 @@ class T5(nn.Module):
           segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
           adaptation: what the adapters add. A prefix lies in front of the decoder's own keys and values; the decoder's
             positions start behind it.
-          cache: what the rows have read before, see `read`; the new tokens, all of them the decoder's, go behind it.
+          cache: what the rows have read before, see `prefill`; the new tokens, all of them the decoder's, go behind it.
             Made by `init_cache` with the same adaptation. A row that has no room left drops its tokens.
-          branches: [B, T] forks of what the decoder reads (see `visibility`).
+          branches: [B, T] forks of what the decoder reads (see `attention_mask`).
 
         Returns:
           Normed hidden states [B, T, D], of the decoder's tokens only, else zeros; and the cache with the new tokens.
@@ -289,31 +289,31 @@ class T5(nn.Module):
 
     def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
         T, P = tokens.shape[1], adaptation.prefix_length
-        x = laid_out(embed(self.embed_tokens, tokens, adaptation), self.rows)
+        x = constrain_batch_sharding(embed(self.embed_tokens, tokens, adaptation), self.rows)
         parts = self.split(tokens, positions, segments)
 
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
         column = jnp.arange(T)
-        read = jnp.where(parts.decoded, PADDING, segments)
-        visible = (read[:, :, None] == read[:, None, :]) & (read != PADDING)[:, None, :]
+        encoder_segments = jnp.where(parts.decoded, PADDING, segments)
+        visible = (encoder_segments[:, :, None] == encoder_segments[:, None, :]) & (encoder_segments != PADDING)[:, None, :]
         bias = self.encoder.bias((column - column[:, None])[None], bidirectional=True)
         encoded = self.encoder.norm(self.encoder(x, _lora(adaptation, "encoder"), (bias, visible)))
 
         own, number, place = parts.gathered(segments), parts.gathered(parts.numbers), parts.places
-        key_own = jnp.pad(own, ((0, 0), (P, 0)), constant_values=EVERYWHERE)
+        key_own = jnp.pad(own, ((0, 0), (P, 0)), constant_values=GLOBAL_SEGMENT)
         key_place = jnp.pad(place, ((0, 0), (P, 0)), constant_values=-1)
         key_number = jnp.concatenate([jnp.broadcast_to(jnp.arange(-P, 0), (len(x), P)), number], axis=1)
         branch = None if branches is None else parts.gathered(branches)
         key_branch = None if branches is None else jnp.pad(branch, ((0, 0), (P, 0)))
-        sight = _Sight(
+        sight = DecoderContext(
             encoded,
             self.decoder.bias(key_number[:, None] - number[..., None], bidirectional=False),
-            visibility(own, key_own, place, key_place, branch, key_branch),
-            visibility(own, read, place, jnp.broadcast_to(column, read.shape)),
+            attention_mask(own, key_own, place, key_place, branch, key_branch),
+            attention_mask(own, encoder_segments, place, jnp.broadcast_to(column, encoder_segments.shape)),
             None,
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), adaptation.prefix)
-        hidden, _ = self.decoder((laid_out(parts.gathered(x), self.rows), None), inputs, sight)
+        hidden, _ = self.decoder((constrain_batch_sharding(parts.gathered(x), self.rows), None), inputs, sight)
         return parts.spread(self.decoder.norm(hidden))
 
     def _behind(self, tokens, segments, adaptation: Adaptation, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -325,21 +325,21 @@ class T5(nn.Module):
         cross = (known[:, None] == ENCODED) & (slot[:, None] <= slots[..., None])
         relative = slot[:, None] - slots[..., None]
         # Between a prefix and the decoder's tokens lies in the cache what the encoder has read.
-        relative += jnp.where(known[:, None] == EVERYWHERE, cross.sum(axis=-1, keepdims=True), 0)
-        sight = _Sight(
+        relative += jnp.where(known[:, None] == GLOBAL_SEGMENT, cross.sum(axis=-1, keepdims=True), 0)
+        sight = DecoderContext(
             None,
             self.decoder.bias(relative, bidirectional=False),
-            visibility(segments, known, slots, slot),
+            attention_mask(segments, known, slots, slot),
             cross & (segments != PADDING)[..., None],
             slots,
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), None)
         hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, sight)
-        return self.decoder.norm(hidden), Cache(*kv, known, cache.length + used_places(segments))
+        return self.decoder.norm(hidden), Cache(*kv, known, cache.length + num_valid(segments))
 
     def split(self, tokens, positions, segments) -> Split:
         """The rows' parts between encoder and decoder."""
-        return split(tokens, positions, segments, self.config.decoder_start, self.most_decoded)
+        return split(tokens, positions, segments, self.config.decoder_start, self.max_decoder_tokens)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Logits in float32: [..., D] → [..., V]."""
@@ -364,10 +364,10 @@ def _lora(adaptation: Adaptation, stack: str) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def read(
+def prefill(
     student: T5, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.models.api.read`.
+    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.models.api.prefill`.
 
     In an encoder's token's place lie its keys and values for cross-attention, in a decoder's those of self-attention.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.t5.config import T5Config
 
 # Of each stack its modules, in the order in which a block applies them, by our name and the file's.
@@ -15,23 +15,23 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
-def t5_leaves(config: T5Config) -> list[Leaf]:
+def t5_param_specs(config: T5Config) -> list[ParamSpec]:
     """Every parameter of a T5."""
     D, V = config.hidden_size, config.vocab_size
     depths = {"encoder": config.num_encoder_layers, "decoder": config.num_layers}
 
-    def layered(module: str, path: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool) -> Leaf:
+    def layered(module: str, path: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool) -> ParamSpec:
         stack, own = module.split(".")
         place, depth = list(_MODULES[stack]).index(own), depths[stack]
         names = tuple(f"{stack}.block.{i}.layer.{place}.{name}.weight" for i in range(depth))
-        return Leaf((stack, "layers", *path), (depth, *shape), names, True, transposed)
+        return ParamSpec((stack, "layers", *path), (depth, *shape), names, True, transposed)
 
-    table = [Leaf(("embed_tokens", "embedding"), (V, D), ("shared.weight",), False, False)]
+    table = [ParamSpec(("embed_tokens", "embedding"), (V, D), ("shared.weight",), False, False)]
     for stack, modules in _MODULES.items():
-        table.append(Leaf((stack, "norm", "scale"), (D,), (f"{stack}.final_layer_norm.weight",), False, False))
+        table.append(ParamSpec((stack, "norm", "scale"), (D,), (f"{stack}.final_layer_norm.weight",), False, False))
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         shape = (config.num_buckets, config.num_heads)
-        table.append(Leaf((stack, "relative_attention_bias", "embedding"), shape, (bias,), False, False))
+        table.append(ParamSpec((stack, "relative_attention_bias", "embedding"), shape, (bias,), False, False))
         for own in modules:
             table.append(layered(f"{stack}.{own}", (f"{own}_layernorm", "scale"), "layer_norm", (D,), False))
     for layer, (module, width_in, width_out) in config.linear_shapes().items():
@@ -39,5 +39,5 @@ def t5_leaves(config: T5Config) -> list[Leaf]:
         path, theirs = (own, name, "kernel"), f"{_MODULES[stack][own]}.{name}"
         table.append(layered(module, path, theirs, (width_in, width_out), True))
     if not config.tie_embeddings:
-        table.append(Leaf(("lm_head", "kernel"), (D, V), ("lm_head.weight",), False, True))
+        table.append(ParamSpec(("lm_head", "kernel"), (D, V), ("lm_head.weight",), False, True))
     return table

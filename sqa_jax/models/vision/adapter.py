@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 
-class TowerAdaptation(NamedTuple):
+class VisionAdapter(NamedTuple):
     """What adapters add to a tower and its connector.
 
     Attributes:
@@ -28,17 +28,17 @@ class TowerAdaptation(NamedTuple):
         return (self.connector or {}).get(name)
 
 
-UNADAPTED = TowerAdaptation()
+NO_VISION_ADAPTER = VisionAdapter()
 
 
-class Computation(NamedTuple):
+class ComputeConfig(NamedTuple):
     """How a tower computes.
 
     Attributes:
       dtype: of the computation; parameters may be of another.
       remat: a key of `sqa_jax.models.layers.linear.REMAT_POLICIES`.
       lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
-      rows: how a batch's rows lie on a mesh: see `sqa_jax.models.layers.linear.laid_out`.
+      rows: how a batch's rows lie on a mesh: see `sqa_jax.models.layers.linear.constrain_batch_sharding`.
     """
 
     dtype: Any = jnp.float32

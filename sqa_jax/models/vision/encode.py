@@ -8,24 +8,24 @@ from typing import Any
 import jax
 
 from sqa_jax.models.vision import siglip_encoder
-from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
+from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
 from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision, encoder
 from sqa_jax.models.vision.registry import Vision
 
 _PIECES = {"tiles", "patches"}  # what `row_arrays` of the families calls the pieces
 
 
-def has_pieces(batch: Mapping[str, jax.Array]) -> bool:
+def has_image_inputs(batch: Mapping[str, jax.Array]) -> bool:
     """Whether a batch holds what a tower reads."""
     return not _PIECES.isdisjoint(batch)
 
 
-def see(
+def encode_images(
     vision: Vision,
     params: Any,
     batch: Mapping[str, jax.Array],
-    how: Computation,
-    adaptation: TowerAdaptation = UNADAPTED,
+    how: ComputeConfig,
+    adaptation: VisionAdapter = NO_VISION_ADAPTER,
     dropout: jax.Array | None = None,
 ) -> jax.Array:
     """The features of a batch's rows.
@@ -41,4 +41,4 @@ def see(
       [B, F, D]; those of no picture are something that nobody reads.
     """
     own = encoder if isinstance(vision, Qwen2VLVision) else siglip_encoder
-    return own.see(vision, params, batch, how, adaptation, dropout)
+    return own.encode_images(vision, params, batch, how, adaptation, dropout)

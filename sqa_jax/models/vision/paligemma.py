@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.vision import pixels, siglip_config
 from sqa_jax.models.vision.image_input import Picture
 from sqa_jax.models.vision.image_tokens import check_token
@@ -131,13 +131,13 @@ def processor_to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
     }
 
 
-def leaves(vision: PaliGemmaVision) -> list[Leaf]:
+def param_specs(vision: PaliGemmaVision) -> list[ParamSpec]:
     """Every parameter of tower and connector, under the published names; see `NAMES` for others."""
     linear = (vision.tower.hidden_size, vision.width)
     return [
-        *siglip_config.leaves(vision.tower, ("vision", "tower"), _TOWER),
-        Leaf(("vision", "projector", "kernel"), linear, (f"{_PROJECTOR}linear.weight",), False, True),
-        Leaf(("vision", "projector", "bias"), linear[1:], (f"{_PROJECTOR}linear.bias",), False, False),
+        *siglip_config.param_specs(vision.tower, ("vision", "tower"), _TOWER),
+        ParamSpec(("vision", "projector", "kernel"), linear, (f"{_PROJECTOR}linear.weight",), False, True),
+        ParamSpec(("vision", "projector", "bias"), linear[1:], (f"{_PROJECTOR}linear.bias",), False, False),
     ]
 
 

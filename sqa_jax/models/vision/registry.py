@@ -22,7 +22,7 @@ from sqa_jax.models.vision.paligemma import PaliGemmaVision
 from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision
 from sqa_jax.models.vision.smolvlm import SmolVLMVision
 
-__all__ = ["FAMILIES", "Picture", "Vision", "module_of"]
+__all__ = ["FAMILIES", "Picture", "Vision", "vision_family"]
 
 Vision = PaliGemmaVision | SmolVLMVision | Qwen2VLVision
 FAMILIES: dict[str, ModuleType] = {  # values of model_type
@@ -33,6 +33,6 @@ FAMILIES: dict[str, ModuleType] = {  # values of model_type
 }
 
 
-def module_of(vision: Vision) -> ModuleType:
+def vision_family(vision: Vision) -> ModuleType:
     """The module of a student's family."""
     return {PaliGemmaVision: paligemma, SmolVLMVision: smolvlm, Qwen2VLVision: qwen2_vl}[type(vision)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.validation import check_numbers
 
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -112,16 +112,16 @@ def to_hf(config: SiglipConfig, kind: str) -> dict[str, Any]:
     }
 
 
-def leaves(config: SiglipConfig, path: tuple[str, ...], prefix: str) -> list[Leaf]:
+def param_specs(config: SiglipConfig, path: tuple[str, ...], prefix: str) -> list[ParamSpec]:
     """Every parameter of a tower that lies at `path` in our tree and behind `prefix` in files."""
     D, L, P = config.hidden_size, config.num_layers, config.patch_size
 
-    def single(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> Leaf:
-        return Leaf((*path, *own), shape, (prefix + name,), False, transposed)
+    def single(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
+        return ParamSpec((*path, *own), shape, (prefix + name,), False, transposed)
 
-    def layered(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> Leaf:
+    def layered(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
         names = tuple(f"{prefix}encoder.layers.{i}.{name}" for i in range(L))
-        return Leaf((*path, "layers", *own), (L, *shape), names, True, transposed)
+        return ParamSpec((*path, "layers", *own), (L, *shape), names, True, transposed)
 
     positions = (config.side**2, D)
     table = [

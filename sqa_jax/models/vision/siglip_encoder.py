@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sqa_jax.models.layers.linear import Linear, laid_out, stacked
-from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
+from sqa_jax.models.layers.linear import Linear, constrain_batch_sharding, scan_layers
+from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
 from sqa_jax.models.vision.paligemma import PaliGemmaVision
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 from sqa_jax.models.vision.smolvlm import SmolVLMVision
@@ -79,12 +79,12 @@ class Block(nn.Module):
     """One layer, in the form that `nn.scan` wants: (carry, this layer's inputs, what all layers share: nothing)."""
 
     config: SiglipConfig
-    how: Computation
+    how: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, adaptation: TowerAdaptation, _):
+    def __call__(self, x, adaptation: VisionAdapter, _):
         lora, prompts, (dtype, _, dropout, _) = adaptation.lora or {}, adaptation.prompts, self.how
-        x = laid_out(x, self.how.rows)
+        x = constrain_batch_sharding(x, self.how.rows)
         norm = _norm(self.config, dtype, "layer_norm1")
         y = seen = norm(x)
         if prompts is not None:  # what a layer makes of them is dropped, so they are only seen
@@ -104,10 +104,10 @@ class SiglipTower(nn.Module):
     """The tower: normed hidden states of all patches."""
 
     config: SiglipConfig
-    how: Computation = Computation()
+    how: ComputeConfig = ComputeConfig()
 
     @nn.compact
-    def __call__(self, tiles: jax.Array, adaptation: TowerAdaptation = UNADAPTED) -> jax.Array:
+    def __call__(self, tiles: jax.Array, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> jax.Array:
         """[N, S, S, 3] normalised pixels → [N, T, D], patches row by row."""
         c, dtype = self.config, self.how.dtype
         x = PatchEmbedding(c, dtype, name="patch_embedding")(tiles)
@@ -115,7 +115,7 @@ class SiglipTower(nn.Module):
         # all that their processors make, that is its place in the grid (but for rounding at sides that nobody uses).
         positions = nn.Embed(c.side**2, c.hidden_size, dtype=dtype, name="position_embedding")
         x += positions(jnp.arange(c.side**2))
-        layers = stacked(Block, c.num_layers, self.how.remat)(c, self.how, name="layers")
+        layers = scan_layers(Block, c.num_layers, self.how.remat)(c, self.how, name="layers")
         x, _ = layers(x, adaptation._replace(connector=None), None)
         return _norm(c, dtype, "post_layernorm")(x)
 
@@ -124,10 +124,10 @@ class PaliGemmaTower(nn.Module):
     """Vision tower and connector, with the parameters at "vision"; `how` is how they compute."""
 
     vision: PaliGemmaVision
-    how: Computation = Computation()
+    how: ComputeConfig = ComputeConfig()
 
     @nn.compact
-    def __call__(self, tiles: jax.Array, adaptation: TowerAdaptation = UNADAPTED) -> jax.Array:
+    def __call__(self, tiles: jax.Array, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> jax.Array:
         """[N, S, S, 3] colours, 0 to 255 → features [N, features_of_piece, width]."""
         x = SiglipTower(self.vision.tower, self.how, name="tower")(self.vision.pixels.normalised(tiles), adaptation)
         projector = Linear(self.vision.width, True, self.how.dtype, self.how.lora_dropout, name="projector")
@@ -138,10 +138,10 @@ class SmolVLMTower(nn.Module):
     """Vision tower and connector, with the parameters at "vision"; `how` is how they compute."""
 
     vision: SmolVLMVision
-    how: Computation = Computation()
+    how: ComputeConfig = ComputeConfig()
 
     @nn.compact
-    def __call__(self, tiles: jax.Array, adaptation: TowerAdaptation = UNADAPTED) -> jax.Array:
+    def __call__(self, tiles: jax.Array, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> jax.Array:
         """[N, S, S, 3] colours, 0 to 255 → features [N, features_of_piece, width]."""
         tower, f = self.vision.tower, self.vision.shuffle
         x = SiglipTower(tower, self.how, name="tower")(self.vision.pixels.normalised(tiles), adaptation)
@@ -151,15 +151,15 @@ class SmolVLMTower(nn.Module):
         return projector(shuffled, adaptation.connects("projector"))
 
 
-def see(
+def encode_images(
     vision: PaliGemmaVision | SmolVLMVision,
     params: Any,
     batch: Mapping[str, jax.Array],
-    how: Computation,
-    adaptation: TowerAdaptation,
+    how: ComputeConfig,
+    adaptation: VisionAdapter,
     dropout: jax.Array | None,
 ) -> jax.Array:
-    """The features of a batch's rows: see `sqa_jax.models.vision.encode.see`.
+    """The features of a batch's rows: see `sqa_jax.models.vision.encode.encode_images`.
 
     Args:
       batch: "tiles" [B, n, S, S, 3], colours of 0 to 255.

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.vision import pixels, siglip_config
 from sqa_jax.models.vision.image_input import Picture
 from sqa_jax.models.vision.image_tokens import check_token
@@ -153,13 +153,13 @@ def processor_to_hf(vision: SmolVLMVision) -> dict[str, Any]:
     }
 
 
-def leaves(vision: SmolVLMVision) -> list[Leaf]:
+def param_specs(vision: SmolVLMVision) -> list[ParamSpec]:
     """Every parameter of tower and connector, under the published names."""
     linear = (vision.tower.hidden_size * vision.shuffle**2, vision.width)
     name = f"{_CONNECTOR}modality_projection.proj.weight"
     return [
-        *siglip_config.leaves(vision.tower, ("vision", "tower"), _TOWER),
-        Leaf(("vision", "projector", "kernel"), linear, (name,), False, True),
+        *siglip_config.param_specs(vision.tower, ("vision", "tower"), _TOWER),
+        ParamSpec(("vision", "projector", "kernel"), linear, (name,), False, True),
     ]
 
 

@@ -10,7 +10,7 @@ from sqa_jax.models.vision.qwen2_vl.config import (
     WORDS,
     Qwen2VLVision,
     from_hf,
-    leaves,
+    param_specs,
     processor_to_hf,
     to_hf,
     with_at_most,
@@ -18,6 +18,6 @@ from sqa_jax.models.vision.qwen2_vl.config import (
 from sqa_jax.models.vision.qwen2_vl.preprocess import picture, places, prompt_ids, row_arrays
 
 __all__ = [
-    "NAMES", "WORDS", "Qwen2VLVision", "from_hf", "leaves", "picture", "places", "processor_to_hf",
+    "NAMES", "WORDS", "Qwen2VLVision", "from_hf", "param_specs", "picture", "places", "processor_to_hf",
     "prompt_ids", "row_arrays", "to_hf", "with_at_most",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from PIL import Image
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.param_spec import Leaf
+from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.validation import check_numbers
 from sqa_jax.models.vision import pixels
 from sqa_jax.models.vision.names import Names
@@ -202,19 +202,19 @@ def processor_to_hf(vision: Qwen2VLVision) -> dict[str, Any]:
     }
 
 
-def leaves(vision: Qwen2VLVision) -> list[Leaf]:
+def param_specs(vision: Qwen2VLVision) -> list[ParamSpec]:
     """Every parameter of tower and merger, under the published names; see `NAMES` for others.
 
     The patch embedding is as in the file: [E, channels, frames, rows, columns].
     """
     E, merged = vision.embed_dim, vision.merge**2 * vision.embed_dim
 
-    def single(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> Leaf:
-        return Leaf(("vision", *own), shape, (_TOWER + name,), False, transposed)
+    def single(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
+        return ParamSpec(("vision", *own), shape, (_TOWER + name,), False, transposed)
 
-    def layered(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> Leaf:
+    def layered(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
         names = tuple(f"{_TOWER}blocks.{i}.{name}" for i in range(vision.depth))
-        return Leaf(("vision", "blocks", *own), (vision.depth, *shape), names, True, transposed)
+        return ParamSpec(("vision", "blocks", *own), (vision.depth, *shape), names, True, transposed)
 
     table = [
         single(("patch_embed", "kernel"), "patch_embed.proj.weight", (E, *vision.patch_shape)),

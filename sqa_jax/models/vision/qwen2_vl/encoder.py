@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from sqa_jax.models.decoder_config import Rope
-from sqa_jax.models.layers.attention import rotary_angles, rotate
-from sqa_jax.models.layers.blockwise_attention import attend_in_blocks
-from sqa_jax.models.layers.linear import Linear, laid_out, stacked
-from sqa_jax.models.segments import EVERYWHERE
-from sqa_jax.models.vision.adapter import UNADAPTED, Computation, TowerAdaptation
+from sqa_jax.models.layers.attention import apply_rope, rope_sin_cos
+from sqa_jax.models.layers.blockwise_attention import blockwise_attention
+from sqa_jax.models.layers.linear import Linear, constrain_batch_sharding, scan_layers
+from sqa_jax.models.segments import GLOBAL_SEGMENT
+from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
 from sqa_jax.models.vision.qwen2_vl.config import Qwen2VLVision
 
 
-class Surroundings(NamedTuple):
+class AttentionContext(NamedTuple):
     """What all layers share of the patches that are read.
 
     Attributes:
@@ -51,12 +51,12 @@ class Block(nn.Module):
     """One layer, in the form that `nn.scan` wants: (carry, this layer's inputs, what all layers share)."""
 
     vision: Qwen2VLVision
-    how: Computation
+    how: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, adaptation: TowerAdaptation, around: Surroundings):
+    def __call__(self, x, adaptation: VisionAdapter, around: AttentionContext):
         v, lora, prompts, (dtype, _, dropout, _) = self.vision, adaptation.lora or {}, adaptation.prompts, self.how
-        x, (B, N, E) = laid_out(x, self.how.rows), x.shape
+        x, (B, N, E) = constrain_batch_sharding(x, self.how.rows), x.shape
 
         def linear(name, y):
             _, _, features = v.linear_shapes()[name]
@@ -67,8 +67,8 @@ class Block(nn.Module):
             prompts = jnp.broadcast_to(prompts.astype(x.dtype), (B, *prompts.shape))
             seen = jnp.concatenate([prompts, x], axis=1)
         heads = linear("qkv", _norm(dtype, "norm1")(seen)).reshape(B, -1, 3, v.num_heads, v.head_dim)
-        query, key = (rotate(heads[:, :, part], around.sin, around.cos) for part in (0, 1))
-        out = attend_in_blocks(query[:, -N:], key, heads[:, :, 2], around.visible, causal=False)
+        query, key = (apply_rope(heads[:, :, part], around.sin, around.cos) for part in (0, 1))
+        out = blockwise_attention(query[:, -N:], key, heads[:, :, 2], around.visible, causal=False)
         x += linear("proj", out.reshape(B, N, E))
         y = linear("fc1", _norm(dtype, "norm2")(x))
         # The quick form of GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2).
@@ -79,10 +79,10 @@ class Merger(nn.Module):
     """Squares of patches as features: [B, N, E] → [B, N / merge², D]."""
 
     vision: Qwen2VLVision
-    how: Computation
+    how: ComputeConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, adaptation: TowerAdaptation) -> jax.Array:
+    def __call__(self, x: jax.Array, adaptation: VisionAdapter) -> jax.Array:
         B, N, E = x.shape
         count = self.vision.merge**2
 
@@ -104,7 +104,7 @@ class Qwen2VLTower(nn.Module):
     """Vision tower and merger, with the parameters at "vision"; `how` is how they compute."""
 
     vision: Qwen2VLVision
-    how: Computation = Computation()
+    how: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(
@@ -112,7 +112,7 @@ class Qwen2VLTower(nn.Module):
         patches: jax.Array,
         coordinates: jax.Array,
         segments: jax.Array,
-        adaptation: TowerAdaptation = UNADAPTED,
+        adaptation: VisionAdapter = NO_VISION_ADAPTER,
     ) -> jax.Array:
         """The features of rows of patches, each row of one or several pictures and padding.
 
@@ -130,27 +130,27 @@ class Qwen2VLTower(nn.Module):
         v = self.vision
         P = 0 if adaptation.prompts is None else adaptation.prompts.shape[1]
         # Half of a head's pairs turn by the row, the others by the column.
-        sides = (rotary_angles(coordinates[..., axis], v.head_dim // 2, Rope(v.rope_theta)) for axis in (0, 1))
+        sides = (rope_sin_cos(coordinates[..., axis], v.head_dim // 2, Rope(v.rope_theta)) for axis in (0, 1))
         sin, cos = (jnp.concatenate(parts, axis=-1) for parts in zip(*sides, strict=True))
         before = ((0, 0), (P, 0), (0, 0))
-        keys = jnp.pad(segments, before[:2], constant_values=EVERYWHERE)[:, None]
-        visible = (keys == segments[:, :, None]) | (keys == EVERYWHERE)
-        around = Surroundings(jnp.pad(sin, before), jnp.pad(cos, before, constant_values=1), visible)
+        keys = jnp.pad(segments, before[:2], constant_values=GLOBAL_SEGMENT)[:, None]
+        visible = (keys == segments[:, :, None]) | (keys == GLOBAL_SEGMENT)
+        around = AttentionContext(jnp.pad(sin, before), jnp.pad(cos, before, constant_values=1), visible)
         x = PatchEmbedding(v, self.how.dtype, name="patch_embed")(patches)
-        layers = stacked(Block, v.depth, self.how.remat)(v, self.how, name="blocks")
+        layers = scan_layers(Block, v.depth, self.how.remat)(v, self.how, name="blocks")
         x, _ = layers(x, adaptation._replace(connector=None), around)
         return Merger(v, self.how, name="merger")(x, adaptation)
 
 
-def see(
+def encode_images(
     vision: Qwen2VLVision,
     params: Any,
     batch: Mapping[str, jax.Array],
-    how: Computation,
-    adaptation: TowerAdaptation,
+    how: ComputeConfig,
+    adaptation: VisionAdapter,
     dropout: jax.Array | None,
 ) -> jax.Array:
-    """The features of a batch's rows: see `sqa_jax.models.vision.encode.see`.
+    """The features of a batch's rows: see `sqa_jax.models.vision.encode.encode_images`.
 
     Args:
       batch: "patches" [B, n, merge², 3, patch_size, patch_size], colours of 0 to 255; of the N = n · merge² patches of

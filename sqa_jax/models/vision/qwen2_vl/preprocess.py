@@ -79,7 +79,7 @@ def prompt_ids(vision: Qwen2VLVision, rows: int, columns: int, tokenizer: Any) -
 
 
 def places(vision: Qwen2VLVision, rows: int, columns: int) -> np.ndarray:
-    """Where a picture's features stand, [rows · columns / merge², 4] int32: see `sqa_jax.models.layers.kv_cache.Visual`.
+    """Where a picture's features stand, [rows · columns / merge², 4] int32: see `sqa_jax.models.layers.kv_cache.ImageFeatures`.
 
     All of them have the time at which the picture begins, and count on from there down and across; the text goes on
     behind the largest of these numbers (section 2.1 of the paper).
