@@ -13,8 +13,6 @@ import threading
 import time
 
 import pytest
-from bucket_server import BucketServer
-from test_train import last_adapter, same, tiny_config
 
 from sqa_jax import bucket
 from sqa_jax.errors import UserError
@@ -23,6 +21,8 @@ from sqa_jax.files import archive, as_path, atomic_write, local_path, open_log, 
 from sqa_jax.runtime import build_runtime
 from sqa_jax.train import train
 from sqa_jax.training.workdir import bind_config, open_workdir
+from tests.support.bucket_server import BucketServer
+from tests.test_train import last_adapter, same, tiny_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:google"),  # how long Google will support this Python

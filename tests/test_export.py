@@ -20,9 +20,7 @@ import torch
 import transformers
 import yaml
 from ml_collections import ConfigDict
-from peft_pair import Pair, their_logits
 from safetensors.numpy import load_file
-from test_train import last_adapter, tiny_config
 from tokenizers import Tokenizer, models
 
 from sqa_jax import export as verb
@@ -42,6 +40,8 @@ from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.prompts.formats import option_targets
 from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.train import train
+from tests.support.peft_pair import Pair, their_logits
+from tests.test_train import last_adapter, tiny_config
 
 LORA = peft.LoraConfig(
     task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 2],

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT
-from peft_pair import Pair, their_logits
-from test_export import asked, card_of, ran
-from test_train import tiny_config
 
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.export import export
 from sqa_jax.train import train
+from tests.conftest import ROOT
+from tests.support.peft_pair import Pair, their_logits
+from tests.test_export import asked, card_of, ran
+from tests.test_train import tiny_config
 
 
 @pytest.fixture(scope="module")

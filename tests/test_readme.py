@@ -6,12 +6,12 @@ import re
 import textwrap
 
 import pytest
-from conftest import ROOT
 
 from configs.quickstart import get_config
 from sqa_jax.batches.dataset import config_records, load_config_problems, records_by_pid
 from sqa_jax.prompts.formats import sections
 from sqa_jax.prompts.recipes import ARMS, examples
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN = {"1": "22", "2": "830"}  # number in the README → pid in the sample

@@ -295,7 +295,9 @@ class T5(nn.Module):
         # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
         column = jnp.arange(T)
         encoder_segments = jnp.where(parts.decoded, PADDING, segments)
-        visible = (encoder_segments[:, :, None] == encoder_segments[:, None, :]) & (encoder_segments != PADDING)[:, None, :]
+        visible = (encoder_segments[:, :, None] == encoder_segments[:, None, :]) & (encoder_segments != PADDING)[
+            :, None, :
+        ]
         bias = self.encoder.bias((column - column[:, None])[None], bidirectional=True)
         encoded = self.encoder.norm(self.encoder(x, _lora(adaptation, "encoder"), (bias, visible)))
 

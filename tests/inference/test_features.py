@@ -1,0 +1,107 @@
+"""What a frozen tower sees, kept on disk: the same from one device, eight, or two processes, whole, and of its tower."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sqa_jax.batches.images import load_pictures
+from sqa_jax.checkpoints.load import load_student
+from sqa_jax.config import default
+from sqa_jax.errors import UserError
+from sqa_jax.inference import features as cached
+from sqa_jax.models.vision.adapter import ComputeConfig
+from sqa_jax.models.vision.encode import encode_images
+from sqa_jax.parallel.mesh import make_mesh
+from sqa_jax.parallel.processes import main_first
+from sqa_jax.parallel.rules import shardings
+from sqa_jax.runtime import Runtime, make_decoder
+from tests.parallel.test_processes import ends, launch, port
+from tests.support.vision_pair import png, problem
+
+# More pictures than go through the tower at once, and of several sizes.
+PROBLEMS = [problem(str(k), png(k, (30 + 60 * (k % 3), 40 + 50 * (k % 2)))) for k in range(11)]
+
+
+def runtime_on(devices: int, dtype: str = "float32") -> Runtime:
+    config = default()
+    config.student.dtype = dtype
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    student = load_student("random:qwen2-vl-tiny", shardings_for=lambda tree: shardings(tree, mesh))
+    return Runtime(mesh, student, make_decoder(config, student.config, mesh))
+
+
+def features(cache: Path, devices: int = 8, dtype: str = "float32"):
+    """(pictures, their features) of a student with random weights."""
+    runtime = runtime_on(devices, dtype)
+    with main_first():
+        pictures = load_pictures(cache, runtime.student.config.vision, runtime.student.config.vocab_size, PROBLEMS)
+    return pictures, cached.known_features(cache, runtime, pictures)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return features(tmp_path_factory.mktemp("alone"), 1)
+
+
+def test_features_are_what_the_tower_sees_of_each_picture(alone):
+    pictures, found = alone
+    runtime, vision = runtime_on(1), pictures.vision
+    assert found.shape == (pictures.firsts[-1], 64) and len(pictures.sizes) == 11
+    run = jax.jit(lambda params, batch: encode_images(vision, params, batch, ComputeConfig()))
+    rows = cached.ImageBatcher(pictures)
+    for number in (0, 4, 10):
+        span = slice(*pictures.firsts[number : number + 2])
+        _, row = rows(np.arange(span.start, span.stop) + pictures.vocabulary, 64)
+        own = run(runtime.student.params["vision"], {name: array[None] for name, array in row.items()})
+        np.testing.assert_allclose(found[span], own[0, : span.stop - span.start], atol=1e-5)
+
+
+def test_eight_devices_and_two_processes_see_the_same(alone, tmp_path):
+    pictures, expected = alone
+    _, found = features(tmp_path / "devices")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    address, worker = f"127.0.0.1:{port()}", Path(__file__).parent.parent / "support" / "features_worker.py"
+    started = launch(lambda index: [worker, address, 2, index, tmp_path / "processes"], 2, 8)
+    for code, _, err in ends(started):
+        assert code == 0, err[-2000:]
+    (path,) = (tmp_path / "processes").glob("features-*")
+    assert path.name in {own.name for own in (tmp_path / "devices").iterdir()}
+    found = np.fromfile(path / "features.bin", np.float32).reshape(expected.shape)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_half_precision_is_kept_apart(alone, tmp_path):
+    _, exact = alone
+    pictures, half = features(tmp_path, 1, "bfloat16")
+    assert half.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(half, np.float32) - exact).max() < 0.05 * np.abs(exact).max()
+    (path,) = tmp_path.glob("features-*")
+    assert json.loads((path / "manifest.json").read_text())["shape"] == [int(pictures.firsts[-1]), 64]
+
+
+def test_interrupted_or_damaged_features_are_never_read(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cached, "write_json", full)
+        with pytest.raises(UserError, match="the disk is full"):
+            features(tmp_path, 1)
+    assert [own.name.split("-")[0] for own in tmp_path.iterdir()] == ["pictures"]
+    pictures, found = features(tmp_path, 1)
+    (path,) = tmp_path.glob("features-*")
+    (path / "features.bin").write_bytes(found.tobytes()[:-4])
+    with pytest.raises(UserError, match=f"{path}: damaged .*; remove this folder"):
+        features(tmp_path, 1)
+    # Another tower has its own.
+    runtime = runtime_on(1)
+    other = runtime._replace(student=dataclasses.replace(runtime.student, fingerprint="another"))
+    cached.known_features(tmp_path, other, pictures)
+    assert len(list(tmp_path.glob("features-*"))) == 2
