@@ -31,6 +31,61 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("references")
+    group.addoption("--reference", action="store_true", help="only compare with outside libraries, computing them anew")
+    group.addoption("--remake", action="store_true", help="with --reference: write tests/references anew")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`--reference` runs what compares with outside libraries; without it, what needs one is left out."""
+    live = config.getoption("--reference")
+
+    def wanted(item) -> bool:
+        needs_library = item.get_closest_marker("live") is not None
+        return needs_library or "reference" in item.fixturenames if live else not needs_library
+
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
+
+
+@pytest.fixture(scope="session")
+def reference(pytestconfig):
+    """`reference(name, compute)`: arrays of an outside library, see `tests.support.references`."""
+    from tests.support.references import References
+
+    return References(pytestconfig.getoption("--reference"), pytestconfig.getoption("--remake"))
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """`store(name, make)`: a folder that all tests of the session share, see `tests.support.store`."""
+    from tests.support.store import Store
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "store"
+    root.mkdir(exist_ok=True)
+    return Store(root)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_device_by_default():
+    """A mesh of one simulated device, on which everything compiles sooner, wherever a test's settings ask for no other."""
+    from sqa_jax.parallel import mesh
+
+    make_mesh = mesh.make_mesh
+
+    def small(settings, devices=None):
+        import jax
+
+        unset = [settings[axis] for axis in mesh.AXES] == [-1, 1, 1]
+        return make_mesh(settings, jax.devices()[:1] if devices is None and unset else devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqa_jax.runtime.make_mesh", small)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tpu_compiler():
     """For tests that load the TPU's compiler, which ends the process over a flag that it does not know: JAX has read its
@@ -57,16 +112,3 @@ def tiny_student():
     from sqa_jax.checkpoints.load import load_student
 
     return load_student("random:tiny")
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    """One of the simulated devices, on which everything compiles sooner, for tests of other things than the mesh."""
-    import jax
-
-    from sqa_jax import runtime
-    from sqa_jax.parallel.mesh import make_mesh
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "make_mesh", lambda settings: make_mesh(settings, jax.devices()[:1]))
-        yield

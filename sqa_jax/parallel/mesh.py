@@ -43,12 +43,12 @@ def make_mesh(settings, devices=None) -> Mesh:
         )
     if slices > 1:
         inner = (shape[0] // slices, *shape[1:])
-        constrain_batch_sharding = mesh_utils.create_hybrid_device_mesh(
+        device_array = mesh_utils.create_hybrid_device_mesh(
             inner, (slices, 1, 1), devices, allow_split_physical_axes=True
         )
     else:
-        constrain_batch_sharding = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(constrain_batch_sharding, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        device_array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(device_array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

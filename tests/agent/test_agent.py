@@ -49,13 +49,8 @@ def small(tmp_path=None, **agent_settings):
     return config
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_one_device(one_device):
-    """The mesh is tested elsewhere."""
-
-
 @pytest.fixture(scope="module")
-def runtime(one_device):
+def runtime():
     return build_runtime(small())
 
 

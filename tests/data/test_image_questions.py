@@ -115,7 +115,7 @@ def colours(tmp_path_factory):
     return directory
 
 
-def test_a_student_that_sees_learns_what_its_blind_twin_cannot(colours, tmp_path, one_device):
+def test_a_student_that_sees_learns_what_its_blind_twin_cannot(colours, tmp_path):
     """In small: one kind and 80 steps. The whole of it is in RESULTS.md."""
     config = get_config()
     config.update_from_flattened_dict(

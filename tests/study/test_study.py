@@ -21,11 +21,6 @@ from sqa_jax.study.hypotheses import HYPOTHESES
 VERDICTS = ("supported", "contradicted", "undecided")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_one_device(one_device):
-    """The mesh is tested elsewhere."""
-
-
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> Path:
     """A few of the sample's questions in ScienceQA's layout, with the simulated teacher's replies."""
