@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+ParamTree = dict[str, Any]  # nested dictionaries of arrays, as Flax has them
 
 
 class ParamSpec(NamedTuple):

@@ -1,9 +1,27 @@
-"""One tiny model of each family and option, as transformers makes it: what parity tests are run on."""
+"""One tiny random checkpoint of each family and option, in transformers' format: what parity tests are run on.
+
+Writing one needs no PyTorch: `config.json` is written by transformers' configuration classes, and `model.safetensors`
+holds random NumPy tensors with the names and shapes of `sqa_jax.models.params.param_specs`. Reading one with
+PyTorch fails if the model has another tensor than the file.
+"""
 
 from __future__ import annotations
 
-import torch
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 import transformers
+from safetensors.numpy import save_file
+
+from sqa_jax.checkpoints.hf_config import from_hf
+from sqa_jax.checkpoints.safetensors_source import read_hf_config
+from sqa_jax.models.params import param_specs, published
+from sqa_jax.models.t5.config import T5Config, as_stored
+
+if TYPE_CHECKING:
+    import torch
 
 SIZES = dict(
     vocab_size=264, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -44,22 +62,82 @@ T5 = dict(
 )  # fmt: skip
 
 
-def make_model(family: str, **options) -> torch.nn.Module:
-    """A random PyTorch model, away from the uniform start, so that a mix-up of two tensors shows.
+def hf_config(kind: str, **options) -> transformers.PretrainedConfig:
+    """transformers' configuration of a tiny model; importing and building it needs no PyTorch.
 
-    Layers say more than embeddings, so that greedy texts depend on the whole prompt and do not repeat one token.
+    Args:
+      kind: transformers' `model_type`, such as "gemma2".
+      options: override those that all tiny models share.
     """
-    torch.manual_seed(0)
-    if family == "t5":
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | options)).eval()
+    sizes = T5 if kind == "t5" else SIZES
+    return transformers.CONFIG_MAPPING[kind](**sizes | options)
+
+
+def write_checkpoint(directory: str | Path, kind: str | transformers.PretrainedConfig, **options) -> Path:
+    """Writes `config.json` and `model.safetensors` with random tensors; the same arguments give the same file.
+
+    Args:
+      kind: transformers' `model_type`, whose tiny configuration is used with `options`; or a whole configuration, such
+        as a vision-language model's.
+    """
+    config = hf_config(kind, **options) if isinstance(kind, str) else kind
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    save_file(random_tensors(directory), directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def random_tensors(directory: str | Path) -> dict[str, np.ndarray]:
+    """Random float32 tensors for the `config.json` in `directory`, by their published names.
+
+    They are far from what models start from, so that a mix-up of two tensors shows. Layers have a larger effect than
+    embeddings, so that greedy texts depend on the whole prompt and do not repeat one token.
+    """
+    raw = read_hf_config(directory)
+    config = from_hf(raw, f"{directory}/config.json")
+    if isinstance(config, T5Config):
+        config = as_stored(config, raw, ())
+    tensors = {}
+    for spec in param_specs(config):
+        for name in spec.names:
+            name = published(config, name)
+            rng = np.random.default_rng([0, zlib.crc32(name.encode())])
+            values = rng.normal(0, _spread(name, config), spec.file_shape)
+            if _is_norm(name) and name.endswith("weight") and not (config.norm_offset and "vision" not in name):
+                values += 1
+            tensors[name] = values.astype(np.float32)
+    return tensors
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name or ".ln_" in name
+
+
+def _spread(name: str, config) -> float:
+    """Standard deviation of a tensor's values."""
+    if isinstance(config, T5Config):  # attention scores are not divided by √d
+        spreads = {"norm": 0.2, "relative_attention_bias": 0.25, "shared": 0.05, "lm_head": 1.0, "SelfAttention": 0.15}
+        return next((spread for part, spread in spreads.items() if part in name), 0.18)
+    if config.vision is not None:
+        return 0.01 if "embed_tokens" in name else 0.2
+    return 0.2 if _is_norm(name) or name.endswith("bias") else 0.05 if "embed" in name else 0.25
+
+
+def torch_model(directory: str | Path) -> torch.nn.Module:
+    """The checkpoint as transformers loads it with PyTorch, with plain attention, for inference.
+
+    Raises:
+      AssertionError: a tensor of the model is not in the file, or one of the file is not in the model.
+    """
+    config = read_hf_config(directory)
+    if config.get("is_encoder_decoder"):
+        auto = transformers.AutoModelForSeq2SeqLM
     else:
-        config = transformers.CONFIG_MAPPING[family](**SIZES | options)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    layers = 0.1 if family == "t5" else 0.25  # T5 does not divide attention's scores by the heads' width
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            spread = 0.2 if "norm" in name or "bias" in name else 0.05 if "embed" in name else layers
-            p.add_(torch.randn_like(p) * spread)
-        if family == "t5":
-            model.shared.weight.mul_(0.05)
-    return model
+        auto = (
+            transformers.AutoModelForImageTextToText if "vision_config" in config else transformers.AutoModelForCausalLM
+        )
+    model, report = auto.from_pretrained(directory, attn_implementation="eager", output_loading_info=True)
+    faults = {key: value for key, value in report.items() if value}
+    assert not faults, f"{directory}: {faults}"
+    return model.eval()
