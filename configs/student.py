@@ -4,7 +4,7 @@ NAME is one of `sqa_jax.models.catalogue`, METHOD one or more of lora, prefix, p
 sized for an accelerator; learning rates are where to begin, not what was found to be best.
 """
 
-from sqa_jax.adapters.adapter import METHODS
+from sqa_jax.adapters import METHODS
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import CATALOGUE

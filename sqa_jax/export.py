@@ -43,7 +43,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     Raises:
       UserError: there is no checkpoint, the adapter cannot be expressed in this format, or `out` exists already.
     """
-    from sqa_jax.adapters.peft_read import given_adapter
+    from sqa_jax.adapters.peft_read import resolve_peft_adapter
     from sqa_jax.files import atomic_directory
     from sqa_jax.reporting.model_card import PICTURE, example, model_card, results_of
     from sqa_jax.runtime import build_runtime
@@ -57,7 +57,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     with atomic_directory(out) as beside:
         root, which = open_workdir(workdir), config.eval.checkpoint
         check_checkpoint(config, root)
-        config, given = given_adapter(config) if which == "none" else (config, None)
+        config, given = resolve_peft_adapter(config) if which == "none" else (config, None)
         config = config.copy_and_resolve_references()
         # Wherever and however it was trained: here nothing is rounded but what is written.
         config.student.dtype, config.student.attention = "float32", "auto"
@@ -95,7 +95,7 @@ def _write_adapter(config, student: Student, tree: Any, directory: Path) -> None
 def _write_model(settings, student: Student, tree: Any, directory: Path, dtype: str) -> None:
     import jax
 
-    from sqa_jax.adapters.adapter import merge
+    from sqa_jax.adapters import merge
     from sqa_jax.checkpoints.load import load_student
     from sqa_jax.checkpoints.weights import write_model
     from sqa_jax.files import write_json
@@ -140,7 +140,7 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
     import jax
     import numpy as np
 
-    from sqa_jax.adapters import adapter as adapters
+    from sqa_jax import adapters
     from sqa_jax.models.api import extra_model_inputs, module_for
     from sqa_jax.models.soft_tokens import with_soft_tokens
     from sqa_jax.models.t5.config import T5Config
@@ -149,26 +149,26 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
     words = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
     pictures = None if config.vision is None else _picture(student)
     tokens = with_soft_tokens([*(pictures.pictures.prompt("", student.tokenizer) if pictures else []), *words], virtual)
-    batch = {"tokens": np.asarray([tokens], np.int32)}
+    ids, images = np.asarray([tokens], np.int32), None
     if isinstance(config, T5Config):  # the decoder reads the last ones
-        batch["tokens"][:, virtual + 8] = config.decoder_start
+        ids[:, virtual + 8] = config.decoder_start
     if pictures is not None:
-        batch = pictures.of_rows(batch, pictures.room(pictures.count(tokens)))
+        ids, images = pictures.of_rows(ids, pictures.room(pictures.count(tokens)))
     places = np.arange(len(tokens))[None]
 
     @jax.jit
-    def read(tree, base, batch):
+    def read(tree, base, ids, images):
         adaptation, weights = (
             adapters.adapter_inputs(settings, tree, config),
             {"params": adapters.model_params(tree, base)},
         )
         module = module_for(config)(config)
-        more = extra_model_inputs(module, weights["params"], batch, adaptation)
-        hidden, _ = module.apply(weights, batch["tokens"], places, np.ones_like(places), adaptation, **more)
+        more = extra_model_inputs(module, weights["params"], adaptation, images=images)
+        hidden, _ = module.apply(weights, ids, places, np.ones_like(places), adaptation, **more)
         return module.apply(weights, hidden[:, -len(words) :], method="unembed")
 
     with jax.default_matmul_precision("float32"):
-        return np.asarray(read(tree, student.params, batch))
+        return np.asarray(read(tree, student.params, ids, images))
 
 
 def _picture(student: Student) -> ImageBatcher:
@@ -195,7 +195,7 @@ def _check_equal(found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def main() -> None:
-    from sqa_jax.evaluate import run_config
+    from sqa_jax.training.workdir import run_config
 
     FLAGS = flags.FLAGS
     export(run_config(FLAGS.workdir), FLAGS.workdir, FLAGS.format, FLAGS.out, FLAGS.dtype)

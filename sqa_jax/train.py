@@ -39,14 +39,14 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     import jax
     import numpy as np
 
-    from sqa_jax.adapters import adapter as adapters
+    from sqa_jax import adapters
     from sqa_jax.adapters.nearest import report_nearest_tokens
-    from sqa_jax.adapters.peft_read import given_adapter
+    from sqa_jax.adapters.peft_read import resolve_peft_adapter
     from sqa_jax.batches.dataset import build_or_reuse, load_config_problems, training_problems
     from sqa_jax.batches.loader import make_loader, packed_rows, steps_of
     from sqa_jax.files import write_json
     from sqa_jax.inference.features import picture_rows
-    from sqa_jax.parallel.mesh import check_rows, own_rows, place_rows
+    from sqa_jax.parallel.mesh import check_rows, local_rows, place_rows
     from sqa_jax.parallel.processes import Votes, is_main, main_first
     from sqa_jax.parallel.rules import shardings
     from sqa_jax.runtime import build_runtime
@@ -60,7 +60,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
 
     if not workdir:
         raise UserError("--workdir is needed: where the run's checkpoints and metrics are kept")
-    config, given = given_adapter(config)
+    config, given = resolve_peft_adapter(config)
     adapters.check_methods(config.adapter.methods)
     root = open_workdir(workdir)
 
@@ -76,7 +76,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     rows = packed_rows(dataset, config, student.tokenizer.pad_token_id, virtual, student.config.prefix_lm, seen)
     rows_per_step = config.train.batch_rows * config.train.accumulate
     steps = steps_of(config, rows)
-    own = own_rows(mesh, config.train.batch_rows)
+    own = local_rows(mesh, config.train.batch_rows)
     loader = make_loader(rows, config.train.batch_rows, config.train.accumulate, own)
     with main_first():
         made_of = {"student": student.fingerprint, "dataset": dataset.manifest["fingerprint"]}
@@ -85,7 +85,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
     # ---- state, in its shards
     optimizer = make_optimizer(config.optimizer, steps)
     base, first_tree = student.params, None if given is None else given.tree
-    words = adapters.prompt_words(config.adapter, student.tokenizer)
+    words = adapters.prompt_text_tokens(config.adapter, student.tokenizer)
 
     def new_state(base, tree):
         new = tree or adapters.init_adapter(config.adapter, student.config, base, config.seed, words)
@@ -164,7 +164,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
             state, metrics = step_fn(state, base, batch)
             asked |= settle(pending)  # of the step before, while this one runs
             asked |= votes.alone and stop.asked
-            pending = (number, metrics, votes.cast(stop.asked))
+            pending = (number, metrics, votes.any_process(stop.asked))
             last = number == steps or asked or number - first == config.train.stop_after
             evaluate = number == steps or (config.train.eval_every and number % config.train.eval_every == 0)
             if last or evaluate or (config.train.save_every and number % config.train.save_every == 0):

@@ -24,15 +24,14 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
 
 from sqa_jax import export as verb
-from sqa_jax.adapters import peft_format
-from sqa_jax.adapters.adapter import init_adapter
+from sqa_jax.adapters import init_adapter, peft_format
 from sqa_jax.agent.run import Runs
 from sqa_jax.batches.dataset import encoder_for, load_config_problems
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
+from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.export import export
 from sqa_jax.inference.generate import Generator
 from sqa_jax.models.api import module_for

@@ -46,7 +46,7 @@ def soft_prompt_tokens(settings) -> SoftPromptTokens:
     return SoftPromptTokens(prompt.length, prompt.behind_picture) if "prompt" in settings.methods else NO_SOFT_PROMPT
 
 
-def prompt_words(settings, tokenizer: Any) -> list[int]:
+def prompt_text_tokens(settings, tokenizer: Any) -> list[int]:
     """The ids of `config.adapter.prompt.text` where a soft prompt starts from it, else none."""
     prompt = settings.prompt
     if "prompt" not in settings.methods or prompt.init != "text":
@@ -58,7 +58,7 @@ def init_adapter(settings, student: StudentConfig, base: Tree, seed: int, words:
     """A new adapter tree in float32. A pure function of its arguments: run it under `jit` to shard it.
 
     Args:
-      words: as `prompt_words` gives them.
+      words: as `prompt_text_tokens` gives them.
 
     Raises:
       UserError: `config.adapter` is not usable with this student.
@@ -99,11 +99,11 @@ def model_params(tree: Tree, base: Tree) -> Tree:
 
 def adapter_inputs(settings, tree: Tree, student: StudentConfig) -> Adaptation:
     """The adapter in the form that the student uses. Differentiable; an empty tree is the bare student."""
-    low = lora.activate(settings.lora, tree["lora"]) if "lora" in tree else {}
+    low = lora.scaled_matrices(settings.lora, tree["lora"]) if "lora" in tree else {}
     reading = {name: layer for name, layer in low.items() if not name.startswith(_SEEING)}
     return Adaptation(
         lora=reading or None,
-        prefix=prefix.activate(settings.prefix, tree["prefix"], student) if "prefix" in tree else None,
+        prefix=prefix.key_values(settings.prefix, tree["prefix"], student) if "prefix" in tree else None,
         prompt=tree["prompt"]["embedding"] if "prompt" in tree else None,
         tower=_tower(tree, {name.removeprefix(_SEEING): low[name] for name in low.keys() - reading.keys()}),
     )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder_config import StudentConfig
 from sqa_jax.models.param_spec import ParamSpec
-from sqa_jax.models.params import linear_layers, tower_layers
+from sqa_jax.models.params import linear_layers, vision_linear_layers
 
 Tree = dict[str, Any]
 
@@ -41,7 +41,7 @@ def target_of(name: str) -> str:
 
 def adaptable(student: StudentConfig, tower: bool = True) -> dict[str, ParamSpec]:
     """The kernels that LoRA may adapt, by their names in its tree; those of a tower, too, where there is one."""
-    return linear_layers(student) | (tower_layers(student) if tower else {})
+    return linear_layers(student) | (vision_linear_layers(student) if tower else {})
 
 
 def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
@@ -71,7 +71,7 @@ def init(settings, student: StudentConfig, key: jax.Array) -> Tree:
     return tree
 
 
-def activate(settings, tree: Tree) -> Tree:
+def scaled_matrices(settings, tree: Tree) -> Tree:
     """The tree as the decoder uses it: the scale is put into b, where it costs nothing."""
     return {name: {"a": layer["a"], "b": layer["b"] * scale(settings)} for name, layer in tree.items()}
 

@@ -31,7 +31,7 @@ from sqa_jax.checkpoints.safetensors_file import open_safetensors
 from sqa_jax.errors import UserError
 from sqa_jax.files import local_path, read_json, sha256_file, sha256_json
 from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.params import tower_layers
+from sqa_jax.models.params import vision_linear_layers
 
 Tree = dict[str, Any]
 
@@ -65,7 +65,7 @@ class PeftAdapter(NamedTuple):
     fingerprint: str
 
 
-def given_adapter(config) -> tuple[Any, PeftAdapter | None]:
+def resolve_peft_adapter(config) -> tuple[Any, PeftAdapter | None]:
     """The adapter that `config.adapter.peft` names, behind the configuration with that adapter's settings in it.
 
     Raises:
@@ -196,7 +196,7 @@ def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], T
         "alpha": float(alpha * (rank / usual) ** (0.5 if rslora else 1.0)),
         "rslora": rslora,
         "targets": tuple(dict.fromkeys(map(lora.target_of, names))),
-        "tower": any(name in tower_layers(student) for name in names),
+        "tower": any(name in vision_linear_layers(student) for name in names),
     }
     unit = lora.scale(SimpleNamespace(**settings))
     tree = {}

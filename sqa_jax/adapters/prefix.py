@@ -75,7 +75,7 @@ def init(settings, student: StudentConfig, key: jax.Array, activations: Tree | N
     }
 
 
-def activate(settings, tree: Tree, student: StudentConfig) -> Tree:
+def key_values(settings, tree: Tree, student: StudentConfig) -> Tree:
     """Keys and values [L, P, K·d], whether they are the parameters or the MLP's output."""
     if settings.reparametrize:
         hidden = jnp.tanh(tree["embedding"] @ tree["hidden"]["kernel"] + tree["hidden"]["bias"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sqa_jax.adapters.adapter import soft_prompt_tokens
+from sqa_jax.adapters import soft_prompt_tokens
 from sqa_jax.agent.policies import Turn
 from sqa_jax.agent.tools import Result, Tool, call_tools
 from sqa_jax.data.problem import Problem

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqa_jax.adapters.peft_read import given_adapter
+from sqa_jax.adapters.peft_read import resolve_peft_adapter
 from sqa_jax.agent.evidence import KINDS, calls_by_records, traces
 from sqa_jax.agent.explore import (
     Calibration,
@@ -63,7 +63,7 @@ class Runs:
         settings = config.agent
         if settings.evidence not in KINDS:
             raise UserError(f"config.agent.evidence is {settings.evidence!r}; choose one of {', '.join(KINDS)}")
-        config, given = (config, None) if settings.adapter else given_adapter(config)
+        config, given = (config, None) if settings.adapter else resolve_peft_adapter(config)
         self.config, self.root = config, root
         self.problems = load_config_problems(config)
         self.tools = make_tools(config, self.problems)

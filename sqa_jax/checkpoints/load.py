@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sqa_jax.checkpoints import tokenizer as tokenizers
 from sqa_jax.checkpoints.gguf.config import from_gguf
-from sqa_jax.checkpoints.gguf.tokenizer import gguf_tokenizer, turn_ends
+from sqa_jax.checkpoints.gguf.tokenizer import gguf_tokenizer, turn_end_ids
 from sqa_jax.checkpoints.hf_config import from_hf
 from sqa_jax.checkpoints.paths import locate
 from sqa_jax.checkpoints.renamed_source import RenamedSource
@@ -94,7 +94,7 @@ def load_student(
         source = gguf = GGUFSource(where)
         config = from_gguf(gguf)
         vocabulary = gguf_tokenizer(gguf.metadata, path)
-        ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where) + turn_ends(vocabulary)
+        ends = _ends(gguf.metadata, "tokenizer.ggml.eot_token_id", config, where) + turn_end_ids(vocabulary)
         files = [where]
     _check_vocabulary(vocabulary, config, path)
     config = _with_at_most(config, picture_tokens)

@@ -28,12 +28,12 @@ ShardingsFor = Callable[[Tree], Tree]  # from a tree of shapes to a tree of shar
 Box = tuple[range, ...]  # a block of a parameter: its places in each dimension
 
 
-def shapes(config: StudentConfig, dtype=jnp.float32) -> Tree:
+def param_shapes(config: StudentConfig, dtype=jnp.float32) -> Tree:
     """The parameter tree as `jax.ShapeDtypeStruct`s."""
     return build(config, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype))
 
 
-def check(source: WeightSource, config: StudentConfig) -> None:
+def check_source(source: WeightSource, config: StudentConfig) -> None:
     """Checks a source against the configuration before anything is read.
 
     Raises:
@@ -92,10 +92,10 @@ def read_params(
       shardings_for: where each parameter lies; None is the default device.
 
     Raises:
-      UserError: as `check`.
+      UserError: as `check_source`.
     """
-    check(source, config)
-    placed = None if shardings_for is None else shardings_for(shapes(config, dtype))
+    check_source(source, config)
+    placed = None if shardings_for is None else shardings_for(param_shapes(config, dtype))
 
     def read(leaf: ParamSpec) -> jax.Array:
         if placed is None:
@@ -176,7 +176,7 @@ def random_params(
 
         return build(config, one)
 
-    placed = None if shardings_for is None else shardings_for(shapes(config, dtype))
+    placed = None if shardings_for is None else shardings_for(param_shapes(config, dtype))
     return jax.jit(make, out_shardings=placed)(jax.random.key(seed))
 
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqa_jax.adapters.adapter import soft_prompt_tokens
+from sqa_jax.adapters import soft_prompt_tokens
 from sqa_jax.batches.dataset import encoder_for
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.data.answers import parse_answer

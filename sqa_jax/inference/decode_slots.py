@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.inference.batching import cache_shardings
 from sqa_jax.inference.generate import trim
 from sqa_jax.inference.likelihood import Choice, layout

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.errors import UserError
 from sqa_jax.inference.batching import cache_shardings, first_fit
@@ -214,7 +214,7 @@ class Generator:
         if self.pictures is not None:
             most = max(map(self.pictures.count, arrays["tokens"]))
             self._features = max(self._features, self.pictures.room(most))
-            arrays |= self.pictures.of_rows(arrays, self._features)
+            arrays["tokens"], arrays["images"] = self.pictures.of_rows(arrays["tokens"], self._features)
         return place_rows(arrays, self.mesh, R)
 
     def _make_empty(self, adapter: Any, beginning: Any, places: int) -> _State:
@@ -232,7 +232,7 @@ class Generator:
         weights = adapters.model_params(adapter, base)
         positions, segments = pack["positions"], pack["segments"]
         decoder = with_max_decoder_tokens(self.decoder, pack["last"].shape[1])
-        more = extra_model_inputs(decoder, weights, pack, adaptation)
+        more = extra_model_inputs(decoder, weights, adaptation, images=pack.get("images"))
         if decoder.config.prefix_lm:
             more["branches"] = jnp.where(segments != PADDING, PREFIX_LM, 0)
         hidden, *fresh, marks = prefill(decoder, weights, pack["tokens"], positions, segments, adaptation, **more)

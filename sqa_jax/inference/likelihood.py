@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
+from sqa_jax.batches.batch import Batch
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.errors import UserError
 from sqa_jax.inference.batching import first_fit
@@ -101,20 +102,18 @@ class LikelihoodScorer:
         # Replicated, so that every process can read it.
         self._forward = jax.jit(self._log_probs, static_argnums=0, out_shardings=replicated(mesh))
 
-    def _log_probs(
-        self, decoder: Module, adapter: Any, base: Any, beginning: Any, batch: dict[str, jax.Array]
-    ) -> jax.Array:
+    def _log_probs(self, decoder: Module, adapter: Any, base: Any, beginning: Any, batch: Batch) -> jax.Array:
         weights = adapters.model_params(adapter, base)
         adaptation = with_shared_prefix(self.settings, adapter, decoder.config, beginning)
         hidden, _ = decoder.apply(
             {"params": weights},
-            batch["tokens"],
-            batch["positions"],
-            batch["segments"],
+            batch.tokens,
+            batch.positions,
+            batch.segments,
             adaptation,
-            **extra_model_inputs(decoder, weights, batch, adaptation),
+            **extra_model_inputs(decoder, weights, adaptation, batch.branches, batch.images),
         )
-        return target_log_probs(decoder, weights, hidden, batch["predicting"], batch["targets"])
+        return target_log_probs(decoder, weights, hidden, batch.target_positions, batch.targets)
 
     def __call__(self, adapter: Any, base: Any, choices: Sequence[Choice]) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Yields, batch by batch, (index into `choices`, log-probabilities of each option's own tokens).
@@ -155,7 +154,8 @@ class LikelihoodScorer:
             batch_rows = rows[start : start + at_once]
             batch = _pack([[trees[k] for k in row] for row in batch_rows], at_once, length, scored)
             if self.pictures is not None:
-                batch |= self.pictures.of_rows(batch, self._features)
+                tokens, images = self.pictures.of_rows(batch.tokens, self._features)
+                batch = batch._replace(tokens=tokens, images=images)
             batch = place_rows(batch, self.mesh, at_once)
             log_probs = np.asarray(self._forward(decoder, adapter, base, beginning, batch))
             for row, members in enumerate(batch_rows):
@@ -167,21 +167,25 @@ class LikelihoodScorer:
                     yield index, [own[tree.option == k] for k in range(len(choices[index].options))]
 
 
-def _pack(rows: list[list[_Tree]], count: int, length: int, scored: int) -> dict[str, np.ndarray]:
-    """The arrays of `count` rows, of which the last ones may be empty."""
-    names = ("tokens", "positions", "segments", "branches")
-    batch = {name: np.zeros((count, length), np.int32) for name in names}
-    batch |= {name: np.zeros((count, scored), np.int32) for name in ("predicting", "targets")}
+def _pack(rows: list[list[_Tree]], count: int, length: int, scored: int) -> Batch:
+    """`count` packed rows, of which the last ones may be empty; the targets are the scored tokens."""
+    batch = Batch(
+        *(np.zeros((count, length), np.int32) for _ in range(3)),
+        *(np.zeros((count, scored), np.int32) for _ in range(2)),
+        target_mask=np.zeros((count, scored), np.float32),
+        branches=np.zeros((count, length), np.int32),
+    )
     for row, members in enumerate(rows):
         place = target = 0
         for segment, tree in enumerate(members, start=1):
             span, own = slice(place, place + len(tree.tokens)), slice(target, target + len(tree.targets))
-            batch["tokens"][row, span] = tree.tokens
-            batch["positions"][row, span] = tree.positions
-            batch["branches"][row, span] = tree.branches
-            batch["segments"][row, span] = segment
-            batch["predicting"][row, own] = tree.predicting + place
-            batch["targets"][row, own] = tree.targets
+            batch.tokens[row, span] = tree.tokens
+            batch.positions[row, span] = tree.positions
+            batch.branches[row, span] = tree.branches
+            batch.segments[row, span] = segment
+            batch.target_positions[row, own] = tree.predicting + place
+            batch.targets[row, own] = tree.targets
+            batch.target_mask[row, own] = 1.0
             place, target = span.stop, own.stop
     return batch
 

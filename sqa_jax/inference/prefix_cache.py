@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.models.api import Module, prefill
 from sqa_jax.models.decoder_config import StudentConfig
 from sqa_jax.models.layers.kv_cache import Adaptation

@@ -30,7 +30,7 @@ def linear_layers(config: StudentConfig) -> dict[str, ParamSpec]:
     return dict(zip(config.linear_shapes(), kernels, strict=True))
 
 
-def tower_layers(config: StudentConfig) -> dict[str, ParamSpec]:
+def vision_linear_layers(config: StudentConfig) -> dict[str, ParamSpec]:
     """The kernels of tower and connector that LoRA may adapt, by their names in an adapter's tree, such as "vision.fc1".
 
     They are those of the tower's blocks, which are stacked, and the connector's, which are not.

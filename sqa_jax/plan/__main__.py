@@ -75,9 +75,9 @@ def main() -> None:
     from sqa_jax.parallel.chips import use_compiler_only
 
     use_compiler_only()
-    from sqa_jax.adapters.peft_read import given_adapter
+    from sqa_jax.adapters.peft_read import resolve_peft_adapter
 
-    where = given_adapter(FLAGS.config)[0], FLAGS.topology, FLAGS.slices
+    where = resolve_peft_adapter(FLAGS.config)[0], FLAGS.topology, FLAGS.slices
     if FLAGS.sweep:
         result = make_sweep(*where, FLAGS.compile_at_most, FLAGS.rows)
     else:

@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.batches.images import ImageBatcher, ImageStore
 from sqa_jax.batches.packing import Limits, capacity_for, choose_limits, pack_row
-from sqa_jax.checkpoints.weights import shapes
+from sqa_jax.checkpoints.weights import param_shapes
 from sqa_jax.errors import UserError
 from sqa_jax.inference.features import trains_tower
 from sqa_jax.inference.generate import Generator
@@ -157,15 +157,14 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
     known = config.student.cache_features and not through
     if student.vision is not None:
         features = np.zeros((0, student.hidden_size), decoder.dtype) if known else None
-        row |= _no_pictures(student, features)(row["tokens"], data.limits.features)[1]
-    batch = {
-        name: jax.ShapeDtypeStruct((settings.accumulate, settings.batch_rows, *a.shape), a.dtype)
-        for name, a in row.items()
-    }
+        _, images = _no_pictures(student, features)(row.tokens, data.limits.features)
+        row = row._replace(images=images)
+    leading = (settings.accumulate, settings.batch_rows)
+    batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype), row)
     step = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), state, base, mesh)
     tokens = settings.accumulate * settings.batch_rows * data.limits.tokens
     held = bytes_on_chip(state, mesh)
-    sent = sum(a.size * a.dtype.itemsize for a in batch.values()) // row_shards(mesh)
+    sent = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(batch)) // row_shards(mesh)
     targets = data.target_share * tokens
     seen = (
         0.0
@@ -214,7 +213,7 @@ def decode_loop(config, student: DecoderConfig, mesh: Mesh) -> tuple[jax.stages.
 def _trees(config, student: DecoderConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Shapes of the base, which is empty where the adapter is the whole model, and of the adapter."""
     adapters.check_methods(config.adapter.methods)
-    base = shapes(student, param_dtype(config, mesh))
+    base = param_shapes(student, param_dtype(config, mesh))
     words = (0,)  # those that a prompt starts from do not change the program
     adapter = jax.eval_shape(
         lambda base: adapters.init_adapter(config.adapter, student, base, config.seed, words), base

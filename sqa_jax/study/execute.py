@@ -121,7 +121,7 @@ class Executor:
         return run_config(self.config, run)
 
     def _make(self, run: Run, folder: Path) -> dict[str, Any]:
-        from sqa_jax.evaluate import evaluate
+        from sqa_jax.evaluation.evaluate import evaluate
         from sqa_jax.train import train
 
         own = self._config(run)
@@ -182,7 +182,7 @@ class Executor:
 
     def _length(self, run: Run, runtime) -> tuple[int, float]:
         """(steps that a run's own epochs take, tokens of a step on average)."""
-        from sqa_jax.adapters.adapter import soft_prompt_tokens
+        from sqa_jax.adapters import soft_prompt_tokens
         from sqa_jax.batches.loader import packed_rows, steps_of
 
         own, student = self._config(run), runtime.student

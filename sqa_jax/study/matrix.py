@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sqa_jax.adapters.adapter import METHODS, check_methods
+from sqa_jax.adapters import METHODS, check_methods
 from sqa_jax.batches.dataset import config_records, records_by_pid, training_problems
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem

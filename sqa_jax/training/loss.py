@@ -6,34 +6,35 @@ from typing import Any
 
 import jax
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
+from sqa_jax.batches.batch import Batch
 from sqa_jax.models.api import Module, extra_model_inputs, with_max_decoder_tokens
 from sqa_jax.models.log_probs import target_log_probs
 
 
 def row_losses(
-    settings, decoder: Module, adapter: Any, base: Any, batch: dict[str, jax.Array], dropout: jax.Array | None
+    settings, decoder: Module, adapter: Any, base: Any, batch: Batch, dropout: jax.Array | None
 ) -> jax.Array:
     """Summed negative log-likelihood of each packed row's targets: [B] float32.
 
     Args:
       settings: `config.adapter`.
-      batch: arrays of `sqa_jax.batches.packing.pack_row`, each with a leading B.
+      batch: packed rows [B, …].
       dropout: a key, or None where nothing is dropped.
     """
     weights = adapters.model_params(adapter, base)
-    decoder = with_max_decoder_tokens(decoder, batch["targets"].shape[1])
+    decoder = with_max_decoder_tokens(decoder, batch.targets.shape[1])
     adaptation = adapters.adapter_inputs(settings, adapter, decoder.config)
     hidden, _ = decoder.apply(
         {"params": weights},
-        batch["tokens"],
-        batch["positions"],
-        batch["segments"],
+        batch.tokens,
+        batch.positions,
+        batch.segments,
         adaptation,
-        **extra_model_inputs(decoder, weights, batch, adaptation, dropout),
+        **extra_model_inputs(decoder, weights, adaptation, batch.branches, batch.images, dropout),
         rngs=None if dropout is None else {"dropout": dropout},
     )
     log_probs = target_log_probs(
-        decoder, weights, hidden, batch["target_positions"], batch["targets"], frozen="full" not in adapter
+        decoder, weights, hidden, batch.target_positions, batch.targets, frozen="full" not in adapter
     )
-    return -(log_probs * batch["target_mask"]).sum(axis=1)
+    return -(log_probs * batch.target_mask).sum(axis=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.adapters.peft_read import PeftAdapter
 from sqa_jax.errors import UserError
 from sqa_jax.parallel.rules import shardings
@@ -45,7 +45,7 @@ def restore_adapter(config, root: Path, runtime: Runtime, given: PeftAdapter | N
         tree = {} if given is None else given.tree
         return None, jax.jit(lambda tree: tree, out_shardings=shardings(tree, runtime.mesh))(tree)
 
-    words = adapters.prompt_words(config.adapter, runtime.student.tokenizer)
+    words = adapters.prompt_text_tokens(config.adapter, runtime.student.tokenizer)
 
     def new(base):
         adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed, words)

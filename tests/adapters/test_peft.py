@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.adapters.peft_format import _targets, lora_modules, to_peft, write_peft
 from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.checkpoints.weights import save_safetensors

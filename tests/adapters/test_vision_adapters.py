@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.adapters.lora import adaptable
 from sqa_jax.adapters.nearest import nearest
 from sqa_jax.adapters.peft_format import lora_modules, to_peft, write_peft
@@ -26,16 +26,16 @@ from sqa_jax.batches.images import ImageBatcher, load_pictures
 from sqa_jax.batches.loader import pack
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
-from sqa_jax.checkpoints.weights import random_params, save_safetensors, shapes
+from sqa_jax.checkpoints.weights import param_shapes, random_params, save_safetensors
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
+from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.export import export
 from sqa_jax.inference.generate import Generator
 from sqa_jax.models.api import extra_model_inputs
 from sqa_jax.models.catalogue import CATALOGUE, SHAPES
 from sqa_jax.models.decoder import Decoder
-from sqa_jax.models.params import tower_layers
+from sqa_jax.models.params import vision_linear_layers
 from sqa_jax.models.segments import PREFIX_LM
 from sqa_jax.models.soft_tokens import SoftPromptTokens
 from sqa_jax.parallel.mesh import make_mesh
@@ -285,7 +285,7 @@ def test_prompts_start_as_peft_starts_them(pair):
         )  # fmt: skip
         expected = peft.get_peft_model(copy.deepcopy(pair.model), config).prompt_encoder["default"].embedding.weight
         settings = settings_for("prompt", **{"prompt.length": 5, "prompt.init": "text", "prompt.text": text})
-        words = adapters.prompt_words(settings, student.tokenizer)
+        words = adapters.prompt_text_tokens(settings, student.tokenizer)
         tree = adapters.init_adapter(settings, student.config, student.params, 0, words)
         np.testing.assert_allclose(tree["prompt"]["embedding"], expected.detach(), rtol=1e-6)
 
@@ -300,7 +300,7 @@ def test_impossible_starts_are_refused(init, words):
     settings = settings_for("prompt", **{"prompt.init": init})
     student = SHAPES["smolvlm-tiny"]
     with pytest.raises(UserError, match=words):
-        jax.eval_shape(lambda base: adapters.init_adapter(settings, student, base, 0), shapes(student))
+        jax.eval_shape(lambda base: adapters.init_adapter(settings, student, base, 0), param_shapes(student))
 
 
 def test_an_earlier_study_s_prefix_loads(tmp_path):
@@ -335,7 +335,7 @@ def test_published_towers_have_names_of_their_own():
     """No two layers of a student are called alike in an adapter's tree."""
     for name in ("paligemma2-3b", "smolvlm-256m", "qwen2-vl-2b"):
         student = CATALOGUE[name].config
-        found = tower_layers(student)
+        found = vision_linear_layers(student)
         assert all(layer.startswith("vision.") for layer in found)
         assert sum(len(leaf.names) for leaf in found.values()) == {"paligemma2-3b": 27 * 6 + 1, "smolvlm-256m": 12 * 6 + 1, "qwen2-vl-2b": 32 * 4 + 2}[name]  # fmt: skip
 
@@ -419,7 +419,7 @@ def test_all_methods_of_a_tower_train_and_answer(tmp_path, capsys):
     runtime = Runtime(mesh, student, make_decoder(config, student.config, mesh))
     train(config, str(tmp_path / "run"), runtime)
     _, state = last_adapter(tmp_path / "run", config)
-    words = adapters.prompt_words(config.adapter, student.tokenizer)
+    words = adapters.prompt_text_tokens(config.adapter, student.tokenizer)
     new = adapters.init_adapter(config.adapter, student.config, student.params, config.seed, words)
     assert all(np.abs(state["adapter"]["visual"]["embedding"] - new["visual"]["embedding"]).max(axis=(1, 2)) > 0)
     assert all(np.any(state["adapter"]["lora"][f"vision.{name}"]["b"]) for name in ("fc2", "projector"))
@@ -433,7 +433,7 @@ def test_all_methods_of_a_tower_train_and_answer(tmp_path, capsys):
 def test_every_adapter_of_a_published_tower_has_its_place_on_a_mesh(name):
     student, mesh = CATALOGUE[name].config, make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
     settings = settings_for("lora", "prompt", "prefix", "visual", **{"lora.tower": True})
-    tree = jax.eval_shape(lambda base: adapters.init_adapter(settings, student, base, 0), shapes(student))
+    tree = jax.eval_shape(lambda base: adapters.init_adapter(settings, student, base, 0), param_shapes(student))
     placed = shardings(tree, mesh)
     assert placed["visual"]["embedding"].is_fully_replicated
     assert not placed["lora"]["q_proj"]["a"].is_fully_replicated

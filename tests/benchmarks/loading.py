@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
-from sqa_jax.checkpoints.weights import shapes, write_model
+from sqa_jax.checkpoints.weights import param_shapes, write_model
 from sqa_jax.models.catalogue import CATALOGUE
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
@@ -36,7 +36,7 @@ def peak() -> int:
 def make(name: str, path: str) -> None:
     config, where = CATALOGUE[name].config, Path(path)
     some = np.random.default_rng(0).normal(0, 0.02, 999_983).astype(jnp.bfloat16)
-    params = jax.tree.map(lambda leaf: np.resize(some, leaf.shape), shapes(config, jnp.bfloat16))
+    params = jax.tree.map(lambda leaf: np.resize(some, leaf.shape), param_shapes(config, jnp.bfloat16))
     where.mkdir(parents=True)
     write_model(params, config, where, "bfloat16", "1GB")
     byte_tokenizer().save_pretrained(where)

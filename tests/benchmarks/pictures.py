@@ -83,7 +83,7 @@ def step(config, repeats: int) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from sqa_jax.adapters import adapter as adapters
+    from sqa_jax import adapters
     from sqa_jax.batches.dataset import config_pictures, encoder_for, load_config_problems, training_problems
     from sqa_jax.batches.images import ImageBatcher
     from sqa_jax.batches.loader import make_loader, pack

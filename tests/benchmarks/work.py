@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.adapters.peft_format import to_peft, write_peft
 from sqa_jax.batches.dataset import build_or_reuse, encoder_for, load_config_problems
 from sqa_jax.batches.loader import packed_rows, steps_of

@@ -13,7 +13,7 @@ from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.sources import SafetensorsSource
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
-from sqa_jax.checkpoints.weights import check
+from sqa_jax.checkpoints.weights import check_source
 from sqa_jax.errors import UserError
 from tests.support.peft_pair import Pair
 from tests.support.torch_models import ENCODER_DECODERS, FAMILIES
@@ -45,14 +45,14 @@ def test_every_tensor_must_be_there_and_fit(pair, monkeypatch):
     source, config = SafetensorsSource(pair.directory), pair.student.config
     monkeypatch.setattr(source, "read", None)
     whole = dict(source.shapes)
-    check(source, config)
+    check_source(source, config)
     for name, shape in whole.items():
         source.shapes = {other: own for other, own in whole.items() if other != name}
-        refused(lambda: check(source, config), f"tensor {name} {shape} is missing", "fetch")
+        refused(lambda: check_source(source, config), f"tensor {name} {shape} is missing", "fetch")
         source.shapes = whole | {name: (*shape, 2)}
-        refused(lambda: check(source, config), f"tensor {name} has shape {(*shape, 2)}", str(shape), "fetch")
+        refused(lambda: check_source(source, config), f"tensor {name} has shape {(*shape, 2)}", str(shape), "fetch")
     source.shapes = whole | {"model.vision.weight": (3,)}
-    refused(lambda: check(source, config), "tensor model.vision.weight is not part of the configured model")
+    refused(lambda: check_source(source, config), "tensor model.vision.weight is not part of the configured model")
 
 
 def test_layers_and_widths_of_another_configuration(pair, copy):

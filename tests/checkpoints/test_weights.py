@@ -27,7 +27,7 @@ from sqa_jax.checkpoints.hf_config import from_hf
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.sources import SafetensorsSource
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
-from sqa_jax.checkpoints.weights import _read_boxes, save_safetensors, shapes, write_model
+from sqa_jax.checkpoints.weights import _read_boxes, param_shapes, save_safetensors, write_model
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder_config import DecoderConfig, Rope
 from sqa_jax.models.params import param_specs
@@ -166,7 +166,7 @@ def test_blocks_are_the_same_blocks_of_the_whole(plain, data):
 def test_loading_takes_little_more_memory_than_the_model(tmp_path, devices):
     """In a process of its own, whose peak it is; on a CPU the model lies in the same memory, so 1 is the least."""
     config = DecoderConfig(2048, 1024, 4096, 8, 8, 8, 128, Rope(1e4), tie_embeddings=True)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes(config, jnp.bfloat16))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), param_shapes(config, jnp.bfloat16))
     write_model(zeros, config, tmp_path, "bfloat16", "100MB")
     byte_tokenizer().save_pretrained(tmp_path)
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}

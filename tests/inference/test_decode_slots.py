@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
 from sqa_jax.inference.decode_slots import DecodeSlots, _round_up

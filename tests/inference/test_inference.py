@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
 from sqa_jax.errors import UserError

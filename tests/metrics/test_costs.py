@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem

@@ -9,7 +9,7 @@ import math
 import jax
 import pytest
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.checkpoints.hf_config import from_hf, to_hf
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer, load_tokenizer
 from sqa_jax.checkpoints.weights import random_params, save_safetensors

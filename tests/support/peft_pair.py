@@ -10,7 +10,7 @@ import peft
 import torch
 import transformers
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.batches.packing import Limits, pack_row
 from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
@@ -20,7 +20,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.models.soft_tokens import with_soft_tokens
-from sqa_jax.parallel.mesh import check_rows, make_mesh, own_rows, place_rows, replicated
+from sqa_jax.parallel.mesh import check_rows, local_rows, make_mesh, place_rows, replicated
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.training.loss import row_losses
 from sqa_jax.training.optimizer import make_optimizer, make_schedule
@@ -118,7 +118,7 @@ def run(config, base, data, mesh, steps=3):
     frozen = {} if "full" in config.adapter.methods else jax.tree.map(held, base, shardings(base, mesh))
     step = compile_step(make_step(config.adapter, Decoder(CONFIG), optimizer, 0), shape, frozen, mesh)
     rows = data["tokens"].shape[1]
-    own = own_rows(mesh, rows)
+    own = local_rows(mesh, rows)
     batch = place_rows({name: a[:, own] for name, a in data.items()}, mesh, rows, own, leading=1)
     losses = []
     for _ in range(steps):

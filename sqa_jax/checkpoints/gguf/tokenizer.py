@@ -118,7 +118,7 @@ def gguf_tokenizer(metadata: dict[str, Any], where: str) -> Any:
     return fast
 
 
-def turn_ends(tokenizer: Any) -> list[int]:
+def turn_end_ids(tokenizer: Any) -> list[int]:
     """The special tokens that end a turn of a chat, told by name as llama.cpp tells them: files often name none."""
     return [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and token.content in _TURN_ENDS]
 

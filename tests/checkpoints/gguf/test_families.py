@@ -16,7 +16,7 @@ import transformers
 from sqa_jax.checkpoints.gguf.config import from_gguf
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.sources import GGUFSource
-from sqa_jax.checkpoints.weights import check
+from sqa_jax.checkpoints.weights import check_source
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import Rope
@@ -218,9 +218,11 @@ def test_damage_is_named(case):
     for name, shape in whole.items():
         stored = f"tensor {gguf_name(name, case.architecture)}"
         source.shapes = {other: own for other, own in whole.items() if other != name}
-        refused(lambda: check(source, config), case.path, stored, f"{shape} is missing", "fetch")
+        refused(lambda: check_source(source, config), case.path, stored, f"{shape} is missing", "fetch")
         source.shapes = whole | {name: (*shape, 2)}
-        refused(lambda: check(source, config), case.path, stored, f"has shape {(*shape, 2)}", str(shape), "fetch")
+        refused(
+            lambda: check_source(source, config), case.path, stored, f"has shape {(*shape, 2)}", str(shape), "fetch"
+        )
     yarn = changed(case, {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0})
     refused(lambda: load_student(yarn), yarn, "rope type 'yarn' is not supported", "none, linear, llama3")
 

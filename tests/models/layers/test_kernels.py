@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
 from sqa_jax.errors import UserError

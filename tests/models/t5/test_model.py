@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from sqa_jax.adapters import adapter as adapters
+from sqa_jax import adapters
 from sqa_jax.batches.packing import Limits, pack_row
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.weights import random_params, save_safetensors
