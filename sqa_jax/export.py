@@ -175,7 +175,8 @@ def _picture(student: Student) -> ImageBatcher:
     """One picture, of question ""."""
     import numpy as np
 
-    from sqa_jax.batches.images import ImageBatcher, ImageStore
+    from sqa_jax.batches.images import ImageBatcher
+    from sqa_jax.data.images import ImageStore
     from sqa_jax.models.vision.registry import vision_family
     from sqa_jax.reporting.model_card import example
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sqa_jax
-from sqa_jax.batches.images import ImageStore, PreparedImages, load_pictures
 from sqa_jax.checkpoints.tokenizer import fingerprint as tokenizer_fingerprint
+from sqa_jax.data.images import ImageStore, PreparedImages, load_pictures
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet, load_problems
 from sqa_jax.data.teacher_records import KINDS, TeacherRecord, load_records, make_records

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sqa_jax.batches.batch import empty_like, stack_rows
 from sqa_jax.batches.dataset import config_pictures
-from sqa_jax.batches.images import ImageBatcher, ImageStore, PreparedImages
+from sqa_jax.batches.images import ImageBatcher
+from sqa_jax.data.images import ImageStore, PreparedImages
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_directory, read_json, sha256_json, write_json
 from sqa_jax.models.vision.adapter import ComputeConfig
@@ -80,7 +82,7 @@ def _compute(path: Path, runtime: Runtime, pictures: ImageStore, shape: tuple[in
 
     how = ComputeConfig(decoder.dtype, rows=decoder.rows)
     # Replicated, so that the first process can read it.
-    run = jax.jit(lambda params, batch: encode_images(vision, params, batch, how), out_shardings=replicated(mesh))
+    run = jax.jit(lambda params, inputs: encode_images(vision, params, inputs, how), out_shardings=replicated(mesh))
     counts = pictures.firsts[1:] - pictures.firsts[:-1]
     order = np.argsort(counts, kind="stable")  # pictures of a batch are about equally large
     with atomic_directory(path) if is_main() else contextlib.nullcontext() as beside:
@@ -92,9 +94,9 @@ def _compute(path: Path, runtime: Runtime, pictures: ImageStore, shape: tuple[in
             spans = [slice(*pictures.firsts[number : number + 2]) for number in own]
             tokens = [np.arange(span.start, span.stop) + pictures.vocabulary for span in spans]
             made = [rows(line, room)[1] for line in tokens]
-            made += [{name: np.zeros_like(a) for name, a in made[0].items()}] * (at_once - len(own))
-            batch = {name: np.stack([one[name] for one in made]) for name in made[0]}
-            found = np.asarray(run(student.params["vision"], place_rows(batch, mesh, at_once)))
+            made += [empty_like(made[0])] * (at_once - len(own))
+            inputs = place_rows(stack_rows(made).encoder, mesh, at_once)
+            found = np.asarray(run(student.params["vision"], inputs))
             if out is not None:
                 for span, features in zip(spans, found, strict=False):
                     out[span] = features[: span.stop - span.start]

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from sqa_jax import adapters
-from sqa_jax.batches.images import ImageBatcher, ImageStore
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.packing import Limits, capacity_for, choose_limits, pack_row
 from sqa_jax.checkpoints.weights import param_shapes
+from sqa_jax.data.images import ImageStore
 from sqa_jax.errors import UserError
 from sqa_jax.inference.features import trains_tower
 from sqa_jax.inference.generate import Generator

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from sqa_jax.batches.images import ImageStore
+from sqa_jax.data.images import ImageStore
 from sqa_jax.data.problem import Problem
 from sqa_jax.prompts.formats import Format, Template, sections
 

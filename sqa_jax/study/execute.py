@@ -17,8 +17,9 @@ from sqa_jax.batches.dataset import (
     records_by_pid,
     training_problems,
 )
-from sqa_jax.batches.images import ImageBatcher, ImageStore
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.checkpoints.load import Student
+from sqa_jax.data.images import ImageStore
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json, write_json

@@ -22,12 +22,13 @@ from sqa_jax.adapters.nearest import nearest
 from sqa_jax.adapters.peft_format import lora_modules, to_peft, write_peft
 from sqa_jax.adapters.peft_read import read_peft
 from sqa_jax.batches.dataset import encoder_for
-from sqa_jax.batches.images import ImageBatcher, load_pictures
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.loader import pack
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.checkpoints.weights import param_shapes, random_params, save_safetensors
 from sqa_jax.config import default
+from sqa_jax.data.images import load_pictures
 from sqa_jax.errors import UserError
 from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.export import export

@@ -20,15 +20,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
-from sqa_jax.batches.images import ImageBatcher, ImageStore, load_pictures
+from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.loader import packed_rows
 from sqa_jax.checkpoints.load import load_student, student_config
 from sqa_jax.checkpoints.tokenizer import load_tokenizer
 from sqa_jax.config import default
 from sqa_jax.data.image import MOST_PIXELS, ImageFile
+from sqa_jax.data.images import ImageStore, load_pictures
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
+from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.files import read_jsonl, write_json
 from sqa_jax.models.catalogue import SHAPES
 from sqa_jax.models.vision.registry import vision_family

@@ -46,8 +46,8 @@ def pieces(count: int, width: int = 800, height: int = 600) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from sqa_jax.batches.images import load_pictures
     from sqa_jax.data.image import ImageFile
+    from sqa_jax.data.images import load_pictures
     from sqa_jax.data.problem import Problem
     from sqa_jax.models.catalogue import SHAPES
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sqa_jax.batches.images import load_pictures
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.config import default
+from sqa_jax.data.images import load_pictures
 from sqa_jax.errors import UserError
 from sqa_jax.inference import features as cached
 from sqa_jax.models.vision.adapter import ComputeConfig

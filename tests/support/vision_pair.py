@@ -11,9 +11,9 @@ import torch
 import transformers
 from PIL import Image
 
-from sqa_jax.batches.images import ImageStore, load_pictures
 from sqa_jax.checkpoints.load import Student, load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
+from sqa_jax.data.images import ImageStore, load_pictures
 from sqa_jax.data.problem import ImageFile, Problem
 from sqa_jax.models.vision.registry import FAMILIES
 
