@@ -7,8 +7,10 @@ import threading
 from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 
+from sqa_jax.batches.batch import Batch
 from sqa_jax.batches.dataset import DistillationDataset
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.packing import Limits, capacity_for, choose_limits, pack_row, plan_rows
@@ -38,12 +40,12 @@ class PackedRows:
         limits: Limits,
         pad_id: int,
         seed: int,
-        pictures: ImageBatcher | None = None,
+        images: ImageBatcher | None = None,
     ):
         self.tokens, self.prompt_lengths, self.pids = tokens, prompt_lengths, pids
-        self.limits, self.pad_id, self.seed, self.pictures = limits, pad_id, seed, pictures
+        self.limits, self.pad_id, self.seed, self.images = limits, pad_id, seed, images
         lengths = np.array([len(t) for t in tokens])
-        seen = np.zeros_like(lengths) if pictures is None else np.array([pictures.count(t) for t in tokens])
+        seen = np.zeros_like(lengths) if images is None else np.array([images.count(t) for t in tokens])
         self._counts = np.stack([lengths, lengths - prompt_lengths, seen], axis=1)
         self._lock = threading.Lock()
         self._starts = [0]  # first row of each epoch planned so far
@@ -74,15 +76,15 @@ class PackedRows:
     def __len__(self) -> int:
         return 2**40  # endless: the trainer decides when to stop
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, row: int) -> Batch:
         members = self.members(int(row))
-        row = pack_row(
+        packed = pack_row(
             [self.tokens[k] for k in members], [self.prompt_lengths[k] for k in members], self.limits, self.pad_id
         )
-        if self.pictures is not None:
-            row["tokens"], seen = self.pictures(row["tokens"], self.limits.features)
-            row |= seen
-        return row
+        if self.images is not None:
+            tokens, images = self.images(packed.tokens, self.limits.features)
+            packed = packed._replace(tokens=tokens, images=images)
+        return packed
 
 
 def packed_rows(
@@ -91,7 +93,7 @@ def packed_rows(
     pad_id: int,
     virtual: SoftPromptTokens = NO_SOFT_PROMPT,
     both_ways: bool = False,
-    pictures: ImageBatcher | None = None,
+    images: ImageBatcher | None = None,
 ) -> PackedRows:
     """Packed rows of a distillation dataset, in the shape that `config.train` asks for.
 
@@ -107,14 +109,14 @@ def packed_rows(
     if not columns.tokens:
         raise UserError(f"{dataset.path}: no training sequence; see its manifest.json for what was dropped and why")
     return pack(
-        [virtual.put(*row) for row in zip(columns.tokens, columns.behind_pictures.tolist(), strict=True)],
+        [virtual.put(*row) for row in zip(columns.tokens, columns.image_ends.tolist(), strict=True)],
         columns.prompt_lengths + virtual.count,
         columns.pids,
         config.train.row_length,
         pad_id,
         config.seed,
         both_ways,
-        pictures,
+        images,
     )
 
 
@@ -126,17 +128,17 @@ def pack(
     pad_id: int,
     seed: int,
     both_ways: bool = False,
-    pictures: ImageBatcher | None = None,
+    images: ImageBatcher | None = None,
 ) -> PackedRows:
     """Packed rows of sequences. Arguments and errors are those of `PackedRows` and `packed_rows`."""
     tokens = [np.asarray(own, np.int32) for own in sequences]
     lengths = np.array([len(own) for own in tokens])
     limits = choose_limits(lengths, lengths - prompt_lengths, row_length, pids)
     limits = limits._replace(both_ways=both_ways)
-    if pictures is not None:
-        seen = np.array([pictures.count(own) for own in tokens])
-        limits = limits._replace(features=pictures.room(capacity_for(lengths, seen, row_length)))
-    return PackedRows(tokens, prompt_lengths, pids, limits, pad_id, seed, pictures)
+    if images is not None:
+        seen = np.array([images.count(own) for own in tokens])
+        limits = limits._replace(features=images.room(capacity_for(lengths, seen, row_length)))
+    return PackedRows(tokens, prompt_lengths, pids, limits, pad_id, seed, images)
 
 
 def steps_of(config, rows: PackedRows) -> int:
@@ -160,7 +162,7 @@ class _OwnRows:
 
 
 def make_loader(rows: PackedRows, batch_rows: int, accumulate: int, own: np.ndarray | None = None):
-    """A checkpointable iterator over steps: each item is a dict of arrays [accumulate, own rows, …].
+    """A checkpointable iterator over steps: each item is a `Batch` of arrays [accumulate, own rows, …].
 
     Its `get_state()`/`set_state()` go into the checkpoint; state k continues with step k, on any number of
     processes.
@@ -168,13 +170,13 @@ def make_loader(rows: PackedRows, batch_rows: int, accumulate: int, own: np.ndar
     Args:
       batch_rows: rows of one micro-batch over all processes.
       accumulate: micro-batches of a step.
-      own: which rows of a micro-batch this process reads (`sqa_jax.parallel.mesh.own_rows`); None is all.
+      own: which rows of a micro-batch this process reads (`sqa_jax.parallel.mesh.local_rows`); None is all.
     """
     own = np.arange(batch_rows) if own is None else own
     count = accumulate * len(own)
 
-    def split(batch):
-        return {name: a.reshape(accumulate, len(own), *a.shape[1:]) for name, a in batch.items()}
+    def split(batch: Batch) -> Batch:
+        return jax.tree.map(lambda array: array.reshape(accumulate, len(own), *array.shape[1:]), batch)
 
     source = _OwnRows(rows, batch_rows, accumulate, own)
     dataset = grain.MapDataset.source(source).batch(count, drop_remainder=True).map(split)

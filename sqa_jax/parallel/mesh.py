@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int, PyTree, Shaped
 
 from sqa_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # a batch is split over both: fsdp shards the parameters *and* the data
+BATCH = ("data", "fsdp")  # the batch dimension is sharded over both: fsdp shards the parameters *and* the data
 
 
-def make_mesh(settings, devices=None) -> Mesh:
-    """A mesh of all devices in the shape of `config.mesh`, where one -1 stands for what is left.
+def make_mesh(settings: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices with the axis sizes of `config.mesh`, one of which may be -1 (inferred).
 
-    Neighbours on the mesh are neighbours on a TPU's torus. Between TPU slices there is only the data center's
-    network, so `data`, which communicates least, is what goes over them.
+    Neighbours on the mesh are neighbours on a TPU's torus. Multi-slice runs get a hybrid mesh: slices are connected by
+    the data center's network (DCN) only, so the `data` axis, which communicates least, spans them.
+
+    Args:
+      settings: `config.mesh`.
+      devices: default all devices of all processes.
 
     Raises:
-      UserError: the shape does not use exactly the devices that there are, or does not divide over their slices.
+      UserError: the sizes do not multiply to the number of devices, or the slices do not divide the `data` axis.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = [settings[axis] for axis in AXES]
@@ -52,39 +58,45 @@ def make_mesh(settings, devices=None) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Rows over the data axes, behind `leading` unsharded dimensions."""
+    """The batch dimension sharded over the data axes, after `leading` replicated dimensions."""
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, BATCH))
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Parts into which a batch's rows are dealt."""
+    """Number of shards of the batch dimension."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Of a batch's rows, those that the devices of this process hold, ascending; `tensor` may hold them twice."""
+def local_rows(mesh: Mesh, rows: int) -> Int[np.ndarray, " N"]:
+    """Indices of the batch rows on this process's devices, ascending; replicas over `tensor` count once."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[index] for index in slices]))
 
 
-def place_rows(batch: Any, mesh: Mesh, rows: int, own: np.ndarray | None = None, leading: int = 0) -> Any:
-    """A batch from the hosts' memory onto the mesh.
+def place_rows(
+    batch: PyTree[Shaped[np.ndarray, ...]],
+    mesh: Mesh,
+    rows: int,
+    local: Int[np.ndarray, " N"] | None = None,
+    leading: int = 0,
+) -> PyTree[Shaped[jax.Array, ...]]:
+    """Places a batch from host memory on the mesh, sharded over the batch dimension.
 
     Args:
-      batch: tree of arrays with rows behind `leading` dimensions: all of them on every process, or, with `own`,
-        only the process' own.
-      rows: of the whole batch.
-      own: as `own_rows`.
+      batch: tree of arrays with the batch dimension after `leading` others: all rows on every process, or, with
+        `local`, only the process's rows.
+      rows: global batch size.
+      local: as `local_rows`.
     """
     sharding = batch_sharding(mesh, leading)
-    start_of = {int(row): place for place, row in enumerate(np.arange(rows) if own is None else own)}
+    index_of = {int(row): index for index, row in enumerate(np.arange(rows) if local is None else local)}
 
     def place(array: np.ndarray) -> jax.Array:
         shape = (*array.shape[:leading], rows, *array.shape[leading + 1 :])
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[leading].indices(rows)
-            first = start_of[start]
+            first = index_of[start]
             return array[(*index[:leading], slice(first, first + stop - start), *index[leading + 1 :])]
 
         return jax.make_array_from_callback(shape, sharding, shard)
@@ -93,11 +105,12 @@ def place_rows(batch: Any, mesh: Mesh, rows: int, own: np.ndarray | None = None,
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_rows(rows: int, mesh: Mesh, key: str) -> None:
-    """Raises `UserError` unless `rows`, which config key `key` set, can be dealt over the data axes."""
+    """Raises `UserError` unless `rows`, the value of config key `key`, divides over the data axes."""
     shards = row_shards(mesh)
     if rows % shards:
         raise UserError(

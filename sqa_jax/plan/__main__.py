@@ -64,7 +64,7 @@ def _about(config: Any, name: str, slices: int) -> tuple[dict[str, Any], tuple]:
         "student": config.student.path, "methods": list(config.adapter.methods),
     }  # fmt: skip
     return about, (
-        student_config(config.student.path, config.student.revision, config.student.picture_tokens),
+        student_config(config.student.path, config.student.revision, config.student.max_image_tokens),
         kind,
         devices,
     )

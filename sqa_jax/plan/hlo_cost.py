@@ -122,7 +122,7 @@ def _count(
                 work.traffic += times * sum(array.held for array in _operands(where, one) + one.arrays if array.main)
         seconds = _estimated_cycles(own) / chip.clock
         if _KERNEL in own.text:
-            flops, padded = _kernel_flops(inside, own, chip.width)
+            flops, padded = _kernel_flops(inside, own, chip.mxu_width)
             seconds = padded / chip.flops
             if not flops:
                 work.uncounted.add(own.name.split(".")[0])
@@ -130,7 +130,7 @@ def _count(
         for in_main, size in _memory_traffic(program, inside, own):
             main, core = (main + size, core) if in_main else (main, core + size)
         if not own.opcode.endswith("-start"):
-            work.busy += times * max(seconds, main / chip.bandwidth, core / chip.core_bandwidth)
+            work.busy += times * max(seconds, main / chip.bandwidth, core / chip.vmem_bandwidth)
         work.flops += times * flops
         work.traffic += times * main
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sqa_jax.errors import UserError
-from sqa_jax.parallel.chips import CHIPS, GIB, Chip, communication_seconds, quiet_compiler
+from sqa_jax.parallel.chips import CHIPS, GIB, Chip, collective_seconds, quiet_compiler
 from sqa_jax.parallel.mesh import AXES
 from sqa_jax.plan.hlo import parse
 from sqa_jax.plan.hlo_cost import HloCost, count
@@ -131,5 +131,5 @@ def _collectives(work: HloCost, chip: Chip, mesh: Mesh) -> list[dict[str, Any]]:
         row["count"] += one.count
         row["payload"] += one.count * one.payload
         row["sent"] += one.count * one.sent
-        row["seconds"] += one.count * communication_seconds(chip, devices, one.groups, one.sent)
+        row["seconds"] += one.count * collective_seconds(chip, devices, one.groups, one.sent)
     return sorted(rows.values(), key=lambda row: -row["sent"])

@@ -18,7 +18,7 @@ from sqa_jax.batches.packing import Limits, capacity_for, choose_limits, pack_ro
 from sqa_jax.checkpoints.weights import param_shapes
 from sqa_jax.data.images import ImageStore
 from sqa_jax.errors import UserError
-from sqa_jax.inference.features import trains_tower
+from sqa_jax.inference.features import trains_vision_encoder
 from sqa_jax.inference.generate import Generator
 from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.models.flops import forward_flops, training_flops, vision_flops
@@ -33,7 +33,7 @@ from sqa_jax.training.step import compile_step, init_state, make_step
 # ScienceQA's 12,726 training questions as configs/study.py words them (QCM-AE), in SmolLM2's tokens: 146 tokens a
 # question, half of them to be learned, measured on 540 questions.
 _SCIENCEQA_QUESTIONS, _MEAN_LENGTH, _TARGET_SHARE = 12_726, 146, 0.5
-_PICTURED, _PICTURE = 0.49, (500, 350)  # part of them that has a picture, and the pixels of a usual one
+_IMAGE_SHARE, _IMAGE_SIZE = 0.49, (500, 350)  # part of them that has a picture, and the pixels of a usual one
 
 
 class Data(NamedTuple):
@@ -89,15 +89,15 @@ def data_of(config, student: DecoderConfig) -> Data:
     Raises:
       UserError: the data cannot be read; `config.plan.tokens` does without them.
     """
-    from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
+    from sqa_jax.batches.dataset import build_or_reuse, config_images, load_config_problems, training_problems
     from sqa_jax.batches.loader import packed_rows
     from sqa_jax.checkpoints.tokenizer import load_tokenizer
 
     virtual, length = adapters.soft_prompt_tokens(config.adapter), config.train.row_length
     if config.plan.tokens or config.student.path.startswith("random:"):
-        picture = _usual_picture(student)
-        mean = _MEAN_LENGTH + _PICTURED * picture
-        targets, share = _TARGET_SHARE * _MEAN_LENGTH, _PICTURED * picture / mean
+        picture = _typical_image_features(student)
+        mean = _MEAN_LENGTH + _IMAGE_SHARE * picture
+        targets, share = _TARGET_SHARE * _MEAN_LENGTH, _IMAGE_SHARE * picture / mean
         one = np.array([min(math.ceil(mean) + virtual.count, length)])
         limits = choose_limits(one, np.array([min(math.ceil(targets), length)]), length, [""])
         limits = limits._replace(both_ways=student.prefix_lm)
@@ -105,17 +105,19 @@ def data_of(config, student: DecoderConfig) -> Data:
             if picture > length:
                 raise UserError(
                     f"a usual picture takes {picture} tokens, more than config.train.row_length = {length}; raise it, or lower "
-                    "config.student.picture_tokens"
+                    "config.student.max_image_tokens"
                 )
             seen = np.array([math.ceil(share * one[0])])
-            limits = limits._replace(features=_no_pictures(student).room(max(picture, capacity_for(one, seen, length))))
+            limits = limits._replace(
+                features=_empty_image_batcher(student).room(max(picture, capacity_for(one, seen, length)))
+            )
         tokens = config.plan.tokens or _SCIENCEQA_QUESTIONS * mean
         source = "config.plan.tokens" if config.plan.tokens else "about ScienceQA's training questions"
         return Data(tokens, mean, targets / mean, limits, source, share, picture)
     tokenizer, problems = load_tokenizer(config.student.path, config.student.revision), load_config_problems(config)
-    pictures = config_pictures(config, student, training_problems(config, problems))
-    dataset, _ = build_or_reuse(config, tokenizer, problems, pictures)
-    seen = pictures and ImageBatcher(pictures)
+    images = config_images(config, student, training_problems(config, problems))
+    dataset, _ = build_or_reuse(config, tokenizer, problems, images)
+    seen = images and ImageBatcher(images)
     rows = packed_rows(dataset, config, tokenizer.pad_token_id, virtual, student.prefix_lm, seen)
     tokens, prompts = sum(map(len, rows.tokens)), int(np.sum(rows.prompt_lengths))
     about = Data(tokens, tokens / len(rows.tokens), 1 - prompts / tokens, rows.limits, str(dataset.path))
@@ -123,19 +125,19 @@ def data_of(config, student: DecoderConfig) -> Data:
         return about
     features = sum(map(seen.count, rows.tokens))
     return about._replace(
-        feature_share=features / tokens, picture=float(pictures.firsts[-1]) / max(1, len(pictures.sizes))
+        feature_share=features / tokens, picture=float(images.feature_offsets[-1]) / max(1, len(images.sizes))
     )
 
 
-def _usual_picture(student: DecoderConfig) -> int:
+def _typical_image_features(student: DecoderConfig) -> int:
     """Features of a usual picture; 0 for a student that sees none."""
     if student.vision is None:
         return 0
-    made = vision_family(student.vision).picture(student.vision, Image.new("RGB", _PICTURE))
-    return len(made.pieces) * student.vision.features_of_piece
+    made = vision_family(student.vision).preprocess_image(student.vision, Image.new("RGB", _IMAGE_SIZE))
+    return len(made.pieces) * student.vision.features_per_piece
 
 
-def _no_pictures(student: DecoderConfig, features: np.ndarray | None = None) -> ImageBatcher:
+def _empty_image_batcher(student: DecoderConfig, features: np.ndarray | None = None) -> ImageBatcher:
     """What puts nothing into rows that could hold pictures."""
     empty = ImageStore(student.vision, student.vocab_size, "", np.zeros(0), np.zeros((0, 3), int), {}, {})
     return ImageBatcher(empty, features)
@@ -154,11 +156,11 @@ def training_step(config, student: DecoderConfig, mesh: Mesh, data: Data) -> Ste
     optimizer = make_optimizer(config.optimizer, 1000)  # steps of the run, which do not change the program
     state = jax.eval_shape(lambda adapter: init_state(adapter, optimizer), adapter)
     row = pack_row([], [], data.limits, 0)
-    through = trains_tower(config.adapter)
+    through = trains_vision_encoder(config.adapter)
     known = config.student.cache_features and not through
     if student.vision is not None:
         features = np.zeros((0, student.hidden_size), decoder.dtype) if known else None
-        _, images = _no_pictures(student, features)(row.tokens, data.limits.features)
+        _, images = _empty_image_batcher(student, features)(row.tokens, data.limits.features)
         row = row._replace(images=images)
     leading = (settings.accumulate, settings.batch_rows)
     batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype), row)

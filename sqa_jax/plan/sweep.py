@@ -112,5 +112,5 @@ def _rough(config: Any, student: DecoderConfig, kind: str, step: Any) -> tuple[f
     places = _rows(config) * config.train.row_length
     activations = 2 * student.num_layers * places * kept.get(config.student.remat, 2 * kept["dots"])
     compute = 2 * step.model_flops / chips / chip.flops  # half of the peak is what to hope for
-    seconds = compute + sum(step.expected.values()) / (2 * chip.link)
+    seconds = compute + sum(step.expected.values()) / (2 * chip.ici)
     return step.arguments + activations, seconds / step.tokens

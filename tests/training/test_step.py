@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from sqa_jax import adapters
+from sqa_jax.batches.batch import stack_rows
 from sqa_jax.batches.packing import Limits, pack_row
 from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
@@ -56,8 +57,7 @@ def batch(rows, virtual=0, accumulate=1):
     limits = Limits(96 + 8 * virtual, 56)
     sequences = [np.asarray(with_soft_tokens(sequence, virtual)) for sequence in SEQUENCES]
     made = [pack_row([sequences[k] for k in own], [virtual + PROMPTS[k] for k in own], limits, 0) for own in dealt]
-    stacked = {name: np.stack([row[name] for row in made]) for name in made[0]}
-    return {name: a.reshape(accumulate, rows // accumulate, *a.shape[1:]) for name, a in stacked.items()}
+    return jax.tree.map(lambda a: a.reshape(accumulate, rows // accumulate, *a.shape[1:]), stack_rows(made))
 
 
 def test_loss_and_gradient_equal_pytorch(base, tmp_path):
@@ -79,7 +79,7 @@ def test_loss_and_gradient_equal_pytorch(base, tmp_path):
     def loss(params):
         return (
             row_losses(config.adapter, Decoder(CONFIG), {"full": params}, {}, packed, None).sum()
-            / packed["target_mask"].sum()
+            / packed.target_mask.sum()
         )
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(base)
@@ -98,9 +98,9 @@ def test_only_targets_count(base):
     tree = adapters.init_adapter(config.adapter, CONFIG, base, 0)
     one = jax.tree.map(lambda a: jnp.asarray(a[0]), batch(8))
     loss = jax.jit(lambda rows: row_losses(config.adapter, decoder, tree, base, rows, None))
-    padded = dict(one, tokens=jnp.where(one["segments"] == 0, 63, one["tokens"]))
+    padded = one._replace(tokens=jnp.where(one.segments == 0, 63, one.tokens))
     np.testing.assert_array_equal(loss(padded), loss(one))
-    unmasked = dict(one, targets=jnp.where(one["target_mask"] == 0, 63, one["targets"]))
+    unmasked = one._replace(targets=jnp.where(one.target_mask == 0, 63, one.targets))
     np.testing.assert_array_equal(loss(unmasked), loss(one))
 
 
@@ -117,9 +117,9 @@ def run(config, base, data, mesh, steps=3):
     state = jax.jit(new_state, out_shardings=shardings(shape, mesh))(base)
     frozen = {} if "full" in config.adapter.methods else jax.tree.map(held, base, shardings(base, mesh))
     step = compile_step(make_step(config.adapter, Decoder(CONFIG), optimizer, 0), shape, frozen, mesh)
-    rows = data["tokens"].shape[1]
+    rows = data.tokens.shape[1]
     own = local_rows(mesh, rows)
-    batch = place_rows({name: a[:, own] for name, a in data.items()}, mesh, rows, own, leading=1)
+    batch = place_rows(jax.tree.map(lambda a: a[:, own], data), mesh, rows, own, leading=1)
     losses = []
     for _ in range(steps):
         state, metrics = step(state, frozen, batch)
