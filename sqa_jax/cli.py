@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from sqa_jax import config_aliases
 from sqa_jax.errors import UserError
 from sqa_jax.parallel import processes
 from sqa_jax.parallel.supervisor import supervise
@@ -103,6 +104,8 @@ def _parse(argv: list[str]) -> None:
         not fit its type, or the configuration file cannot be read.
     """
     if "config" in flags.FLAGS:
+        # The flags of overrides are made from sys.argv.
+        sys.argv = argv = config_aliases.current_arguments(argv)
         if given_config(argv) is None:
             argv = [argv[0], f"--config={_defaults['config']}", *argv[1:]]
         known = _keys(_load_config(given_config(argv)))
@@ -121,14 +124,18 @@ def _parse(argv: list[str]) -> None:
 
 def _load_config(file: str) -> Any:
     """The configuration of a file, before overrides."""
+    from sqa_jax.config import check_names
+
     if not Path(file.partition(":")[0]).is_file():
         raise UserError(f"--config: {file}: not found; name a Python file with get_config(), such as those in configs/")
     try:
-        return flags.FLAGS["config"].parser.parse(file)
+        config = flags.FLAGS["config"].parser.parse(file)
     except (AttributeError, KeyError) as error:  # it sets an unknown key
         raise UserError(f"--config: {file}: {_first_sentence(error)}") from None
     except (ImportError, SyntaxError, OSError, ValueError, TypeError) as error:
         raise UserError(f"--config: {file} cannot be loaded ({error})") from None
+    check_names(config, f"--config: {file}")
+    return config
 
 
 def _keys(config: Any, prefix: str = "") -> list[str]:

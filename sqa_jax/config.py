@@ -2,15 +2,66 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ml_collections import ConfigDict
+
+from sqa_jax.config_aliases import current_key, current_value, refuse_both
+
+
+class Section(ConfigDict):
+    """A `ConfigDict` in which renamed keys and values work under their old names, see `sqa_jax.config_aliases`.
+
+    Args:
+      path: of the section in the configuration, such as "adapter.lora"; "" is the whole.
+    """
+
+    def __init__(self, *args: Any, path: str = "", **kwargs: Any):
+        object.__setattr__(self, "_path", path)
+        object.__setattr__(self, "_names", {})  # by key, the names under which it was set
+        super().__init__(*args, **kwargs)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        name, key = key, self._current(key)
+        if self.is_locked or name != key:  # not while the defaults are filled in
+            self._names.setdefault(key, set()).add(name)
+        super().__setitem__(key, current_value(self._full(key), value))
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(self._current(key))
+
+    def copy_and_resolve_references(self, visit_map: Any = None) -> ConfigDict:
+        copy = super().copy_and_resolve_references(visit_map)
+        object.__setattr__(copy, "_path", self._path)
+        return copy
+
+    def _full(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else str(key)
+
+    def _current(self, key: str) -> str:
+        return current_key(self._full(key)).rpartition(".")[2] if isinstance(key, str) else key
+
+
+def check_names(config: ConfigDict, where: str) -> None:
+    """Refuses a configuration file that sets a renamed key under both of its names.
+
+    Raises:
+      UserError: it does.
+    """
+    for section in config.values():
+        if isinstance(section, Section):
+            for key, names in section._names.items():
+                if len(names) > 1:
+                    refuse_both(where, *(section._full(name) for name in sorted(names, key=key.__eq__)))
+            check_names(section, where)
 
 
 def default() -> ConfigDict:
     """The defaults. Files in `configs/` change what they need and return the result."""
-    config = ConfigDict()
+    config = Section()
     config.seed = 0  # of adapter initialisation, data order, dropout and subsets
 
-    config.data = data = ConfigDict()
+    config.data = data = Section(path="data")
     data.source = (
         "sample"  # sample, pictures, pictures-shifted: made by the package | dir: ScienceQA's layout | hub: datasets
     )
@@ -24,7 +75,7 @@ def default() -> ConfigDict:
     data.train_limit = 0  # use only so many training questions, drawn with the seed; 0 is all
     data.cache = "datasets"  # where pre-tokenized datasets are kept, one folder a fingerprint
 
-    config.recipe = recipe = ConfigDict()
+    config.recipe = recipe = Section(path="recipe")
     recipe.arm = "golden"  # whose supervision; see sqa_jax/prompts/recipes.py
     recipe.format = "QCM-A"  # input parts - target parts, in ScienceQA's notation or QTCHL-… style
     recipe.answer = "letter"  # how an answer is written: letter | text | both
@@ -37,40 +88,40 @@ def default() -> ConfigDict:
     recipe.teacher_right_only = False  # use only replies with the right answer
     recipe.require = ()  # use only questions with usable replies of these kinds: solution, reasoning
 
-    config.student = student = ConfigDict()
+    config.student = student = Section(path="student")
     student.path = ""  # HF directory or hub id, a .gguf file, or "random:<size>" (see students/load.py)
     student.revision = ""  # of a hub id
     student.dtype = "auto"  # computation: float32 | bfloat16 | auto (bfloat16 on TPU and GPU)
     student.attention = "auto"  # auto: one fused kernel where the platform has it | plain | splash (TPU) | cudnn (GPU)
     # of a student that sees: compute what a frozen tower makes of pictures once, and keep it on disk
     student.cache_features = True
-    student.picture_tokens = 0  # of a student that sees: most tokens of a picture; 0 is what it was published with
+    student.max_image_tokens = 0  # of a student that sees: most tokens of a picture; 0 is what it was published with
     student.remat = "dots"  # none | dots | full: what the backward pass recomputes, see students/layers.py
 
-    config.adapter = adapter = ConfigDict()
+    config.adapter = adapter = Section(path="adapter")
     adapter.methods = ("lora",)  # any of lora, prefix, prompt, visual together; or ("full",)
     # a directory with an adapter of PEFT to begin with, in place of a new one; methods, sizes and scales are then its own
     adapter.peft = ""
-    adapter.lora = lora = ConfigDict()
+    adapter.lora = lora = Section(path="adapter.lora")
     lora.rank = 16
     lora.alpha = 32.0
     lora.dropout = 0.0
     lora.rslora = False  # scale by alpha/sqrt(rank) in place of alpha/rank
     lora.targets = ()  # linear layers by name, such as ("q_proj", "v_proj"), or ("q", "v") of a T5; () is all of them
-    lora.tower = False  # of a student that sees: adapt the layers of tower and connector, too
-    adapter.prefix = prefix = ConfigDict()
+    lora.vision_encoder = False  # of a student that sees: adapt the layers of tower and connector, too
+    adapter.prefix = prefix = Section(path="adapter.prefix")
     prefix.length = 16
     prefix.reparametrize = True
     prefix.hidden = 512  # of the reparametrising MLP
-    adapter.prompt = prompt = ConfigDict()
+    adapter.prompt = prompt = Section(path="adapter.prompt")
     prompt.length = 16
     prompt.init = "vocabulary"  # vocabulary: rows of the embedding table | mean: their mean | normal | text
     prompt.text = ""  # text: the words to start from, repeated or cut to the length
-    prompt.behind_picture = False  # the prompt stands behind a question's picture, in place of in front of all
-    adapter.visual = visual = ConfigDict()
+    prompt.after_image = False  # the prompt stands behind a question's picture, in place of in front of all
+    adapter.visual = visual = Section(path="adapter.visual")
     visual.length = 8  # deep prompts in every layer of the tower of a student that sees
 
-    config.optimizer = optimizer = ConfigDict()
+    config.optimizer = optimizer = Section(path="optimizer")
     optimizer.learning_rate = 1e-3
     optimizer.schedule = "cosine"  # cosine | linear | constant
     optimizer.warmup_ratio = 0.05  # of all steps
@@ -80,7 +131,7 @@ def default() -> ConfigDict:
     optimizer.weight_decay = 0.0  # on matrices only, never on norms and biases
     optimizer.clip_norm = 1.0
 
-    config.train = train = ConfigDict()
+    config.train = train = Section(path="train")
     train.epochs = 1.0  # passes over the training questions; a part of a pass is allowed
     train.steps = 0  # overrides epochs where positive
     train.row_length = 1024  # tokens of one packed row
@@ -91,12 +142,12 @@ def default() -> ConfigDict:
     train.save_every = 50  # steps between checkpoints (besides the last and the best)
     train.stop_after = 0  # stop cleanly after so many steps of this run (to train in parts); 0 is never
 
-    config.mesh = mesh = ConfigDict()
+    config.mesh = mesh = Section(path="mesh")
     mesh.data = -1  # -1: all the devices that are left
     mesh.fsdp = 1
     mesh.tensor = 1
 
-    config.eval = evaluation = ConfigDict()
+    config.eval = evaluation = Section(path="eval")
     evaluation.checkpoint = (
         "best"  # best (lowest validation loss) | last | none: the bare student, or adapter.peft on it
     )
@@ -115,7 +166,7 @@ def default() -> ConfigDict:
     evaluation.temperature = 0.0  # generate; 0 is greedy
     evaluation.folder = ""  # of the predictions, under WORKDIR/eval; "" is the split's name
 
-    config.study = study = ConfigDict()
+    config.study = study = Section(path="study")
     study.arms = ("zero_shot", "golden_answer_only", "golden", "teacher_answer", "teacher_and_golden", "teacher_cot", "teacher_lecture", "mistakes", "domain_text")  # fmt: skip
     study.adapters = ("lora",)  # config.adapter.methods of each run, such as "lora", "prefix", "full", "lora+prompt"
     study.students = ()  # paths, as config.student.path; () is that one
@@ -130,7 +181,7 @@ def default() -> ConfigDict:
     study.agent = ""  # what python -m sqa_jax.agent left (WORKDIR/<split>), to be a part of the report
     study.device_price = 0.0  # US dollars an hour of the training machine
 
-    config.teach = teach = ConfigDict()
+    config.teach = teach = Section(path="teach")
     teach.client = "gemini"  # gemini (google-generativeai) | genai (google-genai) | openai | student | replay
     teach.model = (
         "gemini-2.5-flash"  # as the service names it; student: path of the weights; replay: "" is the only one
@@ -168,7 +219,7 @@ def default() -> ConfigDict:
     teach.poll_seconds = 30.0  # between two looks at a batch job
     teach.replay = ()  # replay: files of recorded replies (JSONL), or ("sample",)
 
-    config.agent = agent = ConfigDict()
+    config.agent = agent = Section(path="agent")
     agent.tools = ("describe_image", "retrieve")  # or "module:function", see sqa_jax/agent/tools.py
     agent.retrieval = "oracle"  # oracle: the question's own lecture | bm25: the best match among the training lectures
     # never | always | random | oracle | constrained | free, and only:TOOL; see sqa_jax/agent/policies.py
@@ -190,7 +241,7 @@ def default() -> ConfigDict:
         0.4,
     )  # the students' price: a chip of config.plan.prices, and the part of its peak that is used
 
-    config.plan = plan = ConfigDict()
+    config.plan = plan = Section(path="plan")
     plan.tokens = 0  # real tokens of an epoch; 0: the dataset's, or about ScienceQA's for a random student
     plan.prices = (  # (chip, US dollars a chip-hour on demand, spot), list prices in the US: check them; 0 is not known
         ("v4", 3.22, 0.0), ("v5e", 1.20, 0.0), ("v5p", 4.20, 0.0), ("v6e", 2.70, 0.0),

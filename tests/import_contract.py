@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("study",),
     ("agent", "export"),
     ("train", "evaluate", "preprocess", "score", "plan", "teach"),
+    ("evaluation",),
     ("reporting",),
     ("metrics",),
     ("training",),
@@ -30,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("cli",),
     ("parallel", "config"),
-    ("files",),
+    ("files", "config_aliases"),
     ("bucket", "signals"),
     ("errors",),
 )

@@ -18,7 +18,6 @@ Examples:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from absl import flags
 
 from sqa_jax import cli
 from sqa_jax.errors import UserError
-from sqa_jax.files import atomic_write, local_path, read_json, read_jsonl, write_json
+from sqa_jax.files import atomic_write, local_path, read_jsonl, write_json
 
 
 def agent(config, workdir: str, split: str) -> dict[str, Any]:
@@ -98,6 +97,8 @@ def _root(workdir: str) -> Path:
 
 def config_with_adapter(config):
     """The configuration with recipe, adapter and student of the training that `config.agent.adapter` names."""
+    from sqa_jax.training.workdir import read_saved
+
     if not config.agent.adapter:
         return config
     file = Path(config.agent.adapter) / "config.json"
@@ -105,7 +106,7 @@ def config_with_adapter(config):
         raise UserError(
             f"config.agent.adapter: {config.agent.adapter} has no config.json; name the workdir of a training"
         )
-    trained: Mapping[str, Any] = read_json(file, "the configuration of this run")["config"]
+    trained = read_saved(file)["config"]
     config = config.copy_and_resolve_references()
     with config.unlocked():
         for part in ("recipe", "adapter", "student"):
