@@ -45,7 +45,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     """
     from sqa_jax.adapters.peft_read import resolve_peft_adapter
     from sqa_jax.files import atomic_directory
-    from sqa_jax.reporting.model_card import PICTURE, example, model_card, results_of
+    from sqa_jax.reporting.model_card import EXAMPLE_IMAGE, example, model_card, results_of
     from sqa_jax.runtime import build_runtime
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
@@ -74,7 +74,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
         if runtime.student.config.vision is not None:
             if kind == "hf":
                 _keep_processor(config, beside)
-            (beside / PICTURE).write_bytes(example(runtime.student).image.read())
+            (beside / EXAMPLE_IMAGE).write_bytes(example(runtime.student).image.read())
     print(
         f"{out}: {'+'.join(tree) or 'the bare student'}, read back with the same logits; README.md says how to use it"
     )
@@ -147,13 +147,13 @@ def _logits(settings, tree: Any, student: Student) -> np.ndarray:
 
     config, virtual = student.config, adapters.soft_prompt_tokens(settings).count if tree else 0
     words = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
-    pictures = None if config.vision is None else _picture(student)
-    tokens = with_soft_tokens([*(pictures.pictures.prompt("", student.tokenizer) if pictures else []), *words], virtual)
+    images = None if config.vision is None else _picture(student)
+    tokens = with_soft_tokens([*(images.images.prompt("", student.tokenizer) if images else []), *words], virtual)
     ids, images = np.asarray([tokens], np.int32), None
     if isinstance(config, T5Config):  # the decoder reads the last ones
         ids[:, virtual + 8] = config.decoder_start
-    if pictures is not None:
-        ids, images = pictures.of_rows(ids, pictures.room(pictures.count(tokens)))
+    if images is not None:
+        ids, images = images.add_images(ids, images.room(images.count(tokens)))
     places = np.arange(len(tokens))[None]
 
     @jax.jit
@@ -181,7 +181,7 @@ def _picture(student: Student) -> ImageBatcher:
     from sqa_jax.reporting.model_card import example
 
     config = student.config
-    pieces, *sizes = vision_family(config.vision).picture(config.vision, example(student).image.open())
+    pieces, *sizes = vision_family(config.vision).preprocess_image(config.vision, example(student).image.open())
     sizes = np.asarray([[len(pieces), *sizes]])
     return ImageBatcher(ImageStore(config.vision, config.vocab_size, "", pieces, sizes, {"": 0}, {}))
 

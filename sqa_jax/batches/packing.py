@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sqa_jax.batches.batch import Batch
 from sqa_jax.errors import UserError
 from sqa_jax.models.segments import PREFIX_LM
 
@@ -55,7 +56,7 @@ def choose_limits(lengths: np.ndarray, targets: np.ndarray, row_length: int, pid
         raise UserError(
             f"question {pids[long[0]]} takes {lengths[long[0]]} tokens and {long.size} questions do not fit into "
             f"config.train.row_length = {row_length}; raise it, or lower config.recipe.max_prompt, and for a student that "
-            "sees config.student.picture_tokens"
+            "sees config.student.max_image_tokens"
         )
     return Limits(row_length, min(row_length, -(-capacity_for(lengths, targets, row_length) // 8) * 8))
 
@@ -109,31 +110,28 @@ def plan_rows(counts: np.ndarray, room: Sequence[int], rng: np.random.Generator)
     return [rows[k] for k in rng.permutation(len(rows))]
 
 
-def pack_row(
-    sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], limits: Limits, pad_id: int
-) -> dict[str, np.ndarray]:
+def pack_row(sequences: Sequence[np.ndarray], prompt_lengths: Sequence[int], limits: Limits, pad_id: int) -> Batch:
     """The arrays of one row (see the module's picture), int32; `target_mask` float32."""
     T, M = limits.tokens, limits.targets
-    row = {
-        "tokens": np.full(T, pad_id, np.int32),
-        "segments": np.zeros(T, np.int32),
-        "positions": np.zeros(T, np.int32),
-        "target_positions": np.zeros(M, np.int32),
-        "targets": np.zeros(M, np.int32),
-        "target_mask": np.zeros(M, np.float32),
-    }
-    if limits.both_ways:
-        row["branches"] = np.zeros(T, np.int32)
+    row = Batch(
+        tokens=np.full(T, pad_id, np.int32),
+        segments=np.zeros(T, np.int32),
+        positions=np.zeros(T, np.int32),
+        target_positions=np.zeros(M, np.int32),
+        targets=np.zeros(M, np.int32),
+        target_mask=np.zeros(M, np.float32),
+        branches=np.zeros(T, np.int32) if limits.both_ways else None,
+    )
     place = target = 0
     for segment, (tokens, prompt_length) in enumerate(zip(sequences, prompt_lengths, strict=True), start=1):
         size, count = len(tokens), len(tokens) - prompt_length
-        row["tokens"][place : place + size] = tokens
-        row["segments"][place : place + size] = segment
-        row["positions"][place : place + size] = np.arange(size)
-        row["target_positions"][target : target + count] = place + np.arange(prompt_length - 1, size - 1)
-        row["targets"][target : target + count] = tokens[prompt_length:]
-        row["target_mask"][target : target + count] = 1.0
-        if limits.both_ways:
-            row["branches"][place : place + prompt_length] = PREFIX_LM
+        row.tokens[place : place + size] = tokens
+        row.segments[place : place + size] = segment
+        row.positions[place : place + size] = np.arange(size)
+        row.target_positions[target : target + count] = place + np.arange(prompt_length - 1, size - 1)
+        row.targets[target : target + count] = tokens[prompt_length:]
+        row.target_mask[target : target + count] = 1.0
+        if row.branches is not None:
+            row.branches[place : place + prompt_length] = PREFIX_LM
         place, target = place + size, target + count
     return row

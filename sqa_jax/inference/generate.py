@@ -59,7 +59,7 @@ class _State(NamedTuple):
     written: jax.Array
     going: jax.Array
     prompt: jax.Array
-    further: jax.Array
+    position_offset: jax.Array
 
 
 class Generator:
@@ -89,9 +89,9 @@ class Generator:
         batch: int,
         temperature: float = 0.0,
         seed: int = 0,
-        pictures: ImageBatcher | None = None,
+        images: ImageBatcher | None = None,
     ):
-        self.pictures = pictures
+        self.images = images
         self.settings, self.decoder, self.mesh = settings, decoder, mesh
         self.eos_ids, self.max_new_tokens = tuple(eos_ids), max_new_tokens
         self.lines = row_shards(mesh)
@@ -208,13 +208,13 @@ class Generator:
                 arrays["prompts"][line, number] = index
                 arrays["last"][line, number] = span.stop - 1
                 arrays["rows"][line, number] = rows[line][number]
-                if self.pictures is not None:
-                    arrays["further"][line, number] = self.pictures.further(prompts[index])
+                if self.images is not None:
+                    arrays["further"][line, number] = self.images.position_offset(prompts[index])
                 start = span.stop
-        if self.pictures is not None:
-            most = max(map(self.pictures.count, arrays["tokens"]))
-            self._features = max(self._features, self.pictures.room(most))
-            arrays["tokens"], arrays["images"] = self.pictures.of_rows(arrays["tokens"], self._features)
+        if self.images is not None:
+            most = max(map(self.images.count, arrays["tokens"]))
+            self._features = max(self._features, self.images.room(most))
+            arrays["tokens"], arrays["images"] = self.images.add_images(arrays["tokens"], self._features)
         return place_rows(arrays, self.mesh, R)
 
     def _make_empty(self, adapter: Any, beginning: Any, places: int) -> _State:
@@ -262,7 +262,7 @@ class Generator:
             enter(state.written, 1),
             enter(state.going, self._goes_on(first, 1)),
             enter(state.prompt, pack["prompts"]),
-            enter(state.further, pack["further"]),
+            enter(state.position_offset, pack["further"]),
         )
 
     def _continue_rows(self, adapter: Any, base: Any, beginning: Any, state: _State, most: jax.Array, extent: int):
@@ -284,7 +284,7 @@ class Generator:
             return (state.going.sum() > most) & (least <= longest) & (longest < extent)
 
         def advance(state):
-            positions = (state.cache.length - adaptation.prefix_length + state.further)[:, None]
+            positions = (state.cache.length - adaptation.prefix_length + state.position_offset)[:, None]
             segments = state.going[:, None].astype(jnp.int32)
             hidden, cache = self.decoder.apply(
                 {"params": weights}, state.token[:, None], positions, segments, adaptation, state.cache
@@ -298,7 +298,7 @@ class Generator:
                 written,
                 state.going & self._goes_on(token, written),
                 state.prompt,
-                state.further,
+                state.position_offset,
             )
 
         near = whole._replace(

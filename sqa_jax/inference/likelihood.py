@@ -90,9 +90,9 @@ class LikelihoodScorer:
         mesh: Mesh,
         row_length: int,
         batch_rows: int,
-        pictures: ImageBatcher | None = None,
+        images: ImageBatcher | None = None,
     ):
-        self.settings, self.decoder, self.mesh, self.pictures = settings, decoder, mesh, pictures
+        self.settings, self.decoder, self.mesh, self.images = settings, decoder, mesh, images
         self._shards = row_shards(mesh)
         self.row_length, self.batch_rows = row_length, -(-batch_rows // self._shards) * self._shards
         self._scored = self._decoded = self._features = (
@@ -132,7 +132,7 @@ class LikelihoodScorer:
         if any(begun + int(tree.positions.max()) >= limit for tree in trees):
             raise UserError(
                 f"a question takes more than the student's {limit} positions; lower config.recipe.max_prompt, and for a "
-                "student that sees config.student.picture_tokens"
+                "student that sees config.student.max_image_tokens"
             )
         length = self.row_length = max(self.row_length, -(-longest // 128) * 128)
         # Twice the questions' own proportion of scored tokens: room costs little, and a row closed early much. (Short
@@ -146,15 +146,15 @@ class LikelihoodScorer:
         most = max(sum(behind[k] for k in row) for row in rows)
         self._decoded = max(self._decoded, -(-most // 16) * 16)
         decoder = with_max_decoder_tokens(self.decoder, self._decoded)
-        if self.pictures is not None:
-            most = max(sum(self.pictures.count(trees[k].tokens) for k in row) for row in rows)
-            self._features = max(self._features, self.pictures.room(most))
+        if self.images is not None:
+            most = max(sum(self.images.count(trees[k].tokens) for k in row) for row in rows)
+            self._features = max(self._features, self.images.room(most))
         at_once = min(self.batch_rows, -(-len(rows) // self._shards) * self._shards)  # few questions take few rows
         for start in range(0, len(rows), at_once):
             batch_rows = rows[start : start + at_once]
             batch = _pack([[trees[k] for k in row] for row in batch_rows], at_once, length, scored)
-            if self.pictures is not None:
-                tokens, images = self.pictures.of_rows(batch.tokens, self._features)
+            if self.images is not None:
+                tokens, images = self.images.add_images(batch.tokens, self._features)
                 batch = batch._replace(tokens=tokens, images=images)
             batch = place_rows(batch, self.mesh, at_once)
             log_probs = np.asarray(self._forward(decoder, adapter, base, beginning, batch))

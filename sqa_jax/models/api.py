@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +14,8 @@ from sqa_jax.models.t5 import model as t5
 from sqa_jax.models.t5.config import T5Config
 from sqa_jax.models.t5.model import T5
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig
-from sqa_jax.models.vision.encode import encode_images, has_image_inputs
+from sqa_jax.models.vision.encode import encode_images
+from sqa_jax.models.vision.image_input import ImageInputs
 
 Module = Decoder | T5
 
@@ -36,29 +36,35 @@ def with_max_decoder_tokens(student: Module, most: int) -> Module:
 def extra_model_inputs(
     student: Module,
     weights: Any,
-    batch: Mapping[str, jax.Array],
     adaptation: Adaptation,
+    branches: jax.Array | None = None,
+    images: ImageInputs | None = None,
     dropout: jax.Array | None = None,
 ) -> dict[str, Any]:
     """What besides tokens a student reads of a batch's rows, as arguments of its module and of `prefill`.
 
     Args:
-      batch: arrays of packed rows; "branches" where the rows fork or are read both ways, and, where they hold pictures,
-        their features or what the tower makes these of (`sqa_jax.batches.images.ImageBatcher`).
+      branches: [B, T], where the rows fork or their prompts are attended to bidirectionally (prefix LM).
+      images: of the rows, where they may hold images.
       dropout: a key, or None where nothing is dropped.
     """
-    more = {"branches": batch["branches"]} if "branches" in batch else {}
-    if "features" in batch:
-        if adaptation.tower is not None:
+    more = {} if branches is None else {"branches": branches}
+    if images is None:
+        return more
+    if (features := images.features) is not None:
+        if adaptation.vision is not None:
             raise ValueError("these features are of the bare tower, which the adapter changes")
-        return {**more, "visual": ImageFeatures(batch["features"], batch.get("places"))}
-    if has_image_inputs(batch):
+    else:
         how = ComputeConfig(student.dtype, student.remat, student.lora_dropout, student.rows)
         features = encode_images(
-            student.config.vision, weights["vision"], batch, how, adaptation.tower or NO_VISION_ADAPTER, dropout
+            student.config.vision,
+            weights["vision"],
+            images.encoder,
+            how,
+            adaptation.vision or NO_VISION_ADAPTER,
+            dropout,
         )
-        return {**more, "visual": ImageFeatures(features, batch.get("places"))}
-    return more
+    return {**more, "visual": ImageFeatures(features, images.mrope_offsets)}
 
 
 def prefill(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from sqa_jax.batches.batch import Batch
 from sqa_jax.models.api import Module
 from sqa_jax.parallel.mesh import batch_sharding, replicated
 from sqa_jax.parallel.rules import shardings
@@ -45,7 +46,7 @@ def make_step(settings, decoder: Module, optimizer: optax.GradientTransformation
     [A, B], which say where a loss that is not finite comes from.
     """
 
-    def step(state: TrainState, base: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         # Dropout, too, is a pure function of (seed, step, micro-batch).
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
@@ -60,15 +61,15 @@ def make_step(settings, decoder: Module, optimizer: optax.GradientTransformation
             return jax.tree.map(jnp.add, gradient, update), losses
 
         zeros = jax.tree.map(jnp.zeros_like, state.adapter)
-        count = batch["tokens"].shape[0]
+        count = batch.tokens.shape[0]
         gradient, losses = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count)))
-        targets = batch["target_mask"].sum()
+        targets = batch.target_mask.sum()
         gradient = jax.tree.map(lambda g: g / targets, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
         metrics = {
             "loss": losses.sum() / targets,
-            "tokens": (batch["segments"] > 0).sum(),
+            "tokens": (batch.segments > 0).sum(),
             "targets": targets,
             "grad_norm": optax.global_norm(gradient),
             "adapter_norm": optax.global_norm(adapter),

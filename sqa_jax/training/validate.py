@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sqa_jax.batches.batch import Batch, empty_like, stack_rows
 from sqa_jax.batches.dataset import encoder_for
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.loader import PackedRows, pack
@@ -40,12 +41,12 @@ class Validator:
         runtime: Runtime,
         problems: Sequence[Problem],
         virtual: SoftPromptTokens,
-        pictures: ImageBatcher | None = None,
+        images: ImageBatcher | None = None,
     ):
         self._problems, self._mesh = problems, runtime.mesh
         fmt, tokenizer = arm_format(config.recipe), runtime.student.tokenizer
         gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, config.recipe.answer) for p in problems]
-        encoder = encoder_for(config, tokenizer, pictures and pictures.pictures)
+        encoder = encoder_for(config, tokenizer, images and images.images)
         encoded = [e for e in encoder.encode(problems, [fmt] * len(problems), gold) if e.fits]
         encoded = [e for e in encoded if len(e.tokens) + virtual.count <= config.train.row_length]
         if not encoded:
@@ -55,23 +56,23 @@ class Validator:
                 "config.recipe.max_prompt), or choose another config.eval.val_split"
             )
         rows = pack(
-            [virtual.put(e.tokens, e.behind_picture) for e in encoded],
+            [virtual.put(e.tokens, e.image_end) for e in encoded],
             np.array([virtual.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
-            tokenizer.pad_token_id, 0, runtime.student.config.prefix_lm, pictures,
+            tokenizer.pad_token_id, 0, runtime.student.config.prefix_lm, images,
         )  # fmt: skip
         self._batches = _batches(rows, config.train.batch_rows)
         self._loss = jax.jit(
             lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum(),
             out_shardings=replicated(runtime.mesh),
         )
-        self._answers = LikelihoodAnswerer(config, runtime, pictures) if fmt.answer_first else None
+        self._answers = LikelihoodAnswerer(config, runtime, images) if fmt.answer_first else None
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
         """{"val_loss": nats a target token, "val_accuracy": percent (only where the answer comes first)}."""
         total = targets = 0.0
         for batch in self._batches:
-            total += float(self._loss(adapter, base, place_rows(batch, self._mesh, len(batch["tokens"]))))
-            targets += float(batch["target_mask"].sum())
+            total += float(self._loss(adapter, base, place_rows(batch, self._mesh, len(batch.tokens))))
+            targets += float(batch.target_mask.sum())
         metrics = {"val_loss": total / targets}
         if self._answers is not None:
             right = sum(
@@ -81,12 +82,9 @@ class Validator:
         return metrics
 
 
-def _batches(rows: PackedRows, batch_rows: int) -> list[dict[str, np.ndarray]]:
+def _batches(rows: PackedRows, batch_rows: int) -> list[Batch]:
     """One epoch in batches of one shape; the last is filled up with rows that have no target."""
     count = rows.rows_of_epoch(0)
     made = [rows[k] for k in range(count)]
-    made += [{name: np.zeros_like(a) for name, a in made[0].items()}] * (-count % batch_rows)
-    return [
-        {name: np.stack([row[name] for row in made[start : start + batch_rows]]) for name in made[0]}
-        for start in range(0, len(made), batch_rows)
-    ]
+    made += [empty_like(made[0])] * (-count % batch_rows)
+    return [stack_rows(made[start : start + batch_rows]) for start in range(0, len(made), batch_rows)]

@@ -28,7 +28,7 @@ from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.checkpoints.weights import param_shapes, random_params, save_safetensors
 from sqa_jax.config import default
-from sqa_jax.data.images import load_pictures
+from sqa_jax.data.images import load_images
 from sqa_jax.errors import UserError
 from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.export import export
@@ -39,6 +39,7 @@ from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.params import vision_linear_layers
 from sqa_jax.models.segments import PREFIX_LM
 from sqa_jax.models.soft_tokens import SoftPromptTokens
+from sqa_jax.models.vision.image_input import ImageInputs
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.prompts.encode import Encoder
@@ -60,8 +61,8 @@ TARGET = 5  # tokens at the end that are a target
 def pair(request, tmp_path_factory):
     """A pair with `shown`, a question with a picture as `prompt`, encoded, and `ids`, the same with a target behind."""
     own = VisionPair(request.param, tmp_path_factory.mktemp("adapters"))
-    own.shown = own.pictures(tmp_path_factory.mktemp("pictures"), (50, 40))
-    encoder = Encoder(own.student.tokenizer, 200, True, True, pictures=own.shown)
+    own.shown = own.images(tmp_path_factory.mktemp("pictures"), (50, 40))
+    encoder = Encoder(own.student.tokenizer, 200, True, True, images=own.shown)
     (own.prompt,) = encoder.encode([problem("0", png(0, (50, 40)))], [Format.parse("QM-A")])
     own.ids = [*own.prompt.tokens, *range(40, 40 + TARGET)]
     return own
@@ -94,20 +95,19 @@ def reader(pair, settings):
     config = pair.student.config
     decoder = Decoder(config)
 
-    def read(tree, base, batch):
+    def read(tree, base, ids, branches, images):
         adaptation = adapters.adapter_inputs(settings, tree, config)
-        places = jnp.arange(batch["tokens"].shape[1])[None]
-        more = extra_model_inputs(decoder, base, batch, adaptation)
-        arguments = (batch["tokens"], places, jnp.ones_like(places), adaptation)
+        places = jnp.arange(ids.shape[1])[None]
+        more = extra_model_inputs(decoder, base, adaptation, branches, images)
+        arguments = (ids, places, jnp.ones_like(places), adaptation)
         return decoder.apply({"params": base}, *arguments, **more, method="logits")[0][0]
 
     compiled, rows = jax.jit(read), ImageBatcher(pair.shown)
 
     def of(tree, ids):
-        batch = rows.of_rows({"tokens": np.asarray([ids])}, rows.room(rows.count(ids)))
-        if config.prefix_lm:
-            batch["branches"] = PREFIX_LM * (np.arange(len(ids)) < len(ids) - TARGET)[None]
-        return np.asarray(compiled(tree, pair.student.params, batch))
+        tokens, images = rows.add_images(np.asarray([ids]), rows.room(rows.count(ids)))
+        branches = PREFIX_LM * (np.arange(len(ids)) < len(ids) - TARGET)[None] if config.prefix_lm else None
+        return np.asarray(compiled(tree, pair.student.params, tokens, branches, images))
 
     return of
 
@@ -157,7 +157,7 @@ def test_lora_of_all_linear_layers(pair, tmp_path):
     assert np.abs(expected - bare).max() > 0.1
     read, settings = read_peft(tmp_path / "made", pair.student.config), default().adapter
     settings.update_from_flattened_dict(read.settings)
-    assert settings.lora.tower and set(read.tree["lora"]) == set(adaptable(pair.student.config))
+    assert settings.lora.vision_encoder and set(read.tree["lora"]) == set(adaptable(pair.student.config))
     np.testing.assert_allclose(reader(pair, settings)(read.tree, pair.ids), expected, atol=1e-3)
     again = loaded(pair, written(pair, settings, read.tree, tmp_path / "again"))
     np.testing.assert_allclose(theirs(pair, again), expected, atol=1e-4)
@@ -179,7 +179,7 @@ def test_lora_of_the_language_half(pair, tmp_path):
     assert adapted == {module for name in tree["lora"] for module in known[name]} and len(tree["lora"]) == 3
     np.testing.assert_allclose(reader(pair, settings)(tree, pair.ids), theirs(pair, model), atol=1e-3)
     read = read_peft(tmp_path / "peft", student.config)
-    assert not read.settings["lora.tower"]
+    assert not read.settings["lora.vision_encoder"]
     jax.tree.map(np.testing.assert_array_equal, read.tree, tree)
 
 
@@ -197,7 +197,7 @@ def test_older_releases_spelled_modules_otherwise(pair, tmp_path):
         },
         {"model.vision_tower.": "model.vision_tower.vision_model."},
     ]
-    settings = settings_for("lora", **{"lora.tower": True})
+    settings = settings_for("lora", **{"lora.vision_encoder": True})
     tree = shaken(settings, student.config, student.params)
     ends = {module.rpartition(".")[2] for layers in lora_modules(student.config).values() for module in layers}
     for number, spelling in enumerate(older):
@@ -254,7 +254,7 @@ def test_prompt_in_front_of_a_picture_and_behind_it(pair, tmp_path):
     tree = shaken(settings, config, student.params)
     trained, read = torch.tensor(np.array(tree["prompt"]["embedding"])), reader(pair, settings)
     for behind in (False, True):
-        ids = SoftPromptTokens(4, behind).put(pair.ids, pair.prompt.behind_picture)
+        ids = SoftPromptTokens(4, behind).put(pair.ids, pair.prompt.image_end)
         features = [place for place, token in enumerate(ids) if token >= config.vocab_size]
         virtual = [place for place, token in enumerate(ids) if token < 0]
         assert virtual[0] > features[-1] if behind else virtual == [0, 1, 2, 3]
@@ -271,7 +271,7 @@ def test_prompt_in_front_of_a_picture_and_behind_it(pair, tmp_path):
         if pair.family == "smolvlm" and not behind:
             model = loaded(pair, written(pair, settings, tree, tmp_path / "peft"))
             np.testing.assert_allclose(theirs(pair, model), expected, atol=1e-4)
-    settings.prompt.behind_picture = True
+    settings.prompt.after_image = True
     with pytest.raises(UserError, match="in front of the picture"):
         to_peft(settings, tree, config, "")
 
@@ -327,7 +327,7 @@ def test_an_earlier_study_s_prefix_loads(tmp_path):
 
 @pytest.mark.parametrize(("methods", "tower"), [(("visual",), False), (("lora",), True)])
 def test_students_of_text_have_no_tower(tiny_student, methods, tower):
-    settings = settings_for(*methods, **{"lora.tower": tower})
+    settings = settings_for(*methods, **{"lora.vision_encoder": tower})
     with pytest.raises(UserError, match="text alone"):
         adapters.init_adapter(settings, tiny_student.config, tiny_student.params, 0)
 
@@ -348,10 +348,10 @@ def test_published_towers_have_names_of_their_own():
 def batch_of(request, tmp_path_factory):
     """(student, a packed row with a picture) of each kind of tower."""
     student = load_student(f"random:{request.param}")
-    pictures = load_pictures(tmp_path_factory.mktemp("pictures"), student.config.vision, student.config.vocab_size, [problem("0", png(0, (50, 40)))])  # fmt: skip
-    prompt = [*pictures.prompt("0", student.tokenizer), *range(10, 20)]
-    rows = pack([[*prompt, 30, 31, 32]], np.array([len(prompt)]), ["0"], 128, 0, 0, False, ImageBatcher(pictures))
-    return student, {name: jnp.asarray(array)[None] for name, array in rows[0].items()}
+    images = load_images(tmp_path_factory.mktemp("pictures"), student.config.vision, student.config.vocab_size, [problem("0", png(0, (50, 40)))])  # fmt: skip
+    prompt = [*images.prompt("0", student.tokenizer), *range(10, 20)]
+    rows = pack([[*prompt, 30, 31, 32]], np.array([len(prompt)]), ["0"], 128, 0, 0, False, ImageBatcher(images))
+    return student, jax.tree.map(lambda array: jnp.asarray(array)[None], rows[0])
 
 
 def test_deep_prompts_alone_lower_the_loss(batch_of):
@@ -359,7 +359,7 @@ def test_deep_prompts_alone_lower_the_loss(batch_of):
     student, batch = batch_of
     settings, decoder = settings_for("visual"), Decoder(student.config)
     tree = adapters.init_adapter(settings, student.config, student.params, 0)
-    layers, width, patch = student.config.vision.tower_shape
+    layers, width, patch = student.config.vision.encoder_shape
     found, bound = tree["visual"]["embedding"], (6 / (3 * patch**2 + width)) ** 0.5
     assert found.shape == (layers, 3, width) and 0.9 * bound < jnp.abs(found).max() <= bound
 
@@ -377,7 +377,7 @@ def test_deep_prompts_alone_lower_the_loss(batch_of):
 def test_lora_s_dropout_reaches_the_tower(batch_of):
     """Of layers that the language half does not have."""
     student, batch = batch_of
-    settings = settings_for("lora", **{"lora.tower": True, "lora.targets": ("fc1",), "lora.dropout": 0.5})
+    settings = settings_for("lora", **{"lora.vision_encoder": True, "lora.targets": ("fc1",), "lora.dropout": 0.5})
     tree = shaken(settings, student.config, student.params)
     decoder = Decoder(student.config, lora_dropout=0.5)
     loss = jax.jit(lambda key, tree, base, batch: row_losses(settings, decoder, tree, base, batch, key))
@@ -388,7 +388,7 @@ def test_lora_s_dropout_reaches_the_tower(batch_of):
 def test_features_of_the_bare_tower_are_not_taken_for_the_adapted_one_s(batch_of):
     student, batch = batch_of
     tree = adapters.init_adapter(settings_for("visual"), student.config, student.params, 0)
-    known = {**batch, "features": jnp.zeros((1, 8, student.config.hidden_size))}
+    known = batch._replace(images=ImageInputs(features=jnp.zeros((1, 8, student.config.hidden_size))))
     with pytest.raises(ValueError, match="bare tower"):
         row_losses(settings_for("visual"), Decoder(student.config), tree, student.params, known, None)
 
@@ -409,9 +409,9 @@ def test_all_methods_of_a_tower_train_and_answer(tmp_path, capsys):
     config = tiny_config(
         tmp_path,
         **{
-            "student.path": "random:smolvlm-tiny", "adapter.methods": ("lora", "prompt", "visual"), "adapter.lora.tower": True,
+            "student.path": "random:smolvlm-tiny", "adapter.methods": ("lora", "prompt", "visual"), "adapter.lora.vision_encoder": True,
             "adapter.lora.rank": 2, "adapter.prompt.length": 4, "adapter.prompt.init": "text", "adapter.prompt.text": "look",
-            "adapter.prompt.behind_picture": True, "data.train_limit": 12, "train.steps": 2, "train.eval_every": 0,
+            "adapter.prompt.after_image": True, "data.train_limit": 12, "train.steps": 2, "train.eval_every": 0,
             "eval.val_limit": 2, "eval.limit": 3, "eval.max_new_tokens": 4, "eval.mode": "generate",
             "eval.checkpoint": "last",
         },
@@ -433,7 +433,7 @@ def test_all_methods_of_a_tower_train_and_answer(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["paligemma2-3b", "smolvlm-256m", "qwen2-vl-2b"])
 def test_every_adapter_of_a_published_tower_has_its_place_on_a_mesh(name):
     student, mesh = CATALOGUE[name].config, make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
-    settings = settings_for("lora", "prompt", "prefix", "visual", **{"lora.tower": True})
+    settings = settings_for("lora", "prompt", "prefix", "visual", **{"lora.vision_encoder": True})
     tree = jax.eval_shape(lambda base: adapters.init_adapter(settings, student, base, 0), param_shapes(student))
     placed = shardings(tree, mesh)
     assert placed["visual"]["embedding"].is_fully_replicated
@@ -456,7 +456,7 @@ def published(request, tmp_path_factory):
         tokenizer.bos_token, tokenizer.add_bos_token = "<|endoftext|>", True
     tokenizer.save_pretrained(root / "base")
     student = load_student(str(root / "base"))
-    settings = settings_for("lora", **{"lora.targets": ("q_proj", "fc1", "projector"), "lora.tower": True})
+    settings = settings_for("lora", **{"lora.targets": ("q_proj", "fc1", "projector"), "lora.vision_encoder": True})
     tree = shaken(settings, student.config, student.params)
     (root / "adapter").mkdir()
     write_peft(to_peft(settings, tree, student.config, str(root / "base")), root / "adapter")
@@ -471,10 +471,10 @@ def test_exports_answer_as_the_student(published):
     """What a card's snippet prints, with transformers' processor and model, and PEFT's adapter or merged weights."""
     config, student, settings, tree, root = published
     shown = example(student)
-    pictures = load_pictures(root, student.config.vision, student.config.vocab_size, [shown])
-    (prompt,) = encoder_for(config, student.tokenizer, pictures).encode([shown], [arm_format(config.recipe)])
+    images = load_images(root, student.config.vision, student.config.vocab_size, [shown])
+    (prompt,) = encoder_for(config, student.tokenizer, images).encode([shown], [arm_format(config.recipe)])
     mesh = make_mesh(default().mesh, jax.devices()[:1])
-    generator = Generator(settings, Decoder(student.config), mesh, student.eos_ids, 6, 1, pictures=ImageBatcher(pictures))  # fmt: skip
+    generator = Generator(settings, Decoder(student.config), mesh, student.eos_ids, 6, 1, images=ImageBatcher(images))  # fmt: skip
     ((_, ids),) = generator(tree, student.params, [prompt.tokens])
     for kind in ("peft", "hf"):
         out = root / kind
@@ -484,7 +484,7 @@ def test_exports_answer_as_the_student(published):
         assert ran(code)[0] == student.tokenizer.decode(ids, skip_special_tokens=True) + "\n"
 
 
-@pytest.mark.parametrize("source", ["sample", "pictures", "pictures-shifted", "dir", "hub"])
+@pytest.mark.parametrize("source", ["sample", "image-questions", "image-questions-shifted", "dir", "hub"])
 def test_cards_name_the_data_of_every_source(published, source):
     config, student, _, _, root = published
     config = config.copy_and_resolve_references()

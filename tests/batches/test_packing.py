@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -35,28 +36,28 @@ def test_each_epoch_has_each_sequence_once_with_its_targets(seed, count, virtual
         for number in range(start, stop):
             row = rows[number]
             for segment, k in enumerate(rows.members(number), start=1):
-                own = row["segments"] == segment
-                np.testing.assert_array_equal(row["tokens"][own], rows.tokens[k])
+                own = row.segments == segment
+                np.testing.assert_array_equal(row.tokens[own], rows.tokens[k])
                 assert rows.tokens[k][:virtual].tolist() == [-1, -2, -3, -4, -5][:virtual]
-                np.testing.assert_array_equal(row["positions"][own], np.arange(own.sum()))
+                np.testing.assert_array_equal(row.positions[own], np.arange(own.sum()))
             # The masked-in targets, read through the tokens, are exactly what follows each predicting position.
-            used = row["target_mask"] == 1
-            np.testing.assert_array_equal(row["tokens"][row["target_positions"][used] + 1], row["targets"][used])
+            used = row.target_mask == 1
+            np.testing.assert_array_equal(row.tokens[row.target_positions[used] + 1], row.targets[used])
             expected = np.concatenate([rows.tokens[k][rows.prompt_lengths[k] :] for k in rows.members(number)])
-            np.testing.assert_array_equal(row["targets"][used], expected)
+            np.testing.assert_array_equal(row.targets[used], expected)
             np.testing.assert_array_equal(
-                row["segments"][row["target_positions"][used]], row["segments"][row["target_positions"][used] + 1]
+                row.segments[row.target_positions[used]], row.segments[row.target_positions[used] + 1]
             )
         start = stop
 
 
 def test_picture_of_the_docstring():
     row = pack_row([np.array([7, 8, 9]), np.array([1, 2, 3, 4])], [1, 2], Limits(8, 4), 0)
-    assert row["tokens"].tolist() == [7, 8, 9, 1, 2, 3, 4, 0]
-    assert row["segments"].tolist() == [1, 1, 1, 2, 2, 2, 2, 0]
-    assert row["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
-    assert row["target_positions"].tolist() == [0, 1, 4, 5]
-    assert row["targets"].tolist() == [8, 9, 3, 4]
+    assert row.tokens.tolist() == [7, 8, 9, 1, 2, 3, 4, 0]
+    assert row.segments.tolist() == [1, 1, 1, 2, 2, 2, 2, 0]
+    assert row.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert row.target_positions.tolist() == [0, 1, 4, 5]
+    assert row.targets.tolist() == [8, 9, 3, 4]
 
 
 def test_rows_are_full():
@@ -83,7 +84,7 @@ def test_loader_resumes_where_its_state_says():
     rows = make(0, 80)
     one = make_loader(rows, 2, 3)
     batches = [next(one) for _ in range(9)]
-    assert batches[0]["tokens"].shape == (3, 2, 128)
+    assert batches[0].tokens.shape == (3, 2, 128)
     again = make_loader(make(0, 80), 2, 3)
     for _ in range(4):
         next(again)
@@ -91,9 +92,7 @@ def test_loader_resumes_where_its_state_says():
     resumed = make_loader(make(0, 80), 2, 3)
     resumed.set_state(state)
     for expected in batches[4:]:
-        got = next(resumed)
-        for name in expected:
-            np.testing.assert_array_equal(got[name], expected[name])
+        jax.tree.map(np.testing.assert_array_equal, next(resumed), expected)
 
 
 def test_processes_share_a_step_between_them():
@@ -105,7 +104,7 @@ def test_processes_share_a_step_between_them():
     for own in ([0, 3], [1, 2], [0, 1, 2, 3]):
         part = make_loader(make(0, 80), 4, 2, np.array(own))
         part.set_state(state)
-        np.testing.assert_array_equal(next(part)["tokens"], whole["tokens"][:, own])
+        np.testing.assert_array_equal(next(part).tokens, whole.tokens[:, own])
 
 
 def test_a_question_longer_than_a_row_is_named():

@@ -44,7 +44,7 @@ def account(root: Path, _: float) -> dict[str, Any]:
     training = begin(root)
     config, runtime, state = training.config, training.runtime, training.state
     base, decoder, batch = runtime.student.params, runtime.decoder, next(training.batches)
-    micro = {name: array[0] for name, array in batch.items()}
+    micro = jax.tree.map(lambda array: array[0], batch)
 
     def loss(adapter, base, micro):
         return row_losses(config.adapter, decoder, adapter, base, micro, None).sum()
@@ -69,8 +69,8 @@ def account(root: Path, _: float) -> dict[str, Any]:
 
     def counts(part) -> tuple[int, float, int]:
         """Real tokens, mean keys that one sees, and targets."""
-        real = np.asarray(part["segments"]) > 0
-        return int(real.sum()), float(np.asarray(part["positions"])[real].mean() + 1), int(part["target_mask"].sum())
+        real = np.asarray(part.segments) > 0
+        return int(real.sum()), float(np.asarray(part.positions)[real].mean() + 1), int(part.target_mask.sum())
 
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.adapter))
     methods, student = tuple(config.adapter.methods), runtime.student.config

@@ -13,7 +13,7 @@ import pytest
 
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.config import default
-from sqa_jax.data.images import load_pictures
+from sqa_jax.data.images import load_images
 from sqa_jax.errors import UserError
 from sqa_jax.inference import features as cached
 from sqa_jax.models.vision.adapter import ComputeConfig
@@ -41,8 +41,8 @@ def features(cache: Path, devices: int = 8, dtype: str = "float32"):
     """(pictures, their features) of a student with random weights."""
     runtime = runtime_on(devices, dtype)
     with main_first():
-        pictures = load_pictures(cache, runtime.student.config.vision, runtime.student.config.vocab_size, PROBLEMS)
-    return pictures, cached.known_features(cache, runtime, pictures)
+        images = load_images(cache, runtime.student.config.vision, runtime.student.config.vocab_size, PROBLEMS)
+    return images, cached.cached_features(cache, runtime, images)
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +51,20 @@ def alone(tmp_path_factory):
 
 
 def test_features_are_what_the_tower_sees_of_each_picture(alone):
-    pictures, found = alone
-    runtime, vision = runtime_on(1), pictures.vision
-    assert found.shape == (pictures.firsts[-1], 64) and len(pictures.sizes) == 11
-    run = jax.jit(lambda params, batch: encode_images(vision, params, batch, ComputeConfig()))
-    rows = cached.ImageBatcher(pictures)
+    images, found = alone
+    runtime, vision = runtime_on(1), images.vision
+    assert found.shape == (images.feature_offsets[-1], 64) and len(images.sizes) == 11
+    run = jax.jit(lambda params, inputs: encode_images(vision, params, inputs, ComputeConfig()))
+    rows = cached.ImageBatcher(images)
     for number in (0, 4, 10):
-        span = slice(*pictures.firsts[number : number + 2])
-        _, row = rows(np.arange(span.start, span.stop) + pictures.vocabulary, 64)
-        own = run(runtime.student.params["vision"], {name: array[None] for name, array in row.items()})
+        span = slice(*images.feature_offsets[number : number + 2])
+        _, row = rows(np.arange(span.start, span.stop) + images.vocabulary, 64)
+        own = run(runtime.student.params["vision"], jax.tree.map(lambda array: array[None], row.encoder))
         np.testing.assert_allclose(found[span], own[0, : span.stop - span.start], atol=1e-5)
 
 
 def test_eight_devices_and_two_processes_see_the_same(alone, tmp_path):
-    pictures, expected = alone
+    images, expected = alone
     _, found = features(tmp_path / "devices")
     np.testing.assert_allclose(found, expected, atol=1e-5)
     address, worker = f"127.0.0.1:{port()}", Path(__file__).parent.parent / "support" / "features_worker.py"
@@ -79,11 +79,11 @@ def test_eight_devices_and_two_processes_see_the_same(alone, tmp_path):
 
 def test_half_precision_is_kept_apart(alone, tmp_path):
     _, exact = alone
-    pictures, half = features(tmp_path, 1, "bfloat16")
+    images, half = features(tmp_path, 1, "bfloat16")
     assert half.dtype == jnp.bfloat16
     assert np.abs(np.asarray(half, np.float32) - exact).max() < 0.05 * np.abs(exact).max()
     (path,) = tmp_path.glob("features-*")
-    assert json.loads((path / "manifest.json").read_text())["shape"] == [int(pictures.firsts[-1]), 64]
+    assert json.loads((path / "manifest.json").read_text())["shape"] == [int(images.feature_offsets[-1]), 64]
 
 
 def test_interrupted_or_damaged_features_are_never_read(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_interrupted_or_damaged_features_are_never_read(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="the disk is full"):
             features(tmp_path, 1)
     assert [own.name.split("-")[0] for own in tmp_path.iterdir()] == ["pictures"]
-    pictures, found = features(tmp_path, 1)
+    images, found = features(tmp_path, 1)
     (path,) = tmp_path.glob("features-*")
     (path / "features.bin").write_bytes(found.tobytes()[:-4])
     with pytest.raises(UserError, match=f"{path}: damaged .*; remove this folder"):
@@ -103,5 +103,5 @@ def test_interrupted_or_damaged_features_are_never_read(tmp_path, monkeypatch):
     # Another tower has its own.
     runtime = runtime_on(1)
     other = runtime._replace(student=dataclasses.replace(runtime.student, fingerprint="another"))
-    cached.known_features(tmp_path, other, pictures)
+    cached.cached_features(tmp_path, other, images)
     assert len(list(tmp_path.glob("features-*"))) == 2

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from sqa_jax import adapters
+from sqa_jax.batches.batch import Batch
 from sqa_jax.checkpoints.weights import random_params
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem
@@ -36,10 +37,7 @@ def student():
 def batch():
     """A row of which every token is read and every token is a target."""
     ones, places = jnp.ones((1, T), jnp.int32), jnp.arange(T)[None]
-    return {
-        "tokens": ones, "positions": places, "segments": ones, "targets": ones, "target_positions": places,
-        "target_mask": jnp.ones((1, T), jnp.float32),
-    }  # fmt: skip
+    return Batch(ones, ones, places, places, ones, jnp.ones((1, T), jnp.float32))
 
 
 def counted(function, *arguments) -> float:
@@ -53,7 +51,7 @@ def test_a_forward_pass_is_what_the_compiler_counts(student):
     row = batch()
 
     def forward(params):
-        hidden, _ = decoder.apply({"params": params}, row["tokens"], row["positions"], row["segments"])
+        hidden, _ = decoder.apply({"params": params}, row.tokens, row.positions, row.segments)
         return decoder.apply({"params": params}, hidden, method="unembed")
 
     assert forward_flops(config, T, T, T) == pytest.approx(counted(forward, params), rel=0.03)
@@ -135,8 +133,8 @@ def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
     assert reused and rows.rows_of_epoch(0) < 6
     used = [rows[k] for k in range(3 * 2)]
     cost = training_cost(tmp_path / "run", config, student.config, 300.0)
-    assert cost["tokens"] == sum(np.count_nonzero(row["segments"]) for row in used)
-    assert cost["target_tokens"] == sum(row["target_mask"].sum() for row in used)
+    assert cost["tokens"] == sum(np.count_nonzero(row.segments) for row in used)
+    assert cost["target_tokens"] == sum(row.target_mask.sum() for row in used)
     assert cost["trained_parameters"] == 32_768 and cost["seconds"] > 0
 
 

@@ -237,13 +237,11 @@ def test_the_loss_looks_at_the_target_and_nothing_else(sample, arm):
     learned, wanted = [], collections.Counter(target for _, _, target in made)
     for k in range(packed.rows_of_epoch(0)):
         row = packed[k]
-        mask = row["target_mask"] > 0
-        places, ids = row["target_positions"][mask], row["targets"][mask]
-        assert (row["tokens"][places + 1] == ids).all() and (
-            row["segments"][places + 1] == row["segments"][places]
-        ).all()
-        for segment in sorted(set(row["segments"][places].tolist())):
-            learned.append(TOKENIZER.decode(ids[row["segments"][places] == segment]))
+        mask = row.target_mask > 0
+        places, ids = row.target_positions[mask], row.targets[mask]
+        assert (row.tokens[places + 1] == ids).all() and (row.segments[places + 1] == row.segments[places]).all()
+        for segment in sorted(set(row.segments[places].tolist())):
+            learned.append(TOKENIZER.decode(ids[row.segments[places] == segment]))
     assert collections.Counter(learned) == wanted
 
 

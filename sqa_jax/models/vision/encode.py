@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from sqa_jax.models.vision import siglip_encoder
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
+from sqa_jax.models.vision.image_input import ImagePatches, ImageTiles
 from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision, encoder
-from sqa_jax.models.vision.registry import Vision
-
-_PIECES = {"tiles", "patches"}  # what `row_arrays` of the families calls the pieces
-
-
-def has_image_inputs(batch: Mapping[str, jax.Array]) -> bool:
-    """Whether a batch holds what a tower reads."""
-    return not _PIECES.isdisjoint(batch)
+from sqa_jax.models.vision.registry import VisionConfig
 
 
 def encode_images(
-    vision: Vision,
+    vision: VisionConfig,
     params: Any,
-    batch: Mapping[str, jax.Array],
+    inputs: ImageTiles | ImagePatches,
     how: ComputeConfig,
     adaptation: VisionAdapter = NO_VISION_ADAPTER,
     dropout: jax.Array | None = None,
@@ -32,7 +25,7 @@ def encode_images(
 
     Args:
       params: of tower and connector.
-      batch: what `row_arrays` made of each row, with the rows in front.
+      inputs: what `row_arrays` of the family gives of each row, with a leading B.
       how: it computes.
       adaptation: what adapters add.
       dropout: a key, or None where nothing is dropped.
@@ -41,4 +34,4 @@ def encode_images(
       [B, F, D]; those of no picture are something that nobody reads.
     """
     own = encoder if isinstance(vision, Qwen2VLVision) else siglip_encoder
-    return own.encode_images(vision, params, batch, how, adaptation, dropout)
+    return own.encode_images(vision, params, inputs, how, adaptation, dropout)

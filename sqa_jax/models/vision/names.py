@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Names(NamedTuple):
+class TensorNames(NamedTuple):
     """Prefixes of a family's tensors. Of several that fit a name the longest counts; a name that none fits stays.
 
     Attributes:

@@ -16,16 +16,16 @@ from PIL import Image
 from sqa_jax.errors import UserError
 from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.vision import pixels, siglip_config
-from sqa_jax.models.vision.image_input import Picture
+from sqa_jax.models.vision.image_input import PreprocessedImage
 from sqa_jax.models.vision.image_tokens import check_token
-from sqa_jax.models.vision.names import Names
-from sqa_jax.models.vision.pixels import Pixels
+from sqa_jax.models.vision.names import TensorNames
+from sqa_jax.models.vision.pixels import PixelTransform
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 
 _KIND, _IMAGE = "siglip_vision_model", "<image>"
 _TOWER, _PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
 WORDS = (_IMAGE,)  # what a tokenizer must have as tokens
-NAMES = Names(
+NAMES = TensorNames(
     (
         ("model.", "language_model.model.", "model.language_model."),
         ("lm_head.", "language_model.lm_head.", "lm_head."),
@@ -49,19 +49,19 @@ class PaliGemmaVision:
     tower: SiglipConfig
     width: int
     image_token: int
-    pixels: Pixels
+    pixels: PixelTransform
 
-    has_places: ClassVar[bool] = False  # features stand in a row, as words do
+    uses_mrope: ClassVar[bool] = False  # features stand in a row, as words do
     placeholder: ClassVar[str] = ""  # there is no chat template
     prompt_end: ClassVar[str] = "\n"  # text between prompt and answer
 
     @property
-    def tower_shape(self) -> tuple[int, int, int]:
+    def encoder_shape(self) -> tuple[int, int, int]:
         """Layers and width of the tower, and pixels of a patch's side."""
         return self.tower.shape
 
     @property
-    def features_of_piece(self) -> int:
+    def features_per_piece(self) -> int:
         """Features that one tile becomes."""
         return self.tower.side**2
 
@@ -72,7 +72,7 @@ def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> PaliG
     Raises:
       UserError: the tower or an option is not supported, a key is missing, or sizes contradict each other.
     """
-    processor = pixels.settings(processor)
+    processor = pixels.image_processor_settings(processor)
     tower = siglip_config.from_hf(raw.get("vision_config") or {}, (_KIND,), where)
     width, text = raw.get("projection_dim", 2048), (raw.get("text_config") or {}).get("hidden_size")
     if not isinstance(width, int) or width != (text or width):
@@ -92,16 +92,16 @@ def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> PaliG
     return PaliGemmaVision(tower, width, token, pixels.from_hf(processor, where, Image.Resampling.BICUBIC))
 
 
-def with_at_most(vision: PaliGemmaVision, features: int) -> PaliGemmaVision:
+def with_max_image_tokens(vision: PaliGemmaVision, features: int) -> PaliGemmaVision:
     """The same: each picture is one tile.
 
     Raises:
       UserError: that has another number of features.
     """
-    if features != vision.features_of_piece:
+    if features != vision.features_per_piece:
         raise UserError(
-            f"config.student.picture_tokens is {features}; this student shows every picture as "
-            f"{vision.features_of_piece}: leave it at 0"
+            f"config.student.max_image_tokens is {features}; this student shows every picture as "
+            f"{vision.features_per_piece}: leave it at 0"
         )
     return vision
 
@@ -112,7 +112,7 @@ def to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
-        "vision_config": {**siglip_config.to_hf(vision.tower, _KIND), **own},
+        "vision_config": {**siglip_config.to_hf(vision.encoder, _KIND), **own},
         "projection_dim": vision.width,
         "hidden_size": vision.width,
         "image_token_index": vision.image_token,
@@ -121,11 +121,11 @@ def to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
 
 def processor_to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
     """The `preprocessor_config.json`."""
-    side = vision.tower.image_size
+    side = vision.encoder.image_size
     return {
         "processor_class": "PaliGemmaProcessor",
         "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": vision.features_of_piece,
+        "image_seq_length": vision.features_per_piece,
         "size": {"height": side, "width": side},
         **pixels.to_hf(vision.pixels),
     }
@@ -133,18 +133,18 @@ def processor_to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
 
 def param_specs(vision: PaliGemmaVision) -> list[ParamSpec]:
     """Every parameter of tower and connector, under the published names; see `NAMES` for others."""
-    linear = (vision.tower.hidden_size, vision.width)
+    linear = (vision.encoder.hidden_size, vision.width)
     return [
-        *siglip_config.param_specs(vision.tower, ("vision", "tower"), _TOWER),
+        *siglip_config.param_specs(vision.encoder, ("vision", "tower"), _TOWER),
         ParamSpec(("vision", "projector", "kernel"), linear, (f"{_PROJECTOR}linear.weight",), False, True),
         ParamSpec(("vision", "projector", "bias"), linear[1:], (f"{_PROJECTOR}linear.bias",), False, False),
     ]
 
 
-def picture(vision: PaliGemmaVision, image: Image.Image) -> Picture:
+def picture(vision: PaliGemmaVision, image: Image.Image) -> PreprocessedImage:
     """The picture, in RGB, as the one tile that the tower reads."""
-    side = vision.tower.image_size
-    return Picture(np.asarray(vision.pixels.resized(image, side, side))[None])
+    side = vision.encoder.image_size
+    return PreprocessedImage(np.asarray(vision.pixels.resized(image, side, side))[None])
 
 
 def prompt_ids(vision: PaliGemmaVision, rows: int, columns: int, tokenizer: Any) -> list[int]:
@@ -154,7 +154,7 @@ def prompt_ids(vision: PaliGemmaVision, rows: int, columns: int, tokenizer: Any)
       UserError: the tokenizer is not the model's.
     """
     check_token(tokenizer, _IMAGE, vision.image_token)
-    return [vision.image_token] * vision.features_of_piece
+    return [vision.image_token] * vision.features_per_piece
 
 
 row_arrays = siglip_config.row_arrays  # a row's tiles

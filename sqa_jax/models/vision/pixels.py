@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pixels:
+class PixelTransform:
     """How colours become numbers.
 
     Attributes:
@@ -43,12 +43,12 @@ class Pixels:
         return (values - np.float32(self.mean)) / np.float32(self.std)
 
 
-def settings(processor: dict[str, Any]) -> dict[str, Any]:
+def image_processor_settings(processor: dict[str, Any]) -> dict[str, Any]:
     """The image processor's part of `preprocessor_config.json`, or of `processor_config.json`, where it is nested."""
     return processor.get("image_processor", processor)
 
 
-def from_hf(processor: dict[str, Any], where: str, resample: Image.Resampling) -> Pixels:
+def from_hf(processor: dict[str, Any], where: str, resample: Image.Resampling) -> PixelTransform:
     """How colours become numbers, from an image processor's settings.
 
     Args:
@@ -60,9 +60,9 @@ def from_hf(processor: dict[str, Any], where: str, resample: Image.Resampling) -
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if processor.get(step) is False:
             raise UserError(f"{where}: {step} is false, which is not supported; fetch the model's preprocessor again")
-    default = Pixels(resample)
+    default = PixelTransform(resample)
     try:
-        return Pixels(
+        return PixelTransform(
             int(Image.Resampling(processor.get("resample", resample))),
             float(processor.get("rescale_factor", default.rescale)),
             _channels(processor.get("image_mean", default.mean)),
@@ -79,7 +79,7 @@ def _channels(values: Any, positive: bool = False) -> tuple[float, ...]:
     return numbers
 
 
-def to_hf(pixels: Pixels) -> dict[str, Any]:
+def to_hf(pixels: PixelTransform) -> dict[str, Any]:
     """What an image processor's settings say of it."""
     return {
         "do_convert_rgb": True, "do_resize": True, "resample": pixels.resample, "do_rescale": True,

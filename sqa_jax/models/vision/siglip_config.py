@@ -11,6 +11,7 @@ import numpy as np
 from sqa_jax.errors import UserError
 from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.validation import check_numbers
+from sqa_jax.models.vision.image_input import ImageTiles
 
 _ACTIVATION = "gelu_pytorch_tanh"
 
@@ -140,16 +141,16 @@ def param_specs(config: SiglipConfig, path: tuple[str, ...], prefix: str) -> lis
     return table
 
 
-def row_arrays(vision: Any, pieces: Sequence[np.ndarray], sizes: Sequence[Any], room: int) -> dict[str, np.ndarray]:
-    """What a tower reads of a row of a batch: {"tiles": [room, S, S, 3] uint8}, black behind the row's own.
+def row_arrays(vision: Any, pieces: Sequence[np.ndarray], sizes: Sequence[Any], room: int) -> ImageTiles:
+    """Input of the encoder for a row of a batch: `room` tiles, black after the row's last.
 
     Args:
       vision: of the family.
       pieces: the tiles of each of its pictures.
     """
-    side = vision.tower.image_size
+    side = vision.encoder.image_size
     tiles = np.zeros((room, side, side, 3), np.uint8)
     if pieces:
         own = np.concatenate(pieces)
         tiles[: len(own)] = own
-    return {"tiles": tiles}
+    return ImageTiles(tiles)

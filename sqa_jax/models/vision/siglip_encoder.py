@@ -7,7 +7,6 @@ Shapes in comments: N tiles of S × S pixels, T patches of a tile, P prompts, D 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 
 from sqa_jax.models.layers.linear import Linear, constrain_batch_sharding, scan_layers
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
+from sqa_jax.models.vision.image_input import ImageTiles
 from sqa_jax.models.vision.paligemma import PaliGemmaVision
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 from sqa_jax.models.vision.smolvlm import SmolVLMVision
@@ -100,7 +100,7 @@ def _norm(config: SiglipConfig, dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(config.norm_epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class SiglipTower(nn.Module):
+class SiglipEncoder(nn.Module):
     """The tower: normed hidden states of all patches."""
 
     config: SiglipConfig
@@ -120,7 +120,7 @@ class SiglipTower(nn.Module):
         return _norm(c, dtype, "post_layernorm")(x)
 
 
-class PaliGemmaTower(nn.Module):
+class PaliGemmaVisionEncoder(nn.Module):
     """Vision tower and connector, with the parameters at "vision"; `how` is how they compute."""
 
     vision: PaliGemmaVision
@@ -128,13 +128,13 @@ class PaliGemmaTower(nn.Module):
 
     @nn.compact
     def __call__(self, tiles: jax.Array, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> jax.Array:
-        """[N, S, S, 3] colours, 0 to 255 → features [N, features_of_piece, width]."""
-        x = SiglipTower(self.vision.tower, self.how, name="tower")(self.vision.pixels.normalised(tiles), adaptation)
+        """[N, S, S, 3] colours, 0 to 255 → features [N, features_per_piece, width]."""
+        x = SiglipEncoder(self.vision.encoder, self.how, name="tower")(self.vision.pixels.normalised(tiles), adaptation)
         projector = Linear(self.vision.width, True, self.how.dtype, self.how.lora_dropout, name="projector")
         return projector(x, adaptation.connects("projector"))
 
 
-class SmolVLMTower(nn.Module):
+class SmolVLMVisionEncoder(nn.Module):
     """Vision tower and connector, with the parameters at "vision"; `how` is how they compute."""
 
     vision: SmolVLMVision
@@ -142,11 +142,11 @@ class SmolVLMTower(nn.Module):
 
     @nn.compact
     def __call__(self, tiles: jax.Array, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> jax.Array:
-        """[N, S, S, 3] colours, 0 to 255 → features [N, features_of_piece, width]."""
-        tower, f = self.vision.tower, self.vision.shuffle
-        x = SiglipTower(tower, self.how, name="tower")(self.vision.pixels.normalised(tiles), adaptation)
+        """[N, S, S, 3] colours, 0 to 255 → features [N, features_per_piece, width]."""
+        tower, f = self.vision.encoder, self.vision.shuffle
+        x = SiglipEncoder(tower, self.how, name="tower")(self.vision.pixels.normalised(tiles), adaptation)
         squares = x.reshape(len(x), tower.side // f, f, tower.side // f, f, -1).swapaxes(2, 3)
-        shuffled = squares.reshape(len(x), self.vision.features_of_piece, -1)
+        shuffled = squares.reshape(len(x), self.vision.features_per_piece, -1)
         projector = Linear(self.vision.width, False, self.how.dtype, self.how.lora_dropout, name="projector")
         return projector(shuffled, adaptation.connects("projector"))
 
@@ -154,7 +154,7 @@ class SmolVLMTower(nn.Module):
 def encode_images(
     vision: PaliGemmaVision | SmolVLMVision,
     params: Any,
-    batch: Mapping[str, jax.Array],
+    inputs: ImageTiles,
     how: ComputeConfig,
     adaptation: VisionAdapter,
     dropout: jax.Array | None,
@@ -162,10 +162,10 @@ def encode_images(
     """The features of a batch's rows: see `sqa_jax.models.vision.encode.encode_images`.
 
     Args:
-      batch: "tiles" [B, n, S, S, 3], colours of 0 to 255.
+      inputs: tiles of a batch's rows.
     """
-    tower = (PaliGemmaTower if isinstance(vision, PaliGemmaVision) else SmolVLMTower)(vision, how)
-    B, n, *tile = batch["tiles"].shape
+    tower = (PaliGemmaVisionEncoder if isinstance(vision, PaliGemmaVision) else SmolVLMVisionEncoder)(vision, how)
+    B, n, *tile = inputs.pixels.shape
     rngs = None if dropout is None else {"dropout": dropout}
-    found = tower.apply({"params": params}, batch["tiles"].reshape(B * n, *tile), adaptation, rngs=rngs)
+    found = tower.apply({"params": params}, inputs.pixels.reshape(B * n, *tile), adaptation, rngs=rngs)
     return found.reshape(B, -1, found.shape[-1])

@@ -15,10 +15,10 @@ from PIL import Image
 from sqa_jax.errors import UserError
 from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.vision import pixels, siglip_config
-from sqa_jax.models.vision.image_input import Picture
+from sqa_jax.models.vision.image_input import PreprocessedImage
 from sqa_jax.models.vision.image_tokens import check_token
-from sqa_jax.models.vision.names import Names
-from sqa_jax.models.vision.pixels import Pixels
+from sqa_jax.models.vision.names import TensorNames
+from sqa_jax.models.vision.pixels import PixelTransform
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 
 _FAMILIES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}  # values of model_type, and the names of their classes
@@ -27,7 +27,7 @@ _IMAGE, _AROUND, _WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 _TOWER, _CONNECTOR = "model.vision_model.", "model.connector."
 # What a tokenizer must have as tokens: published ones number up to six rows and columns.
 WORDS = (_IMAGE, _AROUND, _WHOLE, *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)))
-NAMES = Names((("model.", "model.text_model."), (_TOWER, _TOWER), (_CONNECTOR, _CONNECTOR)))
+NAMES = TensorNames((("model.", "model.text_model."), (_TOWER, _TOWER), (_CONNECTOR, _CONNECTOR)))
 _LONGEST = 4096  # pixels beyond which transformers resizes a second time
 
 
@@ -49,22 +49,22 @@ class SmolVLMVision:
     tower: SiglipConfig
     width: int
     image_token: int
-    pixels: Pixels
+    pixels: PixelTransform
     shuffle: int
     longest_edge: int
     splits: bool = True
     family: str = "smolvlm"
 
-    has_places: ClassVar[bool] = False  # features stand in a row, as words do
+    uses_mrope: ClassVar[bool] = False  # features stand in a row, as words do
     placeholder: ClassVar[str] = _IMAGE  # what stands for a picture in a chat template
 
     @property
-    def tower_shape(self) -> tuple[int, int, int]:
+    def encoder_shape(self) -> tuple[int, int, int]:
         """Layers and width of the tower, and pixels of a patch's side."""
         return self.tower.shape
 
     @property
-    def features_of_piece(self) -> int:
+    def features_per_piece(self) -> int:
         """Features that one tile becomes."""
         return (self.tower.side // self.shuffle) ** 2
 
@@ -75,7 +75,7 @@ def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> SmolV
     Raises:
       UserError: the tower or an option is not supported, a key is missing, or sizes contradict each other.
     """
-    processor = pixels.settings(processor)
+    processor = pixels.image_processor_settings(processor)
     tower = siglip_config.from_hf(raw.get("vision_config") or {}, _KINDS, where)
     family, width = raw.get("model_type"), (raw.get("text_config") or {}).get("hidden_size")
     shuffle, token = raw.get("scale_factor", 2), raw.get("image_token_id")
@@ -110,20 +110,20 @@ def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> SmolV
     )
 
 
-def with_at_most(vision: SmolVLMVision, features: int) -> SmolVLMVision:
+def with_max_image_tokens(vision: SmolVLMVision, features: int) -> SmolVLMVision:
     """The same, but of a picture at most so many features are made: a square one becomes fewer tiles, or one.
 
     Raises:
       UserError: they are fewer than a tile's.
     """
-    tiles = features // vision.features_of_piece
+    tiles = features // vision.features_per_piece
     if tiles < 1:
         raise UserError(
-            f"config.student.picture_tokens is {features}; this student needs {vision.features_of_piece} at least, which "
+            f"config.student.max_image_tokens is {features}; this student needs {vision.features_per_piece} at least, which "
             "are one tile's"
         )
     side = math.isqrt(max(1, tiles - 1))  # one tile shows the whole picture
-    longest = min(vision.longest_edge, side * vision.tower.image_size)
+    longest = min(vision.longest_edge, side * vision.encoder.image_size)
     return dataclasses.replace(vision, longest_edge=longest, splits=vision.splits and side > 1)
 
 
@@ -132,7 +132,7 @@ def to_hf(vision: SmolVLMVision) -> dict[str, Any]:
     return {
         "architectures": [f"{_FAMILIES[vision.family]}ForConditionalGeneration"],
         "model_type": vision.family,
-        "vision_config": siglip_config.to_hf(vision.tower, f"{vision.family}_vision"),
+        "vision_config": siglip_config.to_hf(vision.encoder, f"{vision.family}_vision"),
         "scale_factor": vision.shuffle,
         "image_token_id": vision.image_token,
     }
@@ -144,9 +144,9 @@ def processor_to_hf(vision: SmolVLMVision) -> dict[str, Any]:
     return {
         "processor_class": f"{name}Processor",
         "image_processor_type": f"{name}ImageProcessor",
-        "image_seq_len": vision.features_of_piece,
+        "image_seq_len": vision.features_per_piece,
         "size": {"longest_edge": vision.longest_edge},
-        "max_image_size": {"longest_edge": vision.tower.image_size},
+        "max_image_size": {"longest_edge": vision.encoder.image_size},
         "do_image_splitting": vision.splits,
         "do_pad": True,
         **pixels.to_hf(vision.pixels),
@@ -155,25 +155,25 @@ def processor_to_hf(vision: SmolVLMVision) -> dict[str, Any]:
 
 def param_specs(vision: SmolVLMVision) -> list[ParamSpec]:
     """Every parameter of tower and connector, under the published names."""
-    linear = (vision.tower.hidden_size * vision.shuffle**2, vision.width)
+    linear = (vision.encoder.hidden_size * vision.shuffle**2, vision.width)
     name = f"{_CONNECTOR}modality_projection.proj.weight"
     return [
-        *siglip_config.param_specs(vision.tower, ("vision", "tower"), _TOWER),
+        *siglip_config.param_specs(vision.encoder, ("vision", "tower"), _TOWER),
         ParamSpec(("vision", "projector", "kernel"), linear, (name,), False, True),
     ]
 
 
-def picture(vision: SmolVLMVision, image: Image.Image) -> Picture:
+def picture(vision: SmolVLMVision, image: Image.Image) -> PreprocessedImage:
     """The picture, in RGB, as the tiles that the tower reads."""
-    side, resized = vision.tower.image_size, vision.pixels.resized
+    side, resized = vision.encoder.image_size, vision.pixels.resized
     image = resized(image, *_brought(vision, *image.size))
     rows, cols = _grid(vision, *image.size)
     if (rows, cols) == (1, 1):
-        return Picture(np.asarray(resized(image, side, side))[None])
+        return PreprocessedImage(np.asarray(resized(image, side, side))[None])
     image = resized(image, cols * side, rows * side)
     whole = np.asarray(resized(image, side, side))[None]
     cut = np.asarray(image).reshape(rows, side, cols, side, 3).swapaxes(1, 2)
-    return Picture(np.concatenate([cut.reshape(-1, side, side, 3), whole]), rows, cols)
+    return PreprocessedImage(np.concatenate([cut.reshape(-1, side, side, 3), whole]), rows, cols)
 
 
 def _brought(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def _grid(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
     """Rows and columns of tiles that a picture of this size is stretched to fill."""
     if not vision.splits:
         return 1, 1
-    ratio, side = width / height, vision.tower.image_size
+    ratio, side = width / height, vision.encoder.image_size
     if width >= height:
         cols = math.ceil(width / side)
         return math.ceil(int(cols * side / ratio) / side), cols
@@ -207,7 +207,7 @@ def prompt_ids(vision: SmolVLMVision, rows: int, columns: int, tokenizer: Any) -
       UserError: the tokenizer is not the model's.
     """
     check_token(tokenizer, _IMAGE, vision.image_token)
-    tile, text = _IMAGE * vision.features_of_piece, ""
+    tile, text = _IMAGE * vision.features_per_piece, ""
     for row in range(rows):
         text += "".join(f"{_AROUND}<row_{row + 1}_col_{col + 1}>{tile}" for col in range(columns)) + "\n"
     text += "\n" * bool(rows) + _AROUND + _WHOLE + tile + _AROUND

@@ -102,7 +102,7 @@ def packed(sequences, length, room, virtual=0):
     """A row of (prompt, target) sequences as training packs them, with a leading dimension of one row."""
     tokens = [np.array(with_soft_tokens([*prompt, START, *target], virtual), int) for prompt, target in sequences]
     row = pack_row(tokens, [virtual + len(prompt) + 1 for prompt, _ in sequences], Limits(length, room), START)
-    return {name: jnp.asarray(values[None]) for name, values in row.items()}
+    return jax.tree.map(lambda values: jnp.asarray(values[None]), row)
 
 
 def ids(rng, *sizes):
@@ -127,7 +127,7 @@ def test_logits_of_packed_sequences(pair):
     model, student, params = pair
     row = packed(SEQUENCES, 80, 40)
     logits, _ = jax.jit(functools.partial(student.apply, method="logits"))(
-        {"params": params}, row["tokens"], row["positions"], row["segments"]
+        {"params": params}, row.tokens, row.positions, row.segments
     )
     place = 0
     for prompt, target in SEQUENCES:
@@ -159,7 +159,7 @@ def test_training_loss(flan):
 def test_split(sequences, virtual, most):
     """Against a plain loop: who decodes, numbered from the start token; what is left out, nobody else sees."""
     row = packed([([7] * size, target) for size, target in sequences], 60, 20, virtual)
-    found = _split(row["tokens"], row["positions"], row["segments"], most)
+    found = _split(row.tokens, row.positions, row.segments, most)
     decoded, numbers, lasts, place = np.zeros(60, bool), np.zeros(60, int), [], 0
     for size, target in sequences:
         start, place = place + virtual + size, place + virtual + size + 1 + len(target)
@@ -280,9 +280,7 @@ def test_lora_equals_peft(flan):
     equals(theirs, reread, student, settings_, tree, params)
     merged = adapters.merge(settings_, tree, params, student.config)
     row = packed(SEQUENCES, 80, 40)
-    read = jax.jit(
-        lambda p, adapted: student.apply({"params": p}, row["tokens"], row["positions"], row["segments"], adapted)[0]
-    )
+    read = jax.jit(lambda p, adapted: student.apply({"params": p}, row.tokens, row.positions, row.segments, adapted)[0])
     one = read(params, adapters.adapter_inputs(settings_, tree, student.config))
     other = read(merged, adapters.Adaptation())
     np.testing.assert_allclose(one, other, atol=1e-3)
@@ -326,7 +324,7 @@ def test_eight_devices_and_rematerialisation_change_nothing():
     settings_.lora.targets = ("q", "wo")  # each costs the compiler a second
     tree = new_adapter(settings_, T5(c), params)
     row = packed([([5, 9, 11], [3, 4, 2]), ([8], [6, 2])], 32, 8, virtual=5)
-    batch = {name: jnp.repeat(values, 4, axis=0) for name, values in row.items()}
+    batch = jax.tree.map(lambda values: jnp.repeat(values, 4, axis=0), row)
     config = default().mesh
     config.data, config.fsdp, config.tensor = 2, 2, 2
     mesh = make_mesh(config, jax.devices()[:8])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from sqa_jax.batches.batch import stack_rows
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.batches.loader import pack
 from sqa_jax.checkpoints.hf_config import from_hf, to_hf
@@ -35,7 +36,7 @@ def words(count):
 def pair(request, tmp_path_factory):
     """A pair with `pictures`, and `prompts`: one picture, two of them, the same one again, and none."""
     own = VisionPair(request.param, tmp_path_factory.mktemp("vision"))
-    own.shown = own.pictures(tmp_path_factory.mktemp("pictures"), *SIZES)
+    own.shown = own.images(tmp_path_factory.mktemp("pictures"), *SIZES)
     one, two, three = (own.shown.prompt(str(k), own.student.tokenizer) for k in range(3))
     own.prompts = [one + words(9), words(3) + three + words(4) + two + words(6), one + words(5), words(17)]
     return own
@@ -57,7 +58,7 @@ def test_packed_rows_have_the_reference_loss(pair):
     lengths = np.array(list(map(len, pair.prompts)))
     packed = pack(sequences, lengths, list("abcd"), 400, 0, 0, config.prefix_lm, rows)
     made = [packed[k] for k in range(packed.rows_of_epoch(0))]
-    batch = {name: jnp.asarray(np.stack([row[name] for row in made])) for name in made[0]}
+    batch = jax.tree.map(jnp.asarray, stack_rows(made))
     settings, decoder = default().adapter, Decoder(config)
     losses = jax.jit(lambda base, batch: row_losses(settings, decoder, {}, base, batch, None))(
         pair.student.params, batch
@@ -65,11 +66,10 @@ def test_packed_rows_have_the_reference_loss(pair):
     expected = [likelihoods(pair, *one).sum() for one in zip(pair.prompts, targets, strict=True)]
     np.testing.assert_allclose(losses.sum(), -np.sum(expected), rtol=1e-5)
     # The same from features that are known beforehand.
-    known = jax.jit(lambda base, batch: encode_images(config.vision, base["vision"], batch, ComputeConfig()))(
+    known = jax.jit(lambda base, images: encode_images(config.vision, base["vision"], images.encoder, ComputeConfig()))(
         pair.student.params, batch
     )
-    rest = {name: a for name, a in batch.items() if name not in ("tiles", "patches", "coordinates", "pictures")}
-    rest["features"] = known
+    rest = batch._replace(images=batch.images._replace(encoder=None, features=known))
     np.testing.assert_allclose(
         jax.jit(lambda base, batch: row_losses(settings, decoder, {}, base, batch, None))(pair.student.params, rest),
         losses,
@@ -100,7 +100,7 @@ def test_greedy_texts_are_the_reference_s(pair):
     free = [greedy(pair, prompt, 12) for prompt in pair.prompts]
     end = next(text[4] for text in free if text[4] not in text[:4])
     generator = Generator(
-        default().adapter, Decoder(pair.student.config), MESH, (end,), 12, 2, pictures=ImageBatcher(pair.shown)
+        default().adapter, Decoder(pair.student.config), MESH, (end,), 12, 2, images=ImageBatcher(pair.shown)
     )
     found = dict(generator({}, pair.student.params, pair.prompts))
     assert found == {k: trim(np.asarray(text), (end,)) for k, text in enumerate(free)}

@@ -30,7 +30,7 @@ from sqa_jax.models.vision import qwen2_vl
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
 from sqa_jax.models.vision.encode import encode_images as see_unjitted
 from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision, param_specs, picture, places, row_arrays
-from sqa_jax.models.vision.qwen2_vl.encoder import Qwen2VLTower
+from sqa_jax.models.vision.qwen2_vl.encoder import Qwen2VLVisionEncoder
 from sqa_jax.models.vision.qwen2_vl.preprocess import coordinates
 
 TEXT = dict(
@@ -102,15 +102,15 @@ def patches_of(vision, one):
     return frames.reshape(-1, np.prod(vision.patch_shape))
 
 
-def batch(vision, pictures, squares):
+def batch(vision, images, squares):
     """Pictures in one row of `squares` features."""
-    sizes = [(len(one.pieces), one.rows, one.columns) for one in pictures]
-    arrays = row_arrays(vision, [one.pieces for one in pictures], sizes, squares)
-    return {name: array[None] for name, array in arrays.items()}
+    sizes = [(len(one.pieces), one.rows, one.columns) for one in images]
+    inputs = row_arrays(vision, [one.pieces for one in images], sizes, squares)
+    return jax.tree.map(lambda array: array[None], inputs)
 
 
 @pytest.fixture(scope="module")
-def pictures(pair):
+def images(pair):
     return [picture(pair[1], noise(*size)) for size in [(31, 18), (8, 40)]]
 
 
@@ -119,26 +119,26 @@ see = jax.jit(see_unjitted, static_argnums=(0, 3))
 
 @partial(jax.jit, static_argnums=(0, 1))
 def run(vision, remat, params, batch, adaptation=NO_VISION_ADAPTER):
-    colours = jnp.moveaxis(vision.pixels.normalised(jnp.moveaxis(batch["patches"], 3, -1)), -1, 3)
+    colours = jnp.moveaxis(vision.pixels.normalised(jnp.moveaxis(batch.pixels, 3, -1)), -1, 3)
     frames = colours[:, :, :, :, None].repeat(2, axis=4).reshape(1, -1, np.prod(vision.patch_shape))
-    tower = Qwen2VLTower(vision, ComputeConfig(remat=remat))
-    return tower.apply({"params": params}, frames, batch["coordinates"], batch["pictures"], adaptation)
+    tower = Qwen2VLVisionEncoder(vision, ComputeConfig(remat=remat))
+    return tower.apply({"params": params}, frames, batch.coordinates, batch.image_ids, adaptation)
 
 
-def reference(model, vision, pictures):
-    grid = torch.tensor([[1, one.rows, one.columns] for one in pictures])
+def reference(model, vision, images):
+    grid = torch.tensor([[1, one.rows, one.columns] for one in images])
     with torch.no_grad():
-        patches = torch.tensor(np.concatenate([patches_of(vision, one) for one in pictures]))
+        patches = torch.tensor(np.concatenate([patches_of(vision, one) for one in images]))
         return model.model.visual(patches, grid).pooler_output
 
 
-def test_features_of_pictures_in_one_row_and_alone(pair, pictures):
+def test_features_of_pictures_in_one_row_and_alone(pair, images):
     model, vision, params = pair
-    assert {(one.rows, one.columns) for one in pictures} == {(4, 8), (10, 2)}
-    expected = reference(model, vision, pictures).numpy()
-    together = see(vision, params, batch(vision, pictures, 16), ComputeConfig())
+    assert {(one.rows, one.columns) for one in images} == {(4, 8), (10, 2)}
+    expected = reference(model, vision, images).numpy()
+    together = see(vision, params, batch(vision, images, 16), ComputeConfig())
     np.testing.assert_allclose(together[0, : len(expected)], expected, atol=1e-4)
-    for one, own in zip(pictures, np.split(expected, [len(pictures[0].pieces)]), strict=True):
+    for one, own in zip(images, np.split(expected, [len(images[0].pieces)]), strict=True):
         alone = see(vision, params, batch(vision, [one], 16), ComputeConfig())
         np.testing.assert_allclose(alone[0, : len(own)], own, atol=1e-4)
 
@@ -157,12 +157,12 @@ def with_prompts(vision, tower, one, prompts):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_deep_prompts_and_their_gradient(pair, pictures, remat):
+def test_deep_prompts_and_their_gradient(pair, images, remat):
     model, vision, params = pair
     prompts = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
-    expected = torch.cat([with_prompts(vision, model.model.visual, one, prompts) for one in pictures])
+    expected = torch.cat([with_prompts(vision, model.model.visual, one, prompts) for one in images])
     (slope,) = torch.autograd.grad(expected.square().sum(), prompts)
-    rows = batch(vision, pictures, 16)
+    rows = batch(vision, images, 16)
 
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
@@ -175,7 +175,7 @@ def test_deep_prompts_and_their_gradient(pair, pictures, remat):
     np.testing.assert_allclose(own_slope, slope.numpy(), atol=1e-3, rtol=1e-3)
 
 
-def test_lora_in_the_tower_is_pefts(pair, pictures):
+def test_lora_in_the_tower_is_pefts(pair, images):
     model, vision, params = pair
     layers = list(vision.linear_shapes())
     config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=rf".*visual\.blocks.*\.({'|'.join(layers)})")
@@ -195,10 +195,10 @@ def test_lora_in_the_tower_is_pefts(pair, pictures):
         return jnp.stack([state[module.format(i)].numpy().T for i in range(vision.depth)])
 
     lora = {layer: {"a": stack(layer, "A"), "b": stack(layer, "B")} for layer in layers}
-    expected = reference(adapted.base_model.model, vision, pictures).numpy()
-    made = run(vision, "none", params, batch(vision, pictures, 16), VisionAdapter(lora=lora))
+    expected = reference(adapted.base_model.model, vision, images).numpy()
+    made = run(vision, "none", params, batch(vision, images, 16), VisionAdapter(lora=lora))
     np.testing.assert_allclose(made[0, : len(expected)], expected, atol=1e-4)
-    assert np.abs(expected - reference(model, vision, pictures).numpy()).max() > 0.1
+    assert np.abs(expected - reference(model, vision, images).numpy()).max() > 0.1
 
 
 def test_published_shapes_names_and_size():
@@ -377,9 +377,9 @@ def test_positions_of_text_and_pictures(pair, sequences):
     V, columns = 60, []  # (token, position, segment) of the row
     found: list[np.ndarray] = []
     features, expected = 0, []
-    for segment, (pictures, behind, branches) in enumerate(sequences, 1):
+    for segment, (images, behind, branches) in enumerate(sequences, 1):
         trunk = []
-        for words, (down, across) in pictures:
+        for words, (down, across) in images:
             trunk += [1] * words + [V + features + k for k in range(down * across)]
             found.append(places(vision, down * vision.merge, across * vision.merge))
             features += down * across
@@ -390,8 +390,8 @@ def test_positions_of_text_and_pictures(pair, sequences):
             own = range(len(columns), len(columns) + size)
             columns += [(1, len(trunk) + k, segment) for k in range(size)]
             ids = torch.tensor([[min(token, V) for token in trunk] + [1] * size])
-            grid = torch.tensor([[1, down * vision.merge, across * vision.merge] for _, (down, across) in pictures])
-            theirs, _ = model.model.get_rope_index(ids, (ids == V).int(), image_grid_thw=grid if pictures else None)
+            grid = torch.tensor([[1, down * vision.merge, across * vision.merge] for _, (down, across) in images])
+            theirs, _ = model.model.get_rope_index(ids, (ids == V).int(), image_grid_thw=grid if images else None)
             expected.append(([*range(start, start + len(trunk)), *own], theirs[:, 0].numpy().T))
     row = np.zeros((512, 3), np.int32)
     row[: len(columns)] = columns

@@ -38,9 +38,9 @@ TEXT = dict(
 )  # fmt: skip
 MODULES = {"paligemma": paligemma, "smolvlm": smolvlm, "idefics3": smolvlm}
 TOWERS = {
-    "paligemma": siglip_encoder.PaliGemmaTower,
-    "smolvlm": siglip_encoder.SmolVLMTower,
-    "idefics3": siglip_encoder.SmolVLMTower,
+    "paligemma": siglip_encoder.PaliGemmaVisionEncoder,
+    "smolvlm": siglip_encoder.SmolVLMVisionEncoder,
+    "idefics3": siglip_encoder.SmolVLMVisionEncoder,
 }
 IMAGE = 260
 
@@ -90,7 +90,7 @@ class Pair(NamedTuple):
     features: Any  # (params, tiles, adaptation) → features
 
     def theirs(self, model: torch.nn.Module) -> np.ndarray:
-        """Features of the tiles by a PyTorch model, [n · features_of_piece, width]."""
+        """Features of the tiles by a PyTorch model, [n · features_per_piece, width]."""
         values = torch.tensor(normalised(self.vision, self.tiles).transpose(0, 3, 1, 2))
         with torch.no_grad():
             if self.module is paligemma:
@@ -100,7 +100,7 @@ class Pair(NamedTuple):
 
     def ours(self, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> np.ndarray:
         found = self.features(self.params, self.tiles, adaptation)
-        assert found.shape == (len(self.tiles), self.vision.features_of_piece, self.vision.width)
+        assert found.shape == (len(self.tiles), self.vision.features_per_piece, self.vision.width)
         return found.reshape(-1, self.vision.width)
 
 
@@ -113,7 +113,7 @@ def pair(request, tmp_path_factory) -> Pair:
     source = RenamedSource(SafetensorsSource(directory), module.NAMES)
     tower = TOWERS[request.param](vision)
     features = jax.jit(lambda params, tiles, adaptation: tower.apply({"params": params}, tiles, adaptation))
-    tiles = module.picture(vision, picture_of(50, 15)).pieces
+    tiles = module.preprocess_image(vision, picture_of(50, 15)).pieces
     return Pair(model, module, vision, tree_of(source, module.param_specs(vision))["vision"], tiles, features)
 
 
@@ -150,7 +150,7 @@ def tiny(family: str):
 
 
 def same_picture(module, vision, image: Image.Image) -> None:
-    ours, (tiles, rows, cols) = module.picture(vision, rgb(image)), theirs(module, vision, image)
+    ours, (tiles, rows, cols) = module.preprocess_image(vision, rgb(image)), theirs(module, vision, image)
     assert (ours.rows, ours.columns) == (rows, cols) and ours.pieces.dtype == np.uint8
     assert len(ours.pieces) == (rows * cols + 1 if rows else 1)
     np.testing.assert_allclose(normalised(vision, ours.pieces), tiles, atol=1e-5)
@@ -197,8 +197,10 @@ def test_features_of_several_tiles(pair):
 
 def test_features_in_half_precision():
     module, vision = tiny("smolvlm")
-    tiles = module.picture(vision, picture_of(30, 30)).pieces
-    wide, half = (siglip_encoder.SmolVLMTower(vision, ComputeConfig(dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    tiles = module.preprocess_image(vision, picture_of(30, 30)).pieces
+    wide, half = (
+        siglip_encoder.SmolVLMVisionEncoder(vision, ComputeConfig(dtype)) for dtype in (jnp.float32, jnp.bfloat16)
+    )
     params = jax.jit(wide.init)(jax.random.key(0), tiles)
     found, exact = jax.jit(half.apply)(params, tiles), jax.jit(wide.apply)(params, tiles)
     assert found.dtype == jnp.bfloat16
@@ -212,7 +214,7 @@ def test_module_initialises_the_tree_that_files_are_read_into(pair):
 
 
 def prompts_of(vision, length: int = 3) -> jax.Array:
-    return jax.random.normal(jax.random.key(1), (vision.tower.num_layers, length, vision.tower.hidden_size))
+    return jax.random.normal(jax.random.key(1), (vision.encoder.num_layers, length, vision.encoder.hidden_size))
 
 
 def test_deep_prompts_stand_in_front_of_every_layer(pair):
@@ -238,7 +240,7 @@ def test_deep_prompts_stand_in_front_of_every_layer(pair):
 def test_lora_equals_peft(pair):
     key, lora, names = jax.random.key(2), {}, ("q_proj", "out_proj", "fc2")
     for name in names:
-        _, width_in, width_out = pair.vision.tower.linear_shapes()[name]
+        _, width_in, width_out = pair.vision.encoder.linear_shapes()[name]
         a, b = jax.random.normal(key, (2, width_in, 2)), jax.random.normal(key, (2, 2, width_out))
         lora[name] = {"a": a * 0.2, "b": b * 0.2}
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=rf".*vision.*\.({'|'.join(names)})")
@@ -256,11 +258,11 @@ def test_lora_equals_peft(pair):
 
 def test_rematerialisation_changes_no_gradient():
     module, vision = tiny("smolvlm")
-    tiles = module.picture(vision, picture_of(30, 30)).pieces
-    params = jax.jit(siglip_encoder.SmolVLMTower(vision).init)(jax.random.key(0), tiles)
+    tiles = module.preprocess_image(vision, picture_of(30, 30)).pieces
+    params = jax.jit(siglip_encoder.SmolVLMVisionEncoder(vision).init)(jax.random.key(0), tiles)
 
     def gradient(remat):
-        tower = siglip_encoder.SmolVLMTower(vision, ComputeConfig(remat=remat))
+        tower = siglip_encoder.SmolVLMVisionEncoder(vision, ComputeConfig(remat=remat))
         return jax.jit(jax.grad(lambda prompts: tower.apply(params, tiles, VisionAdapter(prompts)).var()))(
             prompts_of(vision)
         )
@@ -296,17 +298,17 @@ def test_prompts_of_pictures(tokenizer, size):
     image = picture_of(*size)
     for family in ("smolvlm", "idefics3"):
         module, vision = tiny(family)
-        shown = module.picture(vision, image)
+        shown = module.preprocess_image(vision, image)
         ids = module.prompt_ids(vision, shown.rows, shown.columns, tokenizer)
-        assert ids.count(IMAGE) == len(shown.pieces) * vision.features_of_piece
+        assert ids.count(IMAGE) == len(shown.pieces) * vision.features_per_piece
         processor = transformers.Idefics3Processor(
-            processor_of(module, vision), tokenizer, image_seq_len=vision.features_of_piece
+            processor_of(module, vision), tokenizer, image_seq_len=vision.features_per_piece
         )
         (expected,) = processor(images=[image], text=["User: <image>What is it?\n"])["input_ids"]
         before, behind = (tokenizer(text)["input_ids"] for text in ("User: ", "What is it?\n"))
         assert before + ids + behind == expected
         written = get_image_prompt_string(
-            shown.rows, shown.columns, vision.features_of_piece, "<fake_token_around_image>", "<image>", "<global-img>"
+            shown.rows, shown.columns, vision.features_per_piece, "<fake_token_around_image>", "<image>", "<global-img>"
         )
         assert ids == tokenizer(written)["input_ids"]
     module, vision = tiny("paligemma")
@@ -376,7 +378,7 @@ def test_published_models(name):
     raw, tokens, count = PUBLISHED[name]
     module = MODULES[raw["model_type"]]
     vision = module.from_hf(raw, {}, name)
-    assert vision.features_of_piece == tokens
+    assert vision.features_per_piece == tokens
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw | module.to_hf(vision))
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)

@@ -13,11 +13,11 @@ from sqa_jax.models.vision.qwen2_vl.config import (
     param_specs,
     processor_to_hf,
     to_hf,
-    with_at_most,
+    with_max_image_tokens,
 )
 from sqa_jax.models.vision.qwen2_vl.preprocess import picture, places, prompt_ids, row_arrays
 
 __all__ = [
     "NAMES", "WORDS", "Qwen2VLVision", "from_hf", "param_specs", "picture", "places", "processor_to_hf",
-    "prompt_ids", "row_arrays", "to_hf", "with_at_most",
+    "prompt_ids", "row_arrays", "to_hf", "with_max_image_tokens",
 ]  # fmt: skip

@@ -11,14 +11,14 @@ from sqa_jax.errors import UserError
 from sqa_jax.models.param_spec import ParamSpec
 from sqa_jax.models.validation import check_numbers
 from sqa_jax.models.vision import pixels
-from sqa_jax.models.vision.names import Names
-from sqa_jax.models.vision.pixels import Pixels
+from sqa_jax.models.vision.names import TensorNames
+from sqa_jax.models.vision.pixels import PixelTransform
 
 _KINDS = ("qwen2_vl", "qwen2_vl_vision")  # the tower's model_type, before transformers 5 and since
 WORDS = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")  # what a tokenizer must have as tokens
 _TOWER, _ACTIVATION = "visual.", "quick_gelu"
-NAMES = Names((("model.", "model.", "model.language_model."), (_TOWER, _TOWER, "model.visual.")))
-_CLIP = Pixels(
+NAMES = TensorNames((("model.", "model.", "model.language_model."), (_TOWER, _TOWER, "model.visual.")))
+_CLIP = PixelTransform(
     int(Image.Resampling.BICUBIC),
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
@@ -58,12 +58,12 @@ class Qwen2VLVision:
     image_token: int = 151655
     vision_start: int = 151652
     vision_end: int = 151653
-    pixels: Pixels = _CLIP
+    pixels: PixelTransform = _CLIP
     min_pixels: int = 56 * 56
     max_pixels: int = 28 * 28 * 1280
 
-    has_places: ClassVar[bool] = True  # positions of text and pictures differ
-    features_of_piece: ClassVar[int] = 1  # a square of patches is one
+    uses_mrope: ClassVar[bool] = True  # positions of text and pictures differ
+    features_per_piece: ClassVar[int] = 1  # a square of patches is one
     placeholder: ClassVar[str] = "<|vision_start|><|image_pad|><|vision_end|>"  # of a picture in a chat template
 
     @property
@@ -71,7 +71,7 @@ class Qwen2VLVision:
         return self.embed_dim // self.num_heads
 
     @property
-    def tower_shape(self) -> tuple[int, int, int]:
+    def encoder_shape(self) -> tuple[int, int, int]:
         """Layers and width of the tower, and pixels of a patch's side."""
         return self.depth, self.embed_dim, self.patch_size
 
@@ -95,7 +95,7 @@ def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> Qwen2
     Raises:
       UserError: the tower or an option is not supported, a key is missing, or sizes contradict each other.
     """
-    given, processor = raw.get("vision_config") or {}, pixels.settings(processor)
+    given, processor = raw.get("vision_config") or {}, pixels.image_processor_settings(processor)
     kind = given.get("model_type", raw.get("model_type"))
     if kind not in _KINDS:
         raise UserError(f"{where}: vision tower {kind!r} is not supported; supported: {', '.join(_KINDS)}")
@@ -152,14 +152,14 @@ def _check_sizes(vision: Qwen2VLVision, raw: dict[str, Any], processor: dict[str
             raise UserError(f"{where}: the preprocessor's {key} is {found}, the tower's is {value}; fetch both again")
 
 
-def with_at_most(vision: Qwen2VLVision, features: int) -> Qwen2VLVision:
+def with_max_image_tokens(vision: Qwen2VLVision, features: int) -> Qwen2VLVision:
     """The same, but of a picture at most so many features are made.
 
     Raises:
       UserError: it is none.
     """
     if features < 1:
-        raise UserError(f"config.student.picture_tokens is {features}; Qwen2-VL needs one at least")
+        raise UserError(f"config.student.max_image_tokens is {features}; Qwen2-VL needs one at least")
     most = min(vision.max_pixels, features * (vision.merge * vision.patch_size) ** 2)
     return dataclasses.replace(vision, max_pixels=most, min_pixels=min(vision.min_pixels, most))
 

@@ -5,7 +5,6 @@ Shapes in comments: B rows, N patches of a row, P prompts, E the tower's width, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,6 +17,7 @@ from sqa_jax.models.layers.blockwise_attention import blockwise_attention
 from sqa_jax.models.layers.linear import Linear, constrain_batch_sharding, scan_layers
 from sqa_jax.models.segments import GLOBAL_SEGMENT
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
+from sqa_jax.models.vision.image_input import ImagePatches
 from sqa_jax.models.vision.qwen2_vl.config import Qwen2VLVision
 
 
@@ -100,7 +100,7 @@ def _norm(dtype: Any, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 
-class Qwen2VLTower(nn.Module):
+class Qwen2VLVisionEncoder(nn.Module):
     """Vision tower and merger, with the parameters at "vision"; `how` is how they compute."""
 
     vision: Qwen2VLVision
@@ -145,7 +145,7 @@ class Qwen2VLTower(nn.Module):
 def encode_images(
     vision: Qwen2VLVision,
     params: Any,
-    batch: Mapping[str, jax.Array],
+    inputs: ImagePatches,
     how: ComputeConfig,
     adaptation: VisionAdapter,
     dropout: jax.Array | None,
@@ -153,14 +153,13 @@ def encode_images(
     """The features of a batch's rows: see `sqa_jax.models.vision.encode.encode_images`.
 
     Args:
-      batch: "patches" [B, n, merge², 3, patch_size, patch_size], colours of 0 to 255; of the N = n · merge² patches of
-        a row their "coordinates" [B, N, 2] and "pictures" [B, N], as `Qwen2VLTower` has coordinates and segments.
+      inputs: patches of a batch's rows.
     """
-    B, n, squares, *patch = batch["patches"].shape
-    colours = jnp.moveaxis(vision.pixels.normalised(jnp.moveaxis(batch["patches"], 3, -1)), -1, 3)
+    B, n, squares, *patch = inputs.pixels.shape
+    colours = jnp.moveaxis(vision.pixels.normalised(jnp.moveaxis(inputs.pixels, 3, -1)), -1, 3)
     frames = colours.reshape(B, n * squares, patch[0], 1, -1).repeat(vision.temporal_patch_size, axis=3)
-    tower = Qwen2VLTower(vision, how)
+    tower = Qwen2VLVisionEncoder(vision, how)
     return tower.apply(
-        {"params": params}, frames.reshape(B, n * squares, -1), batch["coordinates"], batch["pictures"], adaptation,
+        {"params": params}, frames.reshape(B, n * squares, -1), inputs.coordinates, inputs.image_ids, adaptation,
         rngs=None if dropout is None else {"dropout": dropout},
     )  # fmt: skip

@@ -14,14 +14,14 @@ import numpy as np
 from PIL import Image
 
 from sqa_jax.errors import UnusableImage
-from sqa_jax.models.vision.image_input import Picture
+from sqa_jax.models.vision.image_input import ImagePatches, PreprocessedImage
 from sqa_jax.models.vision.image_tokens import check_token
 from sqa_jax.models.vision.qwen2_vl.config import WORDS, Qwen2VLVision
 
 _MOST_ELONGATED = 200  # longer side of a picture by its shorter one, as transformers has it
 
 
-def picture(vision: Qwen2VLVision, image: Image.Image) -> Picture:
+def picture(vision: Qwen2VLVision, image: Image.Image) -> PreprocessedImage:
     """The picture, in RGB, in about its own size and proportions: pieces [n, merge², 3, patch_size, patch_size].
 
     Raises:
@@ -31,7 +31,7 @@ def picture(vision: Qwen2VLVision, image: Image.Image) -> Picture:
     rows, columns = _grid(vision, image.width, image.height)
     resized = np.asarray(vision.pixels.resized(image, columns * p, rows * p))
     squares = resized.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return Picture(squares.reshape(-1, m * m, 3, p, p), rows, columns)
+    return PreprocessedImage(squares.reshape(-1, m * m, 3, p, p), rows, columns)
 
 
 def _grid(vision: Qwen2VLVision, width: int, height: int) -> tuple[int, int]:
@@ -93,7 +93,7 @@ def places(vision: Qwen2VLVision, rows: int, columns: int) -> np.ndarray:
 
 def row_arrays(
     vision: Qwen2VLVision, pieces: Sequence[np.ndarray], sizes: Sequence[Sequence[int]], room: int
-) -> dict[str, np.ndarray]:
+) -> ImagePatches:
     """What the tower reads of a row of a batch, see `tower.see`; zeros behind the row's own.
 
     Args:
@@ -102,16 +102,16 @@ def row_arrays(
       room: squares of the row.
     """
     squares, p = vision.merge**2, vision.patch_size
-    arrays = {
-        "patches": np.zeros((room, squares, 3, p, p), np.uint8),
-        "coordinates": np.zeros((room * squares, 2), np.int32),
-        "pictures": np.zeros(room * squares, np.int32),
-    }
+    arrays = ImagePatches(
+        np.zeros((room, squares, 3, p, p), np.uint8),
+        np.zeros((room * squares, 2), np.int32),
+        np.zeros(room * squares, np.int32),
+    )
     start = 0
     for number, (own, (count, rows, columns)) in enumerate(zip(pieces, sizes, strict=True), start=1):
-        arrays["patches"][start : start + count] = own
+        arrays.pixels[start : start + count] = own
         patches = slice(start * squares, (start + count) * squares)
-        arrays["coordinates"][patches] = coordinates(vision, rows, columns)
-        arrays["pictures"][patches] = number
+        arrays.coordinates[patches] = coordinates(vision, rows, columns)
+        arrays.image_ids[patches] = number
         start += count
     return arrays
