@@ -1,4 +1,4 @@
-"""A baseline that knows no language: logistic regression over hashed words of question and option.
+"""Bag-of-words baseline: logistic regression over hashed word features of a question and each of its options.
 
 Reads:  problems, as `python -m sqa_jax.score` does; learns from the split --train_split.
 Writes: predictions of --split as JSONL.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -20,34 +20,44 @@ from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.files import atomic_write
 
+COLUMNS = 2**20  # of the hashed features
+
 
 def features(problem: Problem, option: str) -> list[str]:
-    """Word unigrams and bigrams of the option, of the context, and every pair of an option's and a context's word."""
+    """Unigrams and bigrams of the option, every pair of an option word and a context word, and one for overlap."""
 
     def words(text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())
 
-    context, own = words(f"{problem.question} {problem.hint} {problem.caption}"), words(option)
-    pairs = [f"{a}_{b}" for a, b in zip(own, own[1:], strict=False)]
-    crossed = [f"{a}|{b}" for a in set(own) for b in set(context)]
-    return [*own, *pairs, *crossed, "option in context" if option.lower() in problem.hint.lower() else ""]
+    context, unigrams = words(f"{problem.question} {problem.hint} {problem.caption}"), words(option)
+    bigrams = [f"{a}_{b}" for a, b in zip(unigrams, unigrams[1:], strict=False)]
+    crossed = [f"{a}|{b}" for a in set(unigrams) for b in set(context)]
+    return [*unigrams, *bigrams, *crossed, "option in context" if option.lower() in problem.hint.lower() else ""]
+
+
+def _option_features(problems: Sequence[Problem]) -> Iterator[list[str]]:
+    return (features(problem, option) for problem in problems for option in problem.choices)
+
+
+def option_scores(train: Sequence[Problem], test: Sequence[Problem]) -> list[list[float]]:
+    """Fits "this option is right" on `train`; returns a score for each option of each question of `test`."""
+    import numpy as np
+
+    from sqa_jax.metrics.feature_hashing import hashed_counts
+    from sqa_jax.metrics.logistic_regression import fit
+
+    labels = np.array([k == problem.answer for problem in train for k in range(len(problem.choices))], bool)
+    weights, bias = fit(hashed_counts(_option_features(train), COLUMNS), labels)
+    scores = iter((hashed_counts(_option_features(test), COLUMNS) @ weights + bias).tolist())
+    return [[next(scores) for _ in problem.choices] for problem in test]
 
 
 def predict(train: Sequence[Problem], test: Sequence[Problem]) -> dict[str, int]:
-    """Learns which options are right in `train`, and chooses the likeliest option of each question of `test`."""
-    from sklearn.feature_extraction import FeatureHasher
-    from sklearn.linear_model import LogisticRegression
-
-    hasher = FeatureHasher(2**20, input_type="string")
-    rows = hasher.transform(features(p, option) for p in train for option in p.choices)
-    labels = [k == p.answer for p in train for k in range(len(p.choices))]
-    model = LogisticRegression(C=1.0, max_iter=200).fit(rows, labels)
-    scores = iter(model.decision_function(hasher.transform(features(p, option) for p in test for option in p.choices)))
-    answers = {}
-    for problem in test:
-        own = [next(scores) for _ in problem.choices]
-        answers[problem.pid] = max(range(len(own)), key=own.__getitem__)
-    return answers
+    """{pid: the highest-scoring option of each question of `test`}, learned from `train`."""
+    return {
+        problem.pid: max(range(len(scores)), key=scores.__getitem__)
+        for problem, scores in zip(test, option_scores(train, test), strict=True)
+    }
 
 
 def main() -> None:
@@ -65,8 +75,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("problems", "", 'Problems directory, or "sample", "pictures", "pictures-shifted".')
-    flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
+    flags.DEFINE_string(
+        "problems", "", 'Problems directory, or "sample", "image-questions", "image-questions-shifted".'
+    )
+    flags.DEFINE_string("splits", "pid_splits.json", "File in it that assigns questions to splits.")
     flags.DEFINE_string("train_split", "train", "Split to learn from.")
     flags.DEFINE_string("split", "test", "Split to predict.")
     flags.DEFINE_integer("limit", 0, "Predict only so many questions of the split, the first; 0 is all.", lower_bound=0)

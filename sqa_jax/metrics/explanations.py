@@ -256,7 +256,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("problems", "", 'Problems directory, or "sample", "pictures", "pictures-shifted".')
+    flags.DEFINE_string(
+        "problems", "", 'Problems directory, or "sample", "image-questions", "image-questions-shifted".'
+    )
     flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
     flags.DEFINE_string("split", "test", "Split that the explained questions are in.")
     flags.DEFINE_string("predictions", "", "File of explanations.")

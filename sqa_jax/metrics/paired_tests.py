@@ -141,7 +141,14 @@ def smallest_difference(first: np.ndarray, second: np.ndarray, alpha: float = 0.
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: the chance of any false rejection in the family is below α (Holm 1979, SJS 6:65)."""
-    from statsmodels.stats.multitest import multipletests
+    """Holm–Bonferroni adjusted p-values, which control the family-wise error rate (Holm 1979, SJS 6:65).
 
-    return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
+    Step-down: the smallest of m p-values is multiplied by m, the next by m - 1, and so on. An adjusted value is never
+    below that of a smaller p-value, nor above 1.
+    """
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, k in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
+        adjusted[k] = largest
+    return adjusted

@@ -151,7 +151,7 @@ def test_gold_scores_one_hundred(gold, name):
     assert all(metrics[column] == 100.0 for column in COLUMNS) and metrics["missing"] == metrics["unparsed"] == 0
 
 
-@pytest.mark.parametrize("name", ["pictures", "pictures-shifted"])
+@pytest.mark.parametrize("name", ["image-questions", "image-questions-shifted"])
 def test_other_embedded_questions_are_scored_too(tmp_path, name):
     gold = {problem.pid: problem.answer for problem in load_problems(name).split("test")}
     (tmp_path / "gold.json").write_text(json.dumps({"results": gold}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import itertools
 import math
 from fractions import Fraction
 
@@ -20,14 +20,6 @@ from sqa_jax.metrics.paired_tests import (
     smallest_difference,
 )
 from sqa_jax.study.hypotheses import ALPHA, HYPOTHESES, Hypothesis, verdict
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """statsmodels collects garbage at every call: what other tests have left need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pair(only_first: int, only_second: int, both: int = 3, neither: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -238,28 +230,44 @@ def test_the_smallest_difference_is_a_share_that_falls_with_more_questions(b, c,
 # ---- a family of tests
 
 
-def step_down(p_values: list[float]) -> list[float]:
-    """Holm's procedure as he wrote it: the smallest p-value times m, the next times m - 1, never falling."""
-    order = sorted(range(len(p_values)), key=lambda k: p_values[k])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, k in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[k]))
-        adjusted[k] = largest
-    return adjusted
+def closed_bonferroni(p_values: list[float]) -> list[float]:
+    """Holm's procedure by its definition as a closed test (Marcus et al. 1976, Biometrika 63:655).
+
+    A hypothesis is rejected where Bonferroni's test rejects every intersection of hypotheses that it is part of.
+    """
+    family = range(len(p_values))
+    subsets = [s for size in range(1, len(p_values) + 1) for s in itertools.combinations(family, size)]
+    return [max(min(1.0, len(s) * min(p_values[k] for k in s)) for s in subsets if k in s) for k in family]
 
 
-p_lists = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+def rejected(p_values: list[float], alpha: float) -> list[bool]:
+    """Holm (1979): going up from the smallest p-value, reject while p ≤ α / (hypotheses that are left)."""
+    left, decisions = set(range(len(p_values))), [False] * len(p_values)
+    while left and p_values[k := min(left, key=lambda j: p_values[j])] <= alpha / len(left):
+        decisions[k] = True
+        left.remove(k)
+    return decisions
 
 
-@settings(max_examples=25, deadline=None)
+p_lists = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.02, 0.05, 1.0])), min_size=1, max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
 @given(p_lists)
-def test_holm_is_the_step_down_procedure(p_values):
-    assert holm(p_values) == pytest.approx(step_down(p_values), abs=1e-12)
+def test_holm_is_the_closed_test_by_bonferroni(p_values):
+    assert holm(p_values) == pytest.approx(closed_bonferroni(p_values), abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(p_lists, st.floats(0.001, 0.999))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values, alpha):
+    for adjusted, decision in zip(holm(p_values), rejected(p_values, alpha), strict=True):
+        assert decision == (adjusted <= alpha) or adjusted == pytest.approx(alpha, rel=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
 @given(p_lists, st.randoms(use_true_random=False))
-def test_holm_raises_keeps_order_and_does_not_mind_the_order(p_values, random):
+def test_holm_is_monotone_clipped_and_independent_of_the_order(p_values, random):
     adjusted = holm(p_values)
     assert all(a >= p - 1e-12 for a, p in zip(adjusted, p_values, strict=True)) and max(adjusted) <= 1
     ranked = [a for _, a in sorted(zip(p_values, adjusted, strict=True))]
