@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from sqa_jax.batches.batch import stack_rows
 from sqa_jax.data.images import ImageStore
@@ -16,69 +17,70 @@ from sqa_jax.models.vision.registry import vision_family
 
 @dataclasses.dataclass(frozen=True)
 class ImageBatcher:
-    """Puts into batches what their rows see.
+    """Looks up the images of packed rows.
 
     Attributes:
-      pictures: of all questions.
-      features: [features of all pictures, D], where they are known already; None gives the pieces.
+      images: of all questions.
+      features: of all images, where the vision encoder is frozen and they are cached; None gives the pieces.
     """
 
     images: ImageStore
-    features: np.ndarray | None = None
+    features: Float[np.ndarray, "F D"] | None = None
 
-    def count(self, tokens: Sequence[int]) -> int:
-        """Features in a sequence."""
-        return int(np.count_nonzero(np.asarray(tokens) >= self.images.vocabulary))
+    def count_features(self, tokens: Sequence[int]) -> int:
+        """Image tokens in a sequence."""
+        return int(np.count_nonzero(np.asarray(tokens) >= self.images.vocab_size))
 
-    def room(self, features: int) -> int:
-        """So many features, rounded up to whole pieces, few sizes, and at least one piece."""
-        own = self.images.vision.features_per_piece
-        pieces = max(1, -(-features // own))
+    def padded_capacity(self, features: int) -> int:
+        """So many features, rounded up to whole pieces, to few distinct sizes, and to at least one piece."""
+        per_piece = self.images.vision.features_per_piece
+        pieces = max(1, -(-features // per_piece))
         step = max(1, 1 << max(0, math.ceil(math.log2(pieces)) - 3))
-        return -(-pieces // step) * step * own
+        return -(-pieces // step) * step * per_piece
 
-    def add_images(self, tokens: np.ndarray, room: int) -> tuple[np.ndarray, ImageInputs]:
-        """The same as `__call__` for the rows [B, T] of a batch."""
-        return stack_rows([self(row, room) for row in tokens])
+    def add_images(self, tokens: Int[np.ndarray, "B T"], capacity: int) -> tuple[Int[np.ndarray, "B T"], ImageInputs]:
+        """The same as `__call__` for the rows of a batch."""
+        return stack_rows([self(row, capacity) for row in tokens])
 
     def position_offset(self, tokens: Sequence[int]) -> int:
-        """By how much a prompt's pictures take the text behind them further than its number of tokens does."""
+        """By how much a prompt's images advance the positions of text after them beyond its number of tokens (M-RoPE)."""
         if not self.images.vision.uses_mrope:
             return 0
         _, numbers = self.images.renumber_by_row(np.asarray(tokens, np.int32))
-        return sum(int((self._places(number)[:, 3] - 1).sum()) for number in numbers)
+        return sum(int((self._mrope_offsets(number)[:, 3] - 1).sum()) for number in numbers)
 
-    def _places(self, number: int) -> np.ndarray:
-        vision, (_, rows, columns) = self.images.vision, self.images.sizes[number].tolist()
-        return vision_family(vision).places(vision, rows, columns)
-
-    def __call__(self, tokens: np.ndarray, room: int) -> tuple[np.ndarray, ImageInputs]:
-        """What goes to the devices with a row.
+    def __call__(self, tokens: Sequence[int] | np.ndarray, capacity: int) -> tuple[Int[np.ndarray, "T"], ImageInputs]:
+        """A row as the devices get it.
 
         Args:
-          tokens: [T] ids, features by their number among all.
-          room: F, as `room` gives it.
+          tokens: ids [T], image tokens by their number among those of all images.
+          capacity: F, as `padded_capacity` gives it.
 
         Returns:
-          The ids, features by their number in the row, and the images of the row.
+          The ids, image tokens by their number in the row, and the images of the row.
         """
-        images, vision = self.images, self.images.vision
-        tokens, numbers = images.renumber_by_row(np.asarray(tokens, np.int32))
-        module, sizes = vision_family(vision), images.sizes[numbers].tolist()
+        store, vision = self.images, self.images.vision
+        tokens, numbers = store.renumber_by_row(np.asarray(tokens, np.int32))
         if self.features is None:
-            pieces = [images.pieces_of(number) for number in numbers]
-            inputs = ImageInputs(encoder=module.row_arrays(vision, pieces, sizes, room // vision.features_per_piece))
+            pieces, sizes = [store.pieces_of(number) for number in numbers], store.sizes[numbers].tolist()
+            family, count = vision_family(vision), capacity // vision.features_per_piece
+            images = ImageInputs(encoder=family.encoder_inputs(vision, pieces, sizes, count))
         else:
-            found = np.zeros((room, self.features.shape[1]), self.features.dtype)
-            spans = [slice(*images.feature_offsets[number : number + 2]) for number in numbers]
-            if spans:
-                own = np.concatenate([self.features[span] for span in spans])
-                found[: len(own)] = own
-            inputs = ImageInputs(features=found)
+            spans = [slice(*store.feature_offsets[number : number + 2]) for number in numbers]
+            images = ImageInputs(features=_padded([self.features[span] for span in spans], self.features[:0], capacity))
         if vision.uses_mrope:
-            places = np.zeros((room, 4), np.int32)
-            if numbers:
-                own = np.concatenate([self._places(number) for number in numbers])
-                places[: len(own)] = own
-            inputs = inputs._replace(mrope_offsets=places)
-        return tokens, inputs
+            offsets = [self._mrope_offsets(number) for number in numbers]
+            images = images._replace(mrope_offsets=_padded(offsets, np.zeros((0, 4), np.int32), capacity))
+        return tokens, images
+
+    def _mrope_offsets(self, number: int) -> Int[np.ndarray, "F 4"]:
+        vision, (_, rows, columns) = self.images.vision, self.images.sizes[number].tolist()
+        return vision_family(vision).mrope_offsets(vision, rows, columns)
+
+
+def _padded(parts: Sequence[np.ndarray], empty: np.ndarray, length: int) -> np.ndarray:
+    """Parts like `empty` one after the other, and zeros up to a length."""
+    padded = np.zeros((length, *empty.shape[1:]), empty.dtype)
+    joined = np.concatenate([empty, *parts])
+    padded[: len(joined)] = joined
+    return padded

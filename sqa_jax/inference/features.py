@@ -1,4 +1,4 @@
-"""What a frozen tower sees of pictures, computed once and kept on disk: epochs then cost only the language half."""
+"""Cached image features of a frozen vision encoder, computed once and kept on disk: epochs then cost the decoder only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 from tqdm import tqdm
 
 from sqa_jax.batches.batch import empty_like, stack_rows
-from sqa_jax.batches.dataset import config_images
+from sqa_jax.batches.config_data import config_images
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.data.images import HasImage, ImageStore
 from sqa_jax.errors import UserError
@@ -23,53 +24,55 @@ from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 from sqa_jax.parallel.processes import barrier, is_main, main_first
 from sqa_jax.runtime import Runtime
 
-FORMAT = 1  # raised when the same tower would see something else
-_AT_ONCE = 8  # pictures of one call on each data shard
+FORMAT = 1  # raised when the same encoder would give other features
+_IMAGES_PER_SHARD = 8  # of one call
 
 
 def image_batcher(config, runtime: Runtime, problems: Sequence[HasImage]) -> ImageBatcher | None:
-    """What puts into rows what they see of the questions' pictures; None for a student that sees none.
+    """The source of the images of packed rows; None for a model of text.
 
-    Says which pictures cannot be used. Where the tower changes in training, these are the pictures themselves; else the
-    features that it makes of them, once (`config.student.cache_features`).
+    Reports images that cannot be used. Where the vision encoder is trained, rows get the images themselves; else its
+    cached features (`config.student.cache_features`).
 
     Raises:
-      UserError: the disk is full, or a folder of pictures or features is damaged.
+      UserError: the disk is full, or a folder of images or features is damaged.
     """
     with main_first():
         images = config_images(config, runtime.student.config, problems)
-    if images is not None and images.failed and is_main():
+    if images is None:
+        return None
+    if images.failed and is_main():
         print(images.failure_summary(), file=sys.stderr)
-    if images is None or not config.student.cache_features or trains_vision_encoder(config.adapter):
-        return images and ImageBatcher(images)
+    if not config.student.cache_features or trains_vision_encoder(config.adapter):
+        return ImageBatcher(images)
     return ImageBatcher(images, cached_features(config.data.cache, runtime, images))
 
 
 def trains_vision_encoder(settings) -> bool:
-    """Whether what the tower makes of a picture changes in training; `settings` are `config.adapter`."""
-    return (
-        bool({"full", "visual"} & set(settings.methods)) or "lora" in settings.methods and settings.lora.vision_encoder
+    """Whether features of an image change in training; `settings` are `config.adapter`."""
+    return bool({"full", "visual"} & set(settings.methods)) or (
+        "lora" in settings.methods and settings.lora.vision_encoder
     )
 
 
-def cached_features(cache: str | Path, runtime: Runtime, images: ImageStore) -> np.ndarray:
-    """The features of all pictures, [features, D] in the type of the computation, from disk or computed.
+def cached_features(cache: str | Path, runtime: Runtime, images: ImageStore) -> Shaped[np.ndarray, "F D"]:
+    """The features of all images, in the dtype of the computation, from disk or computed.
 
-    They lie in a folder whose name is the fingerprint of pictures, student and type.
+    Their folder is named by the fingerprint of images, model and dtype.
 
     Raises:
       UserError: as `image_batcher`.
     """
     dtype, count = np.dtype(runtime.decoder.dtype), int(images.feature_offsets[-1])
-    made_of = [FORMAT, images.pieces_fingerprint, runtime.student.fingerprint, dtype.name]
-    path, shape = Path(cache) / f"features-{sha256_json(made_of)[:16]}", (count, runtime.student.config.hidden_size)
+    inputs = [FORMAT, images.pieces_fingerprint, runtime.student.fingerprint, dtype.name]
+    path, shape = Path(cache) / f"features-{sha256_json(inputs)[:16]}", (count, runtime.student.config.hidden_size)
     if not count:
         return np.zeros(shape, dtype)
-    there = path.exists()
+    exists = path.exists()
     barrier()  # so that all processes have looked before one of them writes
-    if not there:
+    if not exists:
         _compute(path, runtime, images, shape, dtype)
-    read_json(path / "manifest.json", "what these features are of (remove this folder to compute them again)")
+    read_json(path / "manifest.json", "the inputs of these features (remove this folder to compute them again)")
     try:
         return np.memmap(path / "features.bin", dtype, "r", shape=shape)
     except (OSError, ValueError) as error:
@@ -79,32 +82,38 @@ def cached_features(cache: str | Path, runtime: Runtime, images: ImageStore) -> 
 def _compute(path: Path, runtime: Runtime, images: ImageStore, shape: tuple[int, int], dtype: np.dtype) -> None:
     """All processes compute together; the first one writes."""
     mesh, student, decoder = runtime
-    vision, rows = images.vision, ImageBatcher(images)
-    at_once = _AT_ONCE * row_shards(mesh)
+    compute = ComputeConfig(decoder.dtype, batch_sharding=decoder.batch_sharding)
 
-    how = ComputeConfig(decoder.dtype, rows=decoder.rows)
-    # Replicated, so that the first process can read it.
-    run = jax.jit(lambda params, inputs: encode_images(vision, params, inputs, how), out_shardings=replicated(mesh))
-    counts = images.feature_offsets[1:] - images.feature_offsets[:-1]
-    order = np.argsort(counts, kind="stable")  # pictures of a batch are about equally large
-    with atomic_directory(path) if is_main() else contextlib.nullcontext() as beside:
-        out = np.memmap(beside / "features.bin", dtype, "w+", shape=shape) if is_main() else None
-        bar = tqdm(total=len(order), unit="picture", desc="features", disable=not is_main())
-        for start in range(0, len(order), at_once):
-            own = order[start : start + at_once]
-            room = rows.room(int(counts[own].max()))
-            spans = [slice(*images.feature_offsets[number : number + 2]) for number in own]
-            tokens = [np.arange(span.start, span.stop) + images.vocabulary for span in spans]
-            made = [rows(line, room)[1] for line in tokens]
-            made += [empty_like(made[0])] * (at_once - len(own))
-            inputs = place_rows(stack_rows(made).encoder, mesh, at_once)
-            found = np.asarray(run(student.params["vision"], inputs))
+    def encode(params, inputs):
+        return encode_images(images.vision, params, inputs, compute)
+
+    run = jax.jit(encode, out_shardings=replicated(mesh))  # replicated, so that the first process has all of them
+    batcher, rows = ImageBatcher(images), _IMAGES_PER_SHARD * row_shards(mesh)
+    counts = np.diff(images.feature_offsets)
+    order = np.argsort(counts, kind="stable")  # so that images of a batch are about equally large
+    with contextlib.ExitStack() as stack:
+        out = beside = None
+        if is_main():
+            beside = stack.enter_context(atomic_directory(path))
+            out = np.memmap(beside / "features.bin", dtype, "w+", shape=shape)
+        bar = stack.enter_context(tqdm(total=len(order), unit="image", desc="features", disable=not is_main()))
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
+            spans = [slice(*images.feature_offsets[number : number + 2]) for number in chosen]
+            inputs = _encoder_inputs(batcher, spans, batcher.padded_capacity(int(counts[chosen].max())), rows)
+            features = np.asarray(run(student.params["vision"], place_rows(inputs, mesh, rows)))
             if out is not None:
-                for span, features in zip(spans, found, strict=False):
-                    out[span] = features[: span.stop - span.start]
-            bar.update(len(own))
-        bar.close()
-        if out is not None:
+                for row, span in zip(features, spans, strict=False):
+                    out[span] = row[: span.stop - span.start]
+            bar.update(len(chosen))
+        if out is not None and beside is not None:
             out.flush()
             write_json(beside / "manifest.json", {"pictures": len(order), "shape": list(shape), "dtype": dtype.name})
     barrier()
+
+
+def _encoder_inputs(batcher: ImageBatcher, spans: Sequence[slice], capacity: int, rows: int):
+    """One image in each row, and empty rows up to `rows`."""
+    vocab_size = batcher.images.vocab_size
+    inputs = [batcher(np.arange(span.start, span.stop) + vocab_size, capacity)[1].encoder for span in spans]
+    return stack_rows(inputs + [empty_like(inputs[0])] * (rows - len(inputs)))

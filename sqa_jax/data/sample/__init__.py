@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sqa_jax.data.sample import language, natural, social, teacher
-from sqa_jax.data.sample.image import draw_picture
+from sqa_jax.data.sample.image import draw_image
 from sqa_jax.data.sample.skill import Draft, Skill, Source
 from sqa_jax.files import atomic_directory, write_json
 
@@ -30,7 +30,7 @@ class Sample:
     """The questions in ScienceQA's own form.
 
     Attributes:
-      problems: {pid: row}; a row with an image also has "picture", from which `draw` draws it.
+      problems: {pid: row}; a row with an image also has "drawing", from which `draw` draws it.
       splits: {split: [pid]}.
       captions: {pid: caption}.
     """
@@ -63,7 +63,7 @@ def generate(seed: int = 0) -> Sample:
             "choices": choices,
             "answer": choices.index(draft.right),
             "hint": draft.hint,
-            "image": "image.png" if draft.picture else None,
+            "image": "image.png" if draft.drawing else None,
             "task": "closed choice",
             "grade": f"grade{rng.randint(*skill.grades)}",
             "subject": skill.subject,
@@ -73,7 +73,7 @@ def generate(seed: int = 0) -> Sample:
             "lecture": skill.lecture,
             "solution": draft.solution,
             "split": split,
-            "picture": draft.picture,
+            "drawing": draft.drawing,
         }
         splits[split].append(pid)
         if draft.caption:
@@ -94,9 +94,9 @@ def _new(skill: Skill, source: Source, seen: set[tuple]) -> Draft:
 
 def draw(pid: str, row: Mapping[str, Any]) -> bytes:
     """PNG of a question's image. `row` is the question's row as `generate` made it."""
-    if not row.get("picture"):
+    if not row.get("drawing"):
         raise ValueError(f"question {pid} has no image")
-    return draw_picture(row["picture"])
+    return draw_image(row["drawing"])
 
 
 def teacher_replies(sample: Sample, seed: int = 0, error_rate: float = 0.15) -> list[dict[str, str]]:
@@ -118,12 +118,12 @@ def write(directory: str | Path, seed: int = 0) -> None:
     """
     sample = generate(seed)
     with atomic_directory(directory) as beside:
-        rows = {pid: {k: v for k, v in row.items() if k != "picture"} for pid, row in sample.problems.items()}
+        rows = {pid: {k: v for k, v in row.items() if k != "drawing"} for pid, row in sample.problems.items()}
         write_json(beside / "problems.json", rows)
         write_json(beside / "pid_splits.json", sample.splits)
         write_json(beside / "captions.json", {"captions": sample.captions})
         for pid, row in sample.problems.items():
-            if row["picture"]:
+            if row["drawing"]:
                 folder = beside / "images" / row["split"] / pid
                 folder.mkdir(parents=True)
                 (folder / "image.png").write_bytes(draw(pid, row))

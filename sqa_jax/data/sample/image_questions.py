@@ -1,8 +1,8 @@
-"""Questions that only their picture answers: count, colour, place, a map, the labels of a diagram.
+"""Questions that only their image answers: count, colour, position, a map, the labels of a diagram.
 
-Every text is balanced: of the questions of a split that show the same words and the same options in the same order, each
-option is right equally often. Whoever does not look is therefore at chance (25 %), whatever was learned. All pictures differ, over
-all splits. The shifted variant asks the same in other words and on other paper.
+Every text is balanced: of the questions of a split with the same words and the same options in the same order, each option
+is right equally often. A model without the image is therefore at chance (25 %), whatever it learned. All images differ, over
+all splits. The shifted variant asks the same in other words and on another background.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ LANDS = {"forest": COLOURS["green"], "desert": COLOURS["yellow"], "sea": COLOURS
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 PARTS = ("flower", "leaf", "stem", "root")
 _INK = (30, 30, 30)
+PAPERS = ((128, 128, 128), (255, 255, 255))  # background, and that of the shifted variant
 Marks = list[list[Any]]
 
 
@@ -37,7 +38,7 @@ class Kind:
       solution: with "{thing}" and "{answer}".
       things: what a question names.
       options: what can be right.
-      marks: draws a picture of a thing for which an option is right.
+      marks: draws an image of a thing for which an option is right.
     """
 
     skill: str
@@ -53,8 +54,8 @@ class Kind:
     marks: Callable[[random.Random, str, str], Marks]
 
 
-def _quarter(rng: random.Random, place: int) -> tuple[int, int]:
-    """The middle of something in a quarter of the picture, by the number of its place."""
+def _quadrant(rng: random.Random, place: int) -> tuple[int, int]:
+    """A random centre in a quadrant of the image; the quadrant by its index in `PLACES`."""
     half = SIDE // 2
     return half * (place % 2) + rng.randint(7, half - 7), half * (place // 2) + rng.randint(7, half - 7)
 
@@ -64,18 +65,18 @@ def _colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 def _count(rng: random.Random, thing: str, answer: str) -> Marks:
-    """So many of a shape, each in a cell of its own."""
+    """So many of a shape, in distinct cells of a grid."""
     cells = rng.sample(range(9), int(answer))
-    middles = [(8 + 16 * (cell % 3) + rng.randint(-2, 2), 8 + 16 * (cell // 3) + rng.randint(-2, 2)) for cell in cells]
-    return [[thing, _colour(rng), x, y, 5] for x, y in middles]
+    centres = [(8 + 16 * (cell % 3) + rng.randint(-2, 2), 8 + 16 * (cell // 3) + rng.randint(-2, 2)) for cell in cells]
+    return [[thing, _colour(rng), x, y, 5] for x, y in centres]
 
 
 def _coloured(rng: random.Random, thing: str, answer: str) -> Marks:
-    return [[thing, COLOURS[answer], *_quarter(rng, rng.randrange(4)), 6]]
+    return [[thing, COLOURS[answer], *_quadrant(rng, rng.randrange(4)), 6]]
 
 
 def _placed(rng: random.Random, thing: str, answer: str) -> Marks:
-    return [[thing, _colour(rng), *_quarter(rng, PLACES.index(answer)), 6]]
+    return [[thing, _colour(rng), *_quadrant(rng, PLACES.index(answer)), 6]]
 
 
 def _map(rng: random.Random, thing: str, answer: str) -> Marks:
@@ -86,8 +87,8 @@ def _map(rng: random.Random, thing: str, answer: str) -> Marks:
     right, bottom = (x - 1, SIDE, x - 1, SIDE), (y - 1, y - 1, SIDE, SIDE)
     boxes = list(zip(left, top, right, bottom, strict=True))
     town = boxes[lands.index(answer)]
-    middle = rng.randint(town[0] + 5, town[2] - 5), rng.randint(town[1] + 5, town[3] - 5)
-    return [*(["box", LANDS[land], *box] for land, box in zip(lands, boxes, strict=True)), ["circle", _INK, *middle, 2]]
+    centre = rng.randint(town[0] + 5, town[2] - 5), rng.randint(town[1] + 5, town[3] - 5)
+    return [*(["box", LANDS[land], *box] for land, box in zip(lands, boxes, strict=True)), ["circle", _INK, *centre, 2]]
 
 
 def _labelled(rng: random.Random, thing: str, answer: str) -> Marks:
@@ -143,26 +144,26 @@ def generate(shifted: bool = False, seed: int = 0) -> tuple[dict[str, dict[str, 
     """Makes the questions: the same for a seed on every machine.
 
     Returns:
-      {pid: row in ScienceQA's own form, with "scene", from which `scenes.draw_scene` draws the picture}, {split: [pid]}.
+      {pid: row in ScienceQA's own form, with "scene", from which `scenes.draw_scene` draws the image}, {split: [pid]}.
     """
-    seen: set[str] = set()
+    drawn: set[str] = set()
     rows: dict[str, dict[str, Any]] = {}
     splits: dict[str, list[str]] = {}
     for split, blocks in SIZES.items():
         rng = random.Random(f"{seed}/{'shifted/' * shifted}{split}")
-        made = [row for kind in KINDS for row in _balanced(rng, kind, blocks, shifted, split, seen)]
-        rng.shuffle(made)
-        splits[split] = [str(len(rows) + k) for k in range(1, len(made) + 1)]
-        rows |= zip(splits[split], made, strict=True)
+        questions = [row for kind in KINDS for row in _balanced(rng, kind, blocks, shifted, split, drawn)]
+        rng.shuffle(questions)
+        splits[split] = [str(len(rows) + k) for k in range(1, len(questions) + 1)]
+        rows |= zip(splits[split], questions, strict=True)
     return rows, splits
 
 
-def _balanced(rng: random.Random, kind: Kind, blocks: int, shifted: bool, split: str, seen: set[str]):
-    """A kind's questions: each text with each order of the options, of which each is right as often."""
+def _balanced(rng: random.Random, kind: Kind, blocks: int, shifted: bool, split: str, drawn: set[str]):
+    """A kind's questions: each text with each order of the options, of which each is right equally often."""
     orders = [(*kind.options[k:], *kind.options[:k]) for k in range(4)]
     cells = list(itertools.product(kind.things, orders, kind.options))
     for thing, choices, answer in cells * (blocks * BLOCK // len(cells)):
-        scene = _new(rng, kind, thing, answer, seen)
+        marks = _new_marks(rng, kind, thing, answer, drawn)
         yield {
             "question": kind.texts[shifted].format(thing=thing),
             "choices": list(choices),
@@ -178,18 +179,15 @@ def _balanced(rng: random.Random, kind: Kind, blocks: int, shifted: bool, split:
             "lecture": kind.lecture,
             "solution": kind.solution.format(thing=thing, answer=answer),
             "split": split,
-            "scene": {"paper": PAPERS[shifted], "marks": scene},
+            "scene": {"paper": PAPERS[shifted], "marks": marks},
         }
 
 
-PAPERS = ((128, 128, 128), (255, 255, 255))
-
-
-def _new(rng: random.Random, kind: Kind, thing: str, answer: str, seen: set[str]) -> Marks:
-    """A picture unlike all before it, in whatever order its marks are drawn."""
+def _new_marks(rng: random.Random, kind: Kind, thing: str, answer: str, drawn: set[str]) -> Marks:
+    """Marks unlike all before them, in whatever order they are drawn."""
     while True:
         marks = kind.marks(rng, thing, answer)
         key = json.dumps(sorted(map(json.dumps, marks)))
-        if key not in seen:
-            seen.add(key)
+        if key not in drawn:
+            drawn.add(key)
             return marks

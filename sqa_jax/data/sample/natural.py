@@ -100,7 +100,7 @@ def magnets(source: Source) -> Draft:
         f"The {names[facing[0]]} pole faces the {names[facing[1]]} pole. {'Different' if right == 'attract' else 'Like'} poles {right}.",
         hint="Magnets that attract pull together. Magnets that repel push apart.",
         caption=f"Two bar magnets in a line. The {names[facing[0]]} pole of one faces the {names[facing[1]]} pole of the other.",
-        picture={"kind": "magnets", "poles": poles},
+        drawing={"kind": "magnets", "poles": poles},
     )  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def thermometer(source: Source) -> Draft:
     right, *wrong = (f"{value}°C" for value in values)
     return Draft(
         f"Select the temperature shown by the thermometer in {place}.", right, tuple(wrong), f"The red column ends at {right}.",
-        caption=f"A thermometer in {place}. The red column ends at {right}.", picture={"kind": "thermometer", "value": values[0]},
+        caption=f"A thermometer in {place}. The red column ends at {right}.", drawing={"kind": "thermometer", "value": values[0]},
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def food_chain(source: Source) -> Draft:
         question = f"Which of these is {roles[place]} in the food chain?"
         reason = f"The {chain[place]} is number {place + 1} in the chain, so it is {roles[place]}."
     return Draft(question, chain[place], tuple(wrong), reason, caption="A food chain: " + " → ".join(chain) + ".",
-                 picture={"kind": "chain", "links": list(chain)})  # fmt: skip
+                 drawing={"kind": "chain", "links": list(chain)})  # fmt: skip
 
 
 def experiment(source: Source) -> Draft:

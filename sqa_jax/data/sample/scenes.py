@@ -1,4 +1,4 @@
-"""Small pictures drawn from a list of marks: shapes, lines and letters without a font, the same pixels on every machine."""
+"""Small images drawn from a list of marks: shapes, lines and letters without a font, the same pixels on every machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_scene(scene: Mapping[str, Any]) -> bytes:
     """PNG of a scene, `SIDE` pixels a side.
 
     Args:
-      scene: {"paper": colour, "marks": [[what, colour, x, y, …], …]} with a mark of `SHAPES` or `LETTERS` at its middle
+      scene: {"paper": colour, "marks": [[what, colour, x, y, …], …]} with a mark of `SHAPES` or `LETTERS` at its centre
         (x, y), with half its size; "box" and "oval" from (x, y) to (x, y); "line" likewise, two pixels wide.
     """
     from PIL import Image, ImageDraw

@@ -17,7 +17,7 @@ class Draft:
     Attributes:
       right: the right option; `wrong` are the others.
       solution: why it is right.
-      picture: what `draw` draws, {"kind": …, …}; None for a question without an image.
+      drawing: what `draw` draws, {"kind": …, …}; None for a question without an image.
     """
 
     question: str
@@ -26,7 +26,7 @@ class Draft:
     solution: str
     hint: str = ""
     caption: str = ""
-    picture: dict[str, Any] | None = None
+    drawing: dict[str, Any] | None = None
 
 
 class Source:

@@ -60,7 +60,7 @@ def compass(source: Source) -> Draft:
     return Draft(
         f"Which of these towns is farthest {ask}?", right, tuple(t for t in towns if t != right), f"On the map {right} is farthest {ask}.",
         caption=f"A map of three towns with a compass rose. From {high} to {low}: {', '.join(ordered)}.",
-        picture={"kind": "map", "towns": [[t, *spot] for t, spot in zip(towns, spots, strict=True)]},
+        drawing={"kind": "map", "towns": [[t, *spot] for t, spot in zip(towns, spots, strict=True)]},
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def bar_chart(source: Source) -> Draft:
         )
         reason = f"The bar of the {item} ends at {count}."
     return Draft(question, right, wrong, reason, caption="A bar chart of fruit sold: " + ", ".join(f"{i} {c}" for i, c in bars) + ".",
-                 picture={"kind": "bars", "bars": [list(bar) for bar in bars]})  # fmt: skip
+                 drawing={"kind": "bars", "bars": [list(bar) for bar in bars]})  # fmt: skip
 
 
 def good_or_service(source: Source) -> Draft:
@@ -114,7 +114,7 @@ def timeline(source: Source) -> Draft:
     town = source.pick(banks.TOWNS)
     return Draft(f"Which of these events in {town} happened {ask}?", right, tuple(e for e in events if e != right),
                  f"On the timeline this is the {ask} event: {right}.", caption=f"A timeline of {town}. " + "; ".join(listed) + ".",
-                 picture={"kind": "timeline", "events": [[y, e] for y, e in zip(years, events, strict=True)]})  # fmt: skip
+                 drawing={"kind": "timeline", "events": [[y, e] for y, e in zip(years, events, strict=True)]})  # fmt: skip
 
 
 def branch(source: Source) -> Draft:

@@ -1,10 +1,11 @@
-"""From what a batch's rows hold of pictures to features, by the tower of the student's family."""
+"""Image features of a batch's rows, by the vision encoder of the model's family."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+from jaxtyping import Array, Float
 
 from sqa_jax.models.vision import siglip_encoder
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
@@ -17,21 +18,24 @@ def encode_images(
     vision: VisionConfig,
     params: Any,
     inputs: ImageTiles | ImagePatches,
-    how: ComputeConfig,
-    adaptation: VisionAdapter = NO_VISION_ADAPTER,
+    compute: ComputeConfig,
+    adapter: VisionAdapter = NO_VISION_ADAPTER,
     dropout: jax.Array | None = None,
-) -> jax.Array:
+) -> Float[Array, "B F D"]:
     """The features of a batch's rows.
 
     Args:
-      params: of tower and connector.
-      inputs: what `row_arrays` of the family gives of each row, with a leading B.
-      how: it computes.
-      adaptation: what adapters add.
+      params: of vision encoder and connector.
+      inputs: what the family's `encoder_inputs` gives of each row, with a leading B.
+      compute: dtype, rematerialisation and sharding.
+      adapter: what adapters add.
       dropout: a key, or None where nothing is dropped.
 
     Returns:
-      [B, F, D]; those of no picture are something that nobody reads.
+      Features; those of padding are arbitrary, and no token refers to them.
     """
-    own = encoder if isinstance(vision, Qwen2VLVision) else siglip_encoder
-    return own.encode_images(vision, params, inputs, how, adaptation, dropout)
+    if isinstance(vision, Qwen2VLVision):
+        assert isinstance(inputs, ImagePatches)
+        return encoder.encode_images(vision, params, inputs, compute, adapter, dropout)
+    assert isinstance(inputs, ImageTiles)
+    return siglip_encoder.encode_images(vision, params, inputs, compute, adapter, dropout)

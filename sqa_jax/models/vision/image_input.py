@@ -1,29 +1,24 @@
-"""A picture as a vision tower reads it."""
+"""Input of the vision encoders: an image after preprocessing, and the images of packed rows."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-if TYPE_CHECKING:  # the module itself needs no JAX
-    import jax
-
-    AnyArray = np.ndarray | jax.Array
-
 
 class PreprocessedImage(NamedTuple):
-    """A picture in pieces, of which each becomes equally many features.
+    """An image after preprocessing, in pieces that become equally many features each.
 
-    Colours are the file's own numbers, 0 to 255: a quarter of what they take as the tower reads them.
+    Pixels are uint8 as in the file, a quarter of the bytes of the encoder's float32 input: the encoder normalizes them.
 
     Attributes:
-      pieces: [n, …] uint8: tiles [S, S, 3], or squares of patches; see the family's `picture`.
-      rows, columns: in which its pieces or patches lie; 0 where it is one piece.
+      pieces: tiles [n, S, S, 3], or blocks of patches [n, merge², 3, p, p]; see the family's `preprocess_image`.
+      rows, columns: of the grid of tiles, or of patches; 0 where the image is one piece.
     """
 
-    pieces: np.ndarray
+    pieces: UInt8[np.ndarray, "n ..."]
     rows: int = 0
     columns: int = 0
 
@@ -35,7 +30,7 @@ class ImageTiles(NamedTuple):
       pixels: n tiles of a row, colours of 0 to 255; black after the row's last.
     """
 
-    pixels: UInt8[AnyArray, "*rows n S S 3"]
+    pixels: UInt8[Any, "*rows n S S 3"]
 
 
 class ImagePatches(NamedTuple):
@@ -47,13 +42,15 @@ class ImagePatches(NamedTuple):
       image_ids: number of each patch's image in the row, from 1; 0 is padding.
     """
 
-    pixels: UInt8[AnyArray, "*rows n m 3 p p"]
-    coordinates: Int[AnyArray, "*rows N 2"]
-    image_ids: Int[AnyArray, "*rows N"]
+    pixels: UInt8[Any, "*rows n m 3 p p"]
+    coordinates: Int[Any, "*rows N 2"]
+    image_ids: Int[Any, "*rows N"]
 
 
 class ImageInputs(NamedTuple):
     """The images of packed rows: input of the vision encoder, or features computed beforehand.
+
+    Arrays are NumPy's on the host and JAX's on devices.
 
     Token V + f of a row, V being the size of the vocabulary, stands for feature f of that row.
 
@@ -65,5 +62,5 @@ class ImageInputs(NamedTuple):
     """
 
     encoder: ImageTiles | ImagePatches | None = None
-    features: Float[AnyArray, "*rows F D"] | None = None
-    mrope_offsets: Int[AnyArray, "*rows F 4"] | None = None
+    features: Float[Any, "*rows F D"] | None = None
+    mrope_offsets: Int[Any, "*rows F 4"] | None = None

@@ -1,4 +1,4 @@
-"""The tokens that hold a picture's places in a prompt."""
+"""Image tokens: the placeholders that an image's features take the place of in a prompt."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from sqa_jax.errors import UserError
 
 
-def check_token(tokenizer: Any, token: str, number: int) -> None:
-    """Raises `UserError` unless the tokenizer gives the token the id that the model knows it by."""
+def check_token(tokenizer: Any, token: str, expected_id: int) -> None:
+    """Raises `UserError` unless the tokenizer gives a token the id that the model has for it."""
     found = tokenizer.convert_tokens_to_ids(token)
-    if found != number:
+    if found != expected_id:
         raise UserError(
-            f"the tokenizer has {token} as {found}, the model as {number}; use the tokenizer that the model was "
+            f"the tokenizer has {token} as {found}, the model as {expected_id}; use the tokenizer that the model was "
             "published with"
         )

@@ -1,8 +1,8 @@
-"""Pictures of PaliGemma (Beyer et al. 2024, arXiv:2407.07726) and PaliGemma 2 (Steiner et al. 2024, arXiv:2412.03555).
+"""Image input of PaliGemma (Beyer et al. 2024, arXiv:2407.07726) and PaliGemma 2 (Steiner et al. 2024, arXiv:2412.03555).
 
-A picture is one tile, whatever its proportions, and each of its patches is a feature. Features take the places of the
-prompt's image tokens *behind* Gemma's scaling of embeddings by √D, themselves unscaled. In a prompt, pictures go first,
-then the beginning-of-sequence token, the text, and a newline; all of these see each other.
+An image is one tile, whatever its aspect ratio, and each of its patches is a feature. Features replace the embeddings of
+the prompt's image tokens *after* Gemma's scaling of embeddings by √D, themselves unscaled. A prompt is the image, the
+beginning-of-sequence token, the text, and a newline, with bidirectional attention among all of these (a prefix LM).
 """
 
 from __future__ import annotations
@@ -22,97 +22,97 @@ from sqa_jax.models.vision.names import TensorNames
 from sqa_jax.models.vision.pixels import PixelTransform
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 
-_KIND, _IMAGE = "siglip_vision_model", "<image>"
-_TOWER, _PROJECTOR = "vision_tower.vision_model.", "multi_modal_projector."
-WORDS = (_IMAGE,)  # what a tokenizer must have as tokens
-NAMES = TensorNames(
+_MODEL_TYPE, _IMAGE = "siglip_vision_model", "<image>"
+_ENCODER_PREFIX, _PROJECTOR_PREFIX = "vision_tower.vision_model.", "multi_modal_projector."
+SPECIAL_TOKENS = (_IMAGE,)  # that a tokenizer must have
+TENSOR_NAMES = TensorNames(
     (
         ("model.", "language_model.model.", "model.language_model."),
         ("lm_head.", "language_model.lm_head.", "lm_head."),
-        (_TOWER, _TOWER, "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
-        (_PROJECTOR, _PROJECTOR, "model.multi_modal_projector."),
+        (_ENCODER_PREFIX, _ENCODER_PREFIX, "vision_tower.", "model.vision_tower.vision_model.", "model.vision_tower."),
+        (_PROJECTOR_PREFIX, _PROJECTOR_PREFIX, "model.multi_modal_projector."),
     )
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class PaliGemmaVision:
-    """What a checkpoint's files say of pictures.
+    """Vision configuration of a checkpoint.
 
     Attributes:
-      tower: shape of the vision tower.
-      width: of a feature, which is the language half's.
-      image_token: id that holds a feature's place in a prompt; it may lie behind the embedding table.
-      pixels: how colours become numbers.
+      encoder: shape of the vision encoder.
+      width: of a feature, which is that of the language model.
+      image_token: id of the image token, one for each feature; it may be beyond the embedding table.
+      pixels: resampling and normalization.
     """
 
-    tower: SiglipConfig
+    encoder: SiglipConfig
     width: int
     image_token: int
     pixels: PixelTransform
 
-    uses_mrope: ClassVar[bool] = False  # features stand in a row, as words do
-    placeholder: ClassVar[str] = ""  # there is no chat template
+    uses_mrope: ClassVar[bool] = False  # features have positions in a row, as text tokens do
+    placeholder: ClassVar[str] = ""  # of an image in a chat template; there is none
     prompt_end: ClassVar[str] = "\n"  # text between prompt and answer
 
     @property
     def encoder_shape(self) -> tuple[int, int, int]:
-        """Layers and width of the tower, and pixels of a patch's side."""
-        return self.tower.shape
+        """Layers and width of the vision encoder, and pixels along a patch's side."""
+        return self.encoder.shape
 
     @property
     def features_per_piece(self) -> int:
-        """Features that one tile becomes."""
-        return self.tower.side**2
+        """Features of one tile."""
+        return self.encoder.patches_per_side**2
 
 
 def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> PaliGemmaVision:
-    """What is said of pictures in `config.json` and in `preprocessor_config.json` ({} for the published settings).
+    """The vision configuration of `config.json` and `preprocessor_config.json` ({} for the published settings).
 
     Raises:
-      UserError: the tower or an option is not supported, a key is missing, or sizes contradict each other.
+      UserError: the encoder or an option is not supported, a key is missing, or sizes contradict each other.
     """
     processor = pixels.image_processor_settings(processor)
-    tower = siglip_config.from_hf(raw.get("vision_config") or {}, (_KIND,), where)
+    encoder = siglip_config.from_hf(raw.get("vision_config") or {}, (_MODEL_TYPE,), where)
     width, text = raw.get("projection_dim", 2048), (raw.get("text_config") or {}).get("hidden_size")
     if not isinstance(width, int) or width != (text or width):
         raise UserError(
-            f"{where}: features of width {width} (projection_dim) do not fit a language half of {text}; "
+            f"{where}: features of width {width} (projection_dim) do not fit a language model of {text}; "
             "fetch the model again"
         )
     token = raw.get("image_token_index", raw.get("image_token_id"))
     if not isinstance(token, int):
         raise UserError(f"{where}: image_token_index is {token!r}, not a token's id; fetch config.json again")
-    read = {"height": tower.image_size, "width": tower.image_size}
-    if (size := processor.get("size", read)) != read:
+    expected = {"height": encoder.image_size, "width": encoder.image_size}
+    if (size := processor.get("size", expected)) != expected:
         raise UserError(
-            f"{where}: the preprocessor makes pictures of {size}, the tower reads {tower.image_size} pixels a side; "
+            f"{where}: the preprocessor makes images of {size}, the vision encoder takes {encoder.image_size} pixels a side; "
             "fetch both again"
         )
-    return PaliGemmaVision(tower, width, token, pixels.from_hf(processor, where, Image.Resampling.BICUBIC))
+    return PaliGemmaVision(encoder, width, token, pixels.from_hf(processor, where, Image.Resampling.BICUBIC))
 
 
-def with_max_image_tokens(vision: PaliGemmaVision, features: int) -> PaliGemmaVision:
-    """The same: each picture is one tile.
+def with_max_image_tokens(vision: PaliGemmaVision, count: int) -> PaliGemmaVision:
+    """The same configuration: every image is one tile.
 
     Raises:
-      UserError: that has another number of features.
+      UserError: a tile has another number of features.
     """
-    if features != vision.features_per_piece:
+    if count != vision.features_per_piece:
         raise UserError(
-            f"config.student.max_image_tokens is {features}; this student shows every picture as "
+            f"config.student.max_image_tokens is {count}; this student encodes every image as "
             f"{vision.features_per_piece}: leave it at 0"
         )
     return vision
 
 
 def to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
-    """What `config.json` says of pictures, besides the `text_config`."""
-    own = {"projection_dim": vision.width, "vision_use_head": False}
+    """The contents of `config.json` but for the `text_config`."""
+    options = {"projection_dim": vision.width, "vision_use_head": False}
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
-        "vision_config": {**siglip_config.to_hf(vision.encoder, _KIND), **own},
+        "vision_config": {**siglip_config.to_hf(vision.encoder, _MODEL_TYPE), **options},
         "projection_dim": vision.width,
         "hidden_size": vision.width,
         "image_token_index": vision.image_token,
@@ -120,7 +120,7 @@ def to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
 
 
 def processor_to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
-    """The `preprocessor_config.json`."""
+    """The contents of `preprocessor_config.json`."""
     side = vision.encoder.image_size
     return {
         "processor_class": "PaliGemmaProcessor",
@@ -132,23 +132,23 @@ def processor_to_hf(vision: PaliGemmaVision) -> dict[str, Any]:
 
 
 def param_specs(vision: PaliGemmaVision) -> list[ParamSpec]:
-    """Every parameter of tower and connector, under the published names; see `NAMES` for others."""
+    """Every parameter of vision encoder and projector, under the published names; see `TENSOR_NAMES` for others."""
     linear = (vision.encoder.hidden_size, vision.width)
     return [
-        *siglip_config.param_specs(vision.encoder, ("vision", "tower"), _TOWER),
-        ParamSpec(("vision", "projector", "kernel"), linear, (f"{_PROJECTOR}linear.weight",), False, True),
-        ParamSpec(("vision", "projector", "bias"), linear[1:], (f"{_PROJECTOR}linear.bias",), False, False),
+        *siglip_config.param_specs(vision.encoder, ("vision", "tower"), _ENCODER_PREFIX),
+        ParamSpec(("vision", "projector", "kernel"), linear, (f"{_PROJECTOR_PREFIX}linear.weight",), False, True),
+        ParamSpec(("vision", "projector", "bias"), linear[1:], (f"{_PROJECTOR_PREFIX}linear.bias",), False, False),
     ]
 
 
-def picture(vision: PaliGemmaVision, image: Image.Image) -> PreprocessedImage:
-    """The picture, in RGB, as the one tile that the tower reads."""
+def preprocess_image(vision: PaliGemmaVision, image: Image.Image) -> PreprocessedImage:
+    """An RGB image as the one tile that the vision encoder takes."""
     side = vision.encoder.image_size
-    return PreprocessedImage(np.asarray(vision.pixels.resized(image, side, side))[None])
+    return PreprocessedImage(np.asarray(vision.pixels.resize(image, side, side))[None])
 
 
 def prompt_ids(vision: PaliGemmaVision, rows: int, columns: int, tokenizer: Any) -> list[int]:
-    """What stands for the picture in a prompt: a token for each feature.
+    """An image's tokens in a prompt: one for each feature.
 
     Raises:
       UserError: the tokenizer is not the model's.
@@ -157,4 +157,4 @@ def prompt_ids(vision: PaliGemmaVision, rows: int, columns: int, tokenizer: Any)
     return [vision.image_token] * vision.features_per_piece
 
 
-row_arrays = siglip_config.row_arrays  # a row's tiles
+encoder_inputs = siglip_config.encoder_inputs

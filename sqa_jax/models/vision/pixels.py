@@ -1,31 +1,29 @@
-"""From a picture to the numbers that a vision tower reads, as transformers' image processors have them.
+"""Image preprocessing: resizing, rescaling and normalization, as in transformers' image processors.
 
-Written with PIL and NumPy alone: the pixels of a data set must not depend on whether torchvision is installed (whose
-resampling differs), nor on the release of transformers (which treat transparency differently).
+Written with PIL and NumPy alone: pixels must not depend on whether torchvision is installed (whose resampling differs),
+nor on the release of transformers (which treat transparency differently).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Shaped
 from PIL import Image
 
 from sqa_jax.errors import UserError
 
-if TYPE_CHECKING:
-    import jax
-
 
 @dataclasses.dataclass(frozen=True)
 class PixelTransform:
-    """How colours become numbers.
+    """Resampling filter and normalization of pixels.
 
     Attributes:
-      resample: PIL's number of the filter for resizing.
-      rescale: colours of 0 to 255 are multiplied by it.
-      mean, std: of the three channels: they are then shifted and divided.
+      resample: PIL's number of the resampling filter.
+      rescale: factor of values of 0 to 255.
+      mean, std: of the three channels, for normalization after rescaling.
     """
 
     resample: int
@@ -33,14 +31,14 @@ class PixelTransform:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
-    def resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        """The picture in another size, whatever that does to its proportions."""
-        return image.resize((width, height), self.resample)
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """The image in another size, without regard to its aspect ratio."""
+        return image.resize((width, height), Image.Resampling(self.resample))
 
-    def normalised(self, colours: jax.Array) -> jax.Array:
-        """Colours [..., 3] of 0 to 255 as a tower reads them, float32."""
-        values = colours.astype(np.float32) * np.float32(self.rescale)
-        return (values - np.float32(self.mean)) / np.float32(self.std)
+    def normalize(self, values: Shaped[Any, "*dims 3"]) -> Float[Any, "*dims 3"]:
+        """Values of 0 to 255, NumPy's or JAX's, as the encoder's float32 input."""
+        rescaled = values.astype(np.float32) * np.float32(self.rescale)
+        return (rescaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
 
 
 def image_processor_settings(processor: dict[str, Any]) -> dict[str, Any]:
@@ -49,13 +47,13 @@ def image_processor_settings(processor: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hf(processor: dict[str, Any], where: str, resample: Image.Resampling) -> PixelTransform:
-    """How colours become numbers, from an image processor's settings.
+    """The transform of an image processor's settings.
 
     Args:
       resample: where they name no filter.
 
     Raises:
-      UserError: a step is switched off that the towers need, or a number is impossible.
+      UserError: a step that the encoders need is switched off, or a number is impossible.
     """
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if processor.get(step) is False:
@@ -79,9 +77,10 @@ def _channels(values: Any, positive: bool = False) -> tuple[float, ...]:
     return numbers
 
 
-def to_hf(pixels: PixelTransform) -> dict[str, Any]:
-    """What an image processor's settings say of it."""
+def to_hf(transform: PixelTransform) -> dict[str, Any]:
+    """The transform as an image processor's settings."""
     return {
-        "do_convert_rgb": True, "do_resize": True, "resample": pixels.resample, "do_rescale": True,
-        "rescale_factor": pixels.rescale, "do_normalize": True, "image_mean": [*pixels.mean], "image_std": [*pixels.std],
+        "do_convert_rgb": True, "do_resize": True, "resample": transform.resample, "do_rescale": True,
+        "rescale_factor": transform.rescale, "do_normalize": True, "image_mean": [*transform.mean],
+        "image_std": [*transform.std],
     }  # fmt: skip

@@ -1,15 +1,16 @@
-"""The families of students that see, behind one face: all but what computes, so that it needs no JAX.
+"""The families of vision-language models behind one face: all but the computation, so that it needs no JAX.
 
-Each has a module of functions with the same names:
+Each is a module with the same functions and constants:
 
-    from_hf(raw, processor, where)                    what Hugging Face's files say of pictures; `to_hf`, `processor_to_hf`
-    NAMES, WORDS                                      of tensors in files, and of tokens that a tokenizer must have
-    with_max_image_tokens(vision, features)                    the same, with so many features of a picture at most
-    leaves(vision)                                    the parameters of tower and connector
-    picture(vision, image)                            a picture, in RGB, in pieces as the tower reads them
-    prompt_ids(vision, rows, columns, tokenizer)      what shows it in a prompt
-    row_arrays(vision, pieces, sizes, room)           the pieces of a row of a batch
-    places(vision, rows, columns)                     of its features, where positions depend on them
+    from_hf(raw, processor, where)                    the vision configuration of Hugging Face's files
+    to_hf(vision), processor_to_hf(vision)            the same files' contents
+    TENSOR_NAMES, SPECIAL_TOKENS                      of tensors in files, and that a tokenizer must have
+    with_max_image_tokens(vision, count)              the configuration with at most so many features of an image
+    param_specs(vision)                               the parameters of vision encoder and connector
+    preprocess_image(vision, image)                   an RGB image in pieces, as the encoder takes them
+    prompt_ids(vision, rows, columns, tokenizer)      the tokens of an image in a prompt
+    encoder_inputs(vision, pieces, grids, capacity)   the encoder's input for a packed row
+    mrope_offsets(vision, rows, columns)              of its features, where positions depend on them (M-RoPE)
 """
 
 from __future__ import annotations
@@ -34,5 +35,5 @@ FAMILIES: dict[str, ModuleType] = {  # values of model_type
 
 
 def vision_family(vision: VisionConfig) -> ModuleType:
-    """The module of a student's family."""
+    """The module of a model's family."""
     return {PaliGemmaVision: paligemma, SmolVLMVision: smolvlm, Qwen2VLVision: qwen2_vl}[type(vision)]

@@ -1,4 +1,4 @@
-"""The shape and parameters of SigLIP's vision tower (Zhai et al. 2023, arXiv:2303.15343), and what it reads."""
+"""Configuration, parameter table and input of SigLIP's vision encoder (Zhai et al. 2023, arXiv:2303.15343)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _ACTIVATION = "gelu_pytorch_tanh"
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Shape of a tower.
+    """Shape of a SigLIP encoder.
 
     Attributes:
       hidden_size: D.
       intermediate_size: width of the MLPs.
       num_layers: L.
       num_heads: each has its own keys and values.
-      image_size: S, pixels of a tile's side.
-      patch_size: pixels of a patch's side; pixels beyond the last whole patch are not seen.
+      image_size: S, pixels along a tile's side.
+      patch_size: pixels along a patch's side; pixels beyond the last whole patch are cut off.
       norm_epsilon: of the layer norms.
     """
 
@@ -39,37 +39,37 @@ class SiglipConfig:
     norm_epsilon: float = 1e-6
 
     @property
-    def side(self) -> int:
+    def patches_per_side(self) -> int:
         """Patches along a tile's side."""
         return self.image_size // self.patch_size
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Layers, width, and pixels of a patch's side."""
+        """Layers, width, and pixels along a patch's side."""
         return self.num_layers, self.hidden_size, self.patch_size
 
     def linear_shapes(self) -> dict[str, tuple[str, int, int]]:
-        """Of each linear layer of a block: its module, input width and output width."""
+        """{linear layer of a block: (module, input width, output width)}."""
         D, inner = self.hidden_size, self.intermediate_size
         attention = {name: ("self_attn", D, D) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
         return {**attention, "fc1": ("mlp", D, inner), "fc2": ("mlp", inner, D)}
 
 
 def from_hf(raw: dict[str, Any], kinds: Collection[str], where: str) -> SiglipConfig:
-    """A tower's shape from the `vision_config` of a `config.json`.
+    """An encoder's shape from the `vision_config` of a `config.json`.
 
     Args:
-      kinds: what its model_type may be.
+      kinds: values that its model_type may have.
 
     Raises:
-      UserError: it is another tower, an option is not supported, a key is missing, or a size is impossible.
+      UserError: it is another encoder, an option is not supported, a key is missing, or a size is impossible.
     """
     kind, activation = raw.get("model_type"), raw.get("hidden_act", _ACTIVATION)
     if kind not in kinds:
-        raise UserError(f"{where}: vision tower {kind!r} is not supported; supported: {', '.join(kinds)}")
+        raise UserError(f"{where}: vision encoder {kind!r} is not supported; supported: {', '.join(kinds)}")
     if activation != _ACTIVATION or raw.get("num_channels", 3) != 3:
         raise UserError(
-            f"{where}: the tower's activation is {activation!r} and its channels are {raw.get('num_channels', 3)}; "
+            f"{where}: the vision encoder's activation is {activation!r} and its channels are {raw.get('num_channels', 3)}; "
             f"supported: {_ACTIVATION} and 3"
         )
     try:
@@ -83,14 +83,14 @@ def from_hf(raw: dict[str, Any], kinds: Collection[str], where: str) -> SiglipCo
             norm_epsilon=raw.get("layer_norm_eps", 1e-6),
         )
     except KeyError as error:
-        raise UserError(f"{where}: key {error} of the vision tower is missing; fetch config.json again") from None
+        raise UserError(f"{where}: key {error} of the vision encoder is missing; fetch config.json again") from None
     check_numbers(config, where, ())
     if config.hidden_size % config.num_heads:
         raise UserError(
-            f"{where}: the tower's {config.num_heads} heads cannot share its width of {config.hidden_size} evenly; "
+            f"{where}: the vision encoder's width of {config.hidden_size} cannot be split evenly into its {config.num_heads} heads; "
             "fetch the model again"
         )
-    if not config.side:
+    if not config.patches_per_side:
         raise UserError(
             f"{where}: a patch of {config.patch_size} pixels does not fit a tile of {config.image_size}; "
             "fetch the model again"
@@ -99,7 +99,7 @@ def from_hf(raw: dict[str, Any], kinds: Collection[str], where: str) -> SiglipCo
 
 
 def to_hf(config: SiglipConfig, kind: str) -> dict[str, Any]:
-    """The `vision_config` that transformers reads as the same tower, of the given model_type."""
+    """The `vision_config` of the same encoder for transformers, of the given model_type."""
     return {
         "model_type": kind,
         "hidden_size": config.hidden_size,
@@ -114,17 +114,17 @@ def to_hf(config: SiglipConfig, kind: str) -> dict[str, Any]:
 
 
 def param_specs(config: SiglipConfig, path: tuple[str, ...], prefix: str) -> list[ParamSpec]:
-    """Every parameter of a tower that lies at `path` in our tree and behind `prefix` in files."""
+    """Every parameter of an encoder that is at `path` in our tree and after `prefix` in files."""
     D, L, P = config.hidden_size, config.num_layers, config.patch_size
 
-    def single(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
-        return ParamSpec((*path, *own), shape, (prefix + name,), False, transposed)
+    def single(keys: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
+        return ParamSpec((*path, *keys), shape, (prefix + name,), False, transposed)
 
-    def layered(own: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
+    def layered(keys: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool = False) -> ParamSpec:
         names = tuple(f"{prefix}encoder.layers.{i}.{name}" for i in range(L))
-        return ParamSpec((*path, "layers", *own), (L, *shape), names, True, transposed)
+        return ParamSpec((*path, "layers", *keys), (L, *shape), names, True, transposed)
 
-    positions = (config.side**2, D)
+    positions = (config.patches_per_side**2, D)
     table = [
         single(("patch_embedding", "kernel"), "embeddings.patch_embedding.weight", (P, P, 3, D), True),
         single(("patch_embedding", "bias"), "embeddings.patch_embedding.bias", (D,)),
@@ -141,16 +141,17 @@ def param_specs(config: SiglipConfig, path: tuple[str, ...], prefix: str) -> lis
     return table
 
 
-def row_arrays(vision: Any, pieces: Sequence[np.ndarray], sizes: Sequence[Any], room: int) -> ImageTiles:
-    """Input of the encoder for a row of a batch: `room` tiles, black after the row's last.
+def encoder_inputs(vision: Any, pieces: Sequence[np.ndarray], grids: Sequence[Any], capacity: int) -> ImageTiles:
+    """The encoder's input for a packed row: `capacity` tiles, black after the row's last.
 
     Args:
       vision: of the family.
-      pieces: the tiles of each of its pictures.
+      pieces: the tiles of each of the row's images.
+      grids: not needed.
     """
     side = vision.encoder.image_size
-    tiles = np.zeros((room, side, side, 3), np.uint8)
+    tiles = np.zeros((capacity, side, side, 3), np.uint8)
     if pieces:
-        own = np.concatenate(pieces)
-        tiles[: len(own)] = own
+        used = np.concatenate(pieces)
+        tiles[: len(used)] = used
     return ImageTiles(tiles)

@@ -1,6 +1,7 @@
-"""Pictures of SmolVLM (Marafioti et al. 2025, arXiv:2504.05299) and Idefics 3 (Laurençon et al. 2024, arXiv:2408.12637).
+"""Image input of SmolVLM (Marafioti et al. 2025, arXiv:2504.05299) and Idefics 3 (Laurençon et al. 2024, arXiv:2408.12637).
 
-A picture is cut into tiles, row by row, and shown once more as a whole; pixel shuffle makes one feature of f × f patches.
+An image is split into tiles, row by row, followed by the whole image as one more tile (the global image); pixel shuffle
+makes one feature of f × f patches.
 """
 
 from __future__ import annotations
@@ -22,31 +23,33 @@ from sqa_jax.models.vision.pixels import PixelTransform
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 
 _FAMILIES = {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}  # values of model_type, and the names of their classes
-_KINDS = ("smolvlm_vision", "idefics3_vision", "idefics3", "siglip_vision_model")  # as published files have them
-_IMAGE, _AROUND, _WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
-_TOWER, _CONNECTOR = "model.vision_model.", "model.connector."
-# What a tokenizer must have as tokens: published ones number up to six rows and columns.
-WORDS = (_IMAGE, _AROUND, _WHOLE, *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)))
-NAMES = TensorNames((("model.", "model.text_model."), (_TOWER, _TOWER), (_CONNECTOR, _CONNECTOR)))
+_MODEL_TYPES = ("smolvlm_vision", "idefics3_vision", "idefics3", "siglip_vision_model")  # as published files have them
+_IMAGE, _AROUND, _GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
+_ENCODER_PREFIX, _CONNECTOR_PREFIX = "model.vision_model.", "model.connector."
+# That a tokenizer must have; published ones number up to six rows and columns.
+SPECIAL_TOKENS = (_IMAGE, _AROUND, _GLOBAL, *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)))
+TENSOR_NAMES = TensorNames(
+    (("model.", "model.text_model."), (_ENCODER_PREFIX, _ENCODER_PREFIX), (_CONNECTOR_PREFIX, _CONNECTOR_PREFIX))
+)
 _LONGEST = 4096  # pixels beyond which transformers resizes a second time
 
 
 @dataclasses.dataclass(frozen=True)
 class SmolVLMVision:
-    """What a checkpoint's files say of pictures.
+    """Vision configuration of a checkpoint.
 
     Attributes:
-      tower: shape of the vision tower; a tile is as large as its pictures.
-      width: of a feature, which is the language half's.
-      image_token: id that holds a feature's place in a prompt.
-      pixels: how colours become numbers.
-      shuffle: f, patches along the side of a square that becomes one feature.
-      longest_edge: pixels to which a picture's longer side is brought before it is cut.
-      splits: whether pictures are cut at all.
+      encoder: shape of the vision encoder; a tile has its image size.
+      width: of a feature, which is that of the language model.
+      image_token: id of the image token, one for each feature.
+      pixels: resampling and normalization.
+      shuffle: f of the pixel shuffle, patches along the side of a square that becomes one feature.
+      longest_edge: pixels that an image's longer side is resized to before it is split.
+      splits: whether images are split into tiles.
       family: the architecture's name in Hugging Face's `model_type`.
     """
 
-    tower: SiglipConfig
+    encoder: SiglipConfig
     width: int
     image_token: int
     pixels: PixelTransform
@@ -55,51 +58,49 @@ class SmolVLMVision:
     splits: bool = True
     family: str = "smolvlm"
 
-    uses_mrope: ClassVar[bool] = False  # features stand in a row, as words do
-    placeholder: ClassVar[str] = _IMAGE  # what stands for a picture in a chat template
+    uses_mrope: ClassVar[bool] = False  # features have positions in a row, as text tokens do
+    placeholder: ClassVar[str] = _IMAGE  # of an image in a chat template
 
     @property
     def encoder_shape(self) -> tuple[int, int, int]:
-        """Layers and width of the tower, and pixels of a patch's side."""
-        return self.tower.shape
+        """Layers and width of the vision encoder, and pixels along a patch's side."""
+        return self.encoder.shape
 
     @property
     def features_per_piece(self) -> int:
-        """Features that one tile becomes."""
-        return (self.tower.side // self.shuffle) ** 2
+        """Features of one tile."""
+        return (self.encoder.patches_per_side // self.shuffle) ** 2
 
 
 def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> SmolVLMVision:
-    """What is said of pictures in `config.json` and in `preprocessor_config.json` ({} for the published settings).
+    """The vision configuration of `config.json` and `preprocessor_config.json` ({} for the published settings).
 
     Raises:
-      UserError: the tower or an option is not supported, a key is missing, or sizes contradict each other.
+      UserError: the encoder or an option is not supported, a key is missing, or sizes contradict each other.
     """
     processor = pixels.image_processor_settings(processor)
-    tower = siglip_config.from_hf(raw.get("vision_config") or {}, _KINDS, where)
-    family, width = raw.get("model_type"), (raw.get("text_config") or {}).get("hidden_size")
-    shuffle, token = raw.get("scale_factor", 2), raw.get("image_token_id")
-    size = processor.get("size", {"longest_edge": 4 * tower.image_size})
-    longest = size.get("longest_edge") if isinstance(size, dict) else size
+    encoder = siglip_config.from_hf(raw.get("vision_config") or {}, _MODEL_TYPES, where)
+    family = raw.get("model_type")
     if family not in _FAMILIES:
         raise UserError(f"{where}: architecture {family!r} is not supported; supported: {', '.join(_FAMILIES)}")
-    numbers = {"text_config.hidden_size": width, "image_token_id": token, "scale_factor": shuffle, "size": longest}
-    for key, value in numbers.items():
-        if not isinstance(value, int) or value <= 0:
-            raise UserError(f"{where}: {key} is {value!r}, which is not a positive number; fetch the model again")
-    if tower.side % shuffle:
+    size = processor.get("size", {"longest_edge": 4 * encoder.image_size})
+    width = _positive(where, "text_config.hidden_size", (raw.get("text_config") or {}).get("hidden_size"))
+    token = _positive(where, "image_token_id", raw.get("image_token_id"))
+    shuffle = _positive(where, "scale_factor", raw.get("scale_factor", 2))
+    longest = _positive(where, "size", size.get("longest_edge") if isinstance(size, dict) else size)
+    if encoder.patches_per_side % shuffle:
         raise UserError(
-            f"{where}: a tile of {tower.side} × {tower.side} patches cannot be divided into squares of {shuffle}; "
-            "fetch the model again"
+            f"{where}: a tile of {encoder.patches_per_side} × {encoder.patches_per_side} patches cannot be divided into "
+            f"squares of {shuffle}; fetch the model again"
         )
-    read = {"longest_edge": tower.image_size}
-    if (tile := processor.get("max_image_size", read)) != read or longest > _LONGEST:
+    expected = {"longest_edge": encoder.image_size}
+    if (tile := processor.get("max_image_size", expected)) != expected or longest > _LONGEST:
         raise UserError(
-            f"{where}: the preprocessor makes tiles of {tile} from pictures of {longest} pixels; supported: tiles of "
-            f"{tower.image_size}, which the tower reads, from at most {_LONGEST}; fetch both again"
+            f"{where}: the preprocessor makes tiles of {tile} from images of {longest} pixels; supported: tiles of "
+            f"{encoder.image_size}, which the vision encoder takes, from at most {_LONGEST}; fetch both again"
         )
     return SmolVLMVision(
-        tower=tower,
+        encoder=encoder,
         width=width,
         image_token=token,
         pixels=pixels.from_hf(processor, where, Image.Resampling.LANCZOS),
@@ -110,25 +111,31 @@ def from_hf(raw: dict[str, Any], processor: dict[str, Any], where: str) -> SmolV
     )
 
 
-def with_max_image_tokens(vision: SmolVLMVision, features: int) -> SmolVLMVision:
-    """The same, but of a picture at most so many features are made: a square one becomes fewer tiles, or one.
+def _positive(where: str, key: str, value: Any) -> int:
+    if not isinstance(value, int) or value <= 0:
+        raise UserError(f"{where}: {key} is {value!r}, which is not a positive number; fetch the model again")
+    return value
+
+
+def with_max_image_tokens(vision: SmolVLMVision, count: int) -> SmolVLMVision:
+    """The configuration with at most so many features of an image: a square one is split into fewer tiles, or none.
 
     Raises:
-      UserError: they are fewer than a tile's.
+      UserError: they are fewer than those of one tile.
     """
-    tiles = features // vision.features_per_piece
+    tiles = count // vision.features_per_piece
     if tiles < 1:
         raise UserError(
-            f"config.student.max_image_tokens is {features}; this student needs {vision.features_per_piece} at least, which "
-            "are one tile's"
+            f"config.student.max_image_tokens is {count}; this student needs {vision.features_per_piece} at least, the features "
+            "of one tile"
         )
-    side = math.isqrt(max(1, tiles - 1))  # one tile shows the whole picture
+    side = math.isqrt(max(1, tiles - 1))  # one tile is the global image
     longest = min(vision.longest_edge, side * vision.encoder.image_size)
     return dataclasses.replace(vision, longest_edge=longest, splits=vision.splits and side > 1)
 
 
 def to_hf(vision: SmolVLMVision) -> dict[str, Any]:
-    """What `config.json` says of pictures, besides the `text_config`."""
+    """The contents of `config.json` but for the `text_config`."""
     return {
         "architectures": [f"{_FAMILIES[vision.family]}ForConditionalGeneration"],
         "model_type": vision.family,
@@ -139,7 +146,7 @@ def to_hf(vision: SmolVLMVision) -> dict[str, Any]:
 
 
 def processor_to_hf(vision: SmolVLMVision) -> dict[str, Any]:
-    """The `preprocessor_config.json`; transformers reads `image_seq_len` from `processor_config.json` alone."""
+    """The contents of `preprocessor_config.json`; transformers reads `image_seq_len` from `processor_config.json` alone."""
     name = _FAMILIES[vision.family]
     return {
         "processor_class": f"{name}Processor",
@@ -154,30 +161,30 @@ def processor_to_hf(vision: SmolVLMVision) -> dict[str, Any]:
 
 
 def param_specs(vision: SmolVLMVision) -> list[ParamSpec]:
-    """Every parameter of tower and connector, under the published names."""
+    """Every parameter of vision encoder and projector, under the published names."""
     linear = (vision.encoder.hidden_size * vision.shuffle**2, vision.width)
-    name = f"{_CONNECTOR}modality_projection.proj.weight"
+    name = f"{_CONNECTOR_PREFIX}modality_projection.proj.weight"
     return [
-        *siglip_config.param_specs(vision.encoder, ("vision", "tower"), _TOWER),
+        *siglip_config.param_specs(vision.encoder, ("vision", "tower"), _ENCODER_PREFIX),
         ParamSpec(("vision", "projector", "kernel"), linear, (name,), False, True),
     ]
 
 
-def picture(vision: SmolVLMVision, image: Image.Image) -> PreprocessedImage:
-    """The picture, in RGB, as the tiles that the tower reads."""
-    side, resized = vision.encoder.image_size, vision.pixels.resized
-    image = resized(image, *_brought(vision, *image.size))
+def preprocess_image(vision: SmolVLMVision, image: Image.Image) -> PreprocessedImage:
+    """An RGB image as the tiles that the vision encoder takes."""
+    side, resize = vision.encoder.image_size, vision.pixels.resize
+    image = resize(image, *_resized_size(vision, *image.size))
     rows, cols = _grid(vision, *image.size)
     if (rows, cols) == (1, 1):
-        return PreprocessedImage(np.asarray(resized(image, side, side))[None])
-    image = resized(image, cols * side, rows * side)
-    whole = np.asarray(resized(image, side, side))[None]
-    cut = np.asarray(image).reshape(rows, side, cols, side, 3).swapaxes(1, 2)
-    return PreprocessedImage(np.concatenate([cut.reshape(-1, side, side, 3), whole]), rows, cols)
+        return PreprocessedImage(np.asarray(resize(image, side, side))[None])
+    image = resize(image, cols * side, rows * side)
+    global_image = np.asarray(resize(image, side, side))[None]
+    tiles = np.asarray(image).reshape(rows, side, cols, side, 3).swapaxes(1, 2)
+    return PreprocessedImage(np.concatenate([tiles.reshape(-1, side, side, 3), global_image]), rows, cols)
 
 
-def _brought(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
-    """Width and height with the longer side as long as the model has it, the other even."""
+def _resized_size(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
+    """Width and height with the longer side of `longest_edge`, the other even."""
     ratio, longest = width / height, vision.longest_edge
     if width >= height:
         width, height = longest, int(longest / ratio)
@@ -189,7 +196,7 @@ def _brought(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
 
 
 def _grid(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
-    """Rows and columns of tiles that a picture of this size is stretched to fill."""
+    """Rows and columns of the tiles that an image of this size is resized to fill."""
     if not vision.splits:
         return 1, 1
     ratio, side = width / height, vision.encoder.image_size
@@ -201,7 +208,7 @@ def _grid(vision: SmolVLMVision, width: int, height: int) -> tuple[int, int]:
 
 
 def prompt_ids(vision: SmolVLMVision, rows: int, columns: int, tokenizer: Any) -> list[int]:
-    """What stands for the picture in a prompt: a token for each feature, and around each tile what says where it was.
+    """An image's tokens in a prompt: one for each feature, and around each tile those of its row and column.
 
     Raises:
       UserError: the tokenizer is not the model's.
@@ -210,8 +217,8 @@ def prompt_ids(vision: SmolVLMVision, rows: int, columns: int, tokenizer: Any) -
     tile, text = _IMAGE * vision.features_per_piece, ""
     for row in range(rows):
         text += "".join(f"{_AROUND}<row_{row + 1}_col_{col + 1}>{tile}" for col in range(columns)) + "\n"
-    text += "\n" * bool(rows) + _AROUND + _WHOLE + tile + _AROUND
+    text += "\n" * bool(rows) + _AROUND + _GLOBAL + tile + _AROUND
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-row_arrays = siglip_config.row_arrays  # a row's tiles
+encoder_inputs = siglip_config.encoder_inputs

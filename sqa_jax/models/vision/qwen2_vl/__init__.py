@@ -1,13 +1,13 @@
-"""Pictures of Qwen2-VL (Wang et al. 2024, arXiv:2409.12191).
+"""Image input of Qwen2-VL (Wang et al. 2024, arXiv:2409.12191).
 
-A picture keeps its proportions: it becomes as many patches as its size asks for, and each square of merge × merge
-patches becomes one feature. Features take the places of the prompt's image tokens, behind nothing else: this decoder
-does not scale embeddings. Where they stand, for the decoder's rotary embedding, is a place in three dimensions.
+An image keeps its aspect ratio (naive dynamic resolution): it has as many patches as its size asks for, and each square
+of merge × merge patches becomes one feature. Features replace the embeddings of the prompt's image tokens; this decoder
+does not scale embeddings. Their positions for the decoder's rotary embedding have three components (M-RoPE).
 """
 
 from sqa_jax.models.vision.qwen2_vl.config import (
-    NAMES,
-    WORDS,
+    SPECIAL_TOKENS,
+    TENSOR_NAMES,
     Qwen2VLVision,
     from_hf,
     param_specs,
@@ -15,9 +15,9 @@ from sqa_jax.models.vision.qwen2_vl.config import (
     to_hf,
     with_max_image_tokens,
 )
-from sqa_jax.models.vision.qwen2_vl.preprocess import picture, places, prompt_ids, row_arrays
+from sqa_jax.models.vision.qwen2_vl.preprocess import encoder_inputs, mrope_offsets, preprocess_image, prompt_ids
 
 __all__ = [
-    "NAMES", "WORDS", "Qwen2VLVision", "from_hf", "param_specs", "picture", "places", "processor_to_hf",
-    "prompt_ids", "row_arrays", "to_hf", "with_max_image_tokens",
+    "SPECIAL_TOKENS", "TENSOR_NAMES", "Qwen2VLVision", "encoder_inputs", "from_hf", "mrope_offsets", "param_specs",
+    "preprocess_image", "processor_to_hf", "prompt_ids", "to_hf", "with_max_image_tokens",
 ]  # fmt: skip
