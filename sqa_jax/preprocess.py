@@ -1,9 +1,9 @@
-"""Builds the pre-tokenized distillation dataset of a configuration, or finds it built already.
+"""Builds the pre-tokenized distillation dataset of a configuration, or reuses the one that exists.
 
 Reads:  the questions and teacher replies that config.data names, the student's tokenizer.
-Writes: <config.data.cache>/<fingerprint>/ with Arrow rows and manifest.json; for a student that sees, also
-        <config.data.cache>/pictures-<fingerprint>/ with the questions' pictures as its tower reads them. The same
-        configuration makes the same fingerprint, and nothing is built twice.
+Writes: <config.data.cache>/<fingerprint>/ with Arrow rows and manifest.json; for a vision-language model also
+        <config.data.cache>/pictures-<fingerprint>/ with the questions' preprocessed images. The same configuration
+        has the same fingerprint, and nothing is built twice.
 
 Example:
   python -m sqa_jax.preprocess --config configs/scienceqa.py --config.data.path=/data/ScienceQA \\
@@ -13,18 +13,23 @@ Example:
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from sqa_jax import cli
 
+if TYPE_CHECKING:
+    from sqa_jax.batches.dataset import DistillationDataset
 
-def describe(dataset, reused: bool, tokenizer: Any, vocabulary: int) -> str:
-    """What a person wants to know about a dataset, with its first row decoded.
+
+def describe(dataset: DistillationDataset, reused: bool, tokenizer: Any, vocabulary: int) -> str:
+    """A summary of a dataset for people, with its first row decoded.
 
     Args:
-      vocabulary: of the student; tokens behind it are what a row sees.
+      reused: whether the dataset existed already.
+      vocabulary: size of the student's; ids from there on stand for image features.
     """
     m = dataset.manifest
     lines = [
@@ -32,19 +37,19 @@ def describe(dataset, reused: bool, tokenizer: Any, vocabulary: int) -> str:
         "  tokens a row:   " + ", ".join(f"{k} {v}" for k, v in m["tokens"].items()),
         "  target tokens:  " + ", ".join(f"{k} {v}" for k, v in m["target_tokens"].items()),
     ]
-    if pictures := m.get("pictures"):
+    if images := m.get("pictures"):
         lines += [
-            f"  pictures:        {pictures['distinct']} distinct of {pictures['questions']} questions, "
-            f"{pictures['bytes'] / 1e6:.1f} MB in {dataset.path.with_name(pictures['pieces'])}",
-            "  features of one: " + ", ".join(f"{k} {v}" for k, v in pictures["features"].items()),
+            f"  images:          {images['distinct']} distinct of {images['questions']} questions, "
+            f"{images['bytes'] / 1e6:.1f} MB in {dataset.path.with_name(images['pieces'])}",
+            "  features each:   " + ", ".join(f"{k} {v}" for k, v in images["features"].items()),
         ]
-    lines += [f"  shortened {part}: {cut['rows']} rows, {cut['tokens']} tokens" for part, cut in m["shortened"].items()]
+    lines += [f"  truncated {part}: {cut['rows']} rows, {cut['tokens']} tokens" for part, cut in m["shortened"].items()]
     lines += [
         f"  dropped, {reason}: {cut['rows']} (questions {', '.join(cut['pids'][:3])}{' …' * (cut['rows'] > 3)})"
         for reason, cut in m["dropped"].items()
     ]
     tokens, prompt_lengths, *_ = dataset.columns()
-    first, end = tokens[0], prompt_lengths[0]
+    first, end = tokens[0], int(prompt_lengths[0])
     lines += [
         "  first row:",
         _indent(_readable(first[:end], tokenizer, vocabulary)),
@@ -54,13 +59,13 @@ def describe(dataset, reused: bool, tokenizer: Any, vocabulary: int) -> str:
     return "\n".join(lines)
 
 
-def _readable(tokens: Any, tokenizer: Any, vocabulary: int) -> str:
-    """The text of tokens, with "<image 256>" in place of 256 features of a picture."""
-    return "".join(
-        f"<image {len(own)}>" if seen else tokenizer.decode(own)
-        for seen, group in itertools.groupby(tokens, lambda token: token >= vocabulary)
-        for own in [list(group)]
-    )
+def _readable(tokens: Iterable[int], tokenizer: Any, vocabulary: int) -> str:
+    """The text of tokens, with "<image 256>" in place of 256 features of an image."""
+    texts = []
+    for are_features, group in itertools.groupby(tokens, lambda token: token >= vocabulary):
+        ids = list(group)
+        texts.append(f"<image {len(ids)}>" if are_features else tokenizer.decode(ids))
+    return "".join(texts)
 
 
 def _indent(text: str) -> str:
@@ -68,19 +73,20 @@ def _indent(text: str) -> str:
 
 
 def main() -> None:
-    from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
+    from sqa_jax.batches.config_data import config_images, load_config_problems, training_problems
+    from sqa_jax.batches.dataset import build_or_reuse
     from sqa_jax.checkpoints.load import student_config
     from sqa_jax.checkpoints.tokenizer import load_tokenizer
 
     config = flags.FLAGS.config
     path, revision = config.student.path, config.student.revision
-    tokenizer, student = load_tokenizer(path, revision), student_config(path, revision, config.student.picture_tokens)
+    tokenizer, student = load_tokenizer(path, revision), student_config(path, revision, config.student.max_image_tokens)
     problems = load_config_problems(config)
-    pictures = config_pictures(config, student, training_problems(config, problems))
-    dataset, reused = build_or_reuse(config, tokenizer, problems, pictures)
+    images = config_images(config, student, training_problems(config, problems))
+    dataset, reused = build_or_reuse(config, tokenizer, problems, images)
     print(describe(dataset, reused, tokenizer, student.vocab_size))
-    if pictures is not None and pictures.failed:
-        print(f"  {pictures.complaint()}")
+    if images is not None and images.failed:
+        print(f"  {images.failure_summary()}")
 
 
 if __name__ == "__main__":

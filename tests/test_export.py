@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models
 from sqa_jax import export as verb
 from sqa_jax.adapters import init_adapter, peft_format
 from sqa_jax.agent.run import Runs
-from sqa_jax.batches.dataset import encoder_for, load_config_problems
+from sqa_jax.batches.config_data import encoder_for, load_config_problems
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
@@ -34,11 +34,11 @@ from sqa_jax.errors import UserError
 from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.export import export
 from sqa_jax.inference.generate import Generator
-from sqa_jax.models.api import module_for
+from sqa_jax.models.api import model_class
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.prompts.formats import option_targets
 from sqa_jax.prompts.recipes import arm_format
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 from tests.support.peft_pair import Pair, their_logits
 from tests.test_train import last_adapter, tiny_config
 
@@ -148,7 +148,7 @@ def asked(student, config) -> list[int]:
 
 def said(student, settings, tree, config) -> str:
     """What our generator answers to it."""
-    mesh, module = make_mesh(default().mesh, jax.devices()[:1]), module_for(student.config)(student.config)
+    mesh, module = make_mesh(default().mesh, jax.devices()[:1]), model_class(student.config)(student.config)
     generator = Generator(settings, module, mesh, student.eos_ids, config.eval.max_new_tokens, 1)
     ((_, ids),) = generator(tree, student.params, [asked(student, config)])
     return student.tokenizer.decode(ids, skip_special_tokens=True) + "\n"

@@ -8,7 +8,8 @@ import textwrap
 import pytest
 
 from configs.quickstart import get_config
-from sqa_jax.batches.dataset import config_records, load_config_problems, records_by_pid
+from sqa_jax.batches.config_data import config_records, load_config_problems
+from sqa_jax.data.teacher_records import records_by_pid
 from sqa_jax.prompts.formats import sections
 from sqa_jax.prompts.recipes import ARMS, examples
 from tests.conftest import ROOT

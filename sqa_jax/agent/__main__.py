@@ -2,10 +2,10 @@
 
 Reads:  the questions and the student that --config names; with --config.agent.adapter=RUN that training's adapter,
         recipe and student settings.
-Writes: WORKDIR/<split>/<policy>/predictions.jsonl, one row a question with its whole conversation, and metrics.json;
+Writes: WORKDIR/<split>/<policy>/predictions.jsonl, one row a question with its whole dialogue, and metrics.json;
         WORKDIR/<split>/results.json, report.md and plots/, the comparison of all policies; WORKDIR/calibration.json.
         Stopped half-way, it goes on with the questions that are missing.
-        With --traces: WORKDIR/traces.jsonl, conversations of the training questions to learn from.
+        With --traces: WORKDIR/traces.jsonl, tool dialogues of the training questions to learn from.
 
 Examples:
   python -m sqa_jax.agent --config configs/agent.py --split val --workdir runs/agent
@@ -35,15 +35,15 @@ def agent(config, workdir: str, split: str) -> dict[str, Any]:
       UserError: a setting, the data, the student or the disk does not allow it.
     """
     from sqa_jax.agent.report import write_report
-    from sqa_jax.agent.run import Runs, policies_of
+    from sqa_jax.agent.run import PolicyRunner, policy_names
     from sqa_jax.agent.summary import summarize
 
-    names = policies_of(config)
-    runs = Runs(config, _root(workdir))
-    problems = runs.problems.split(split)[: config.eval.limit or None]
-    metrics = {name: runs.policy(name, problems, split) for name in names}
-    folder = runs.root / split
-    results = summarize(runs, problems, split, metrics)
+    names = policy_names(config)
+    runner = PolicyRunner(config, _root(workdir))
+    problems = runner.problem_set.split(split)[: config.eval.limit or None]
+    metrics = {name: runner.run_policy(name, problems, split) for name in names}
+    folder = runner.root / split
+    results = summarize(runner, problems, split, metrics)
     write_json(folder / "results.json", results)
     write_report(results, folder)
     return results
@@ -55,26 +55,24 @@ def write_traces(config, workdir: str) -> Path:
     Raises:
       UserError: as `agent`.
     """
-    import json
+    from sqa_jax.agent.run import PolicyRunner
 
-    from sqa_jax.agent.run import Runs
-
-    runs = Runs(config, _root(workdir))
-    file = runs.root / "traces.jsonl"
+    runner = PolicyRunner(config, _root(workdir))
+    file = runner.root / "traces.jsonl"
     with atomic_write(file) as out:
-        for trace in runs.traces():
+        for trace in runner.traces():
             out.write(json.dumps(trace, ensure_ascii=False) + "\n")
     return file
 
 
 def show(config, workdir: str, split: str, pid: str) -> str:
-    """One question's conversation under every policy that answered it, as a person reads it.
+    """One question's dialogue under every policy that answered it, readable.
 
     Raises:
-      UserError: nobody answered it.
+      UserError: no policy answered it.
     """
-    from sqa_jax.agent.report import conversation
-    from sqa_jax.batches.dataset import load_config_problems
+    from sqa_jax.agent.report import dialogue_text
+    from sqa_jax.batches.config_data import load_config_problems
 
     problem = load_config_problems(config).all().get(pid)
     if problem is None:
@@ -83,7 +81,7 @@ def show(config, workdir: str, split: str, pid: str) -> str:
     for file in sorted((_root(workdir) / split).glob("*/predictions.jsonl")):
         for row in read_jsonl(file, "predictions"):
             if row["pid"] == pid:
-                shown.append(conversation(problem, row, file.parent.name))
+                shown.append(dialogue_text(problem, row, file.parent.name))
     if not shown:
         raise UserError(f"--show {pid}: no policy in {workdir}/{split} has answered it; run without --show first")
     return "\n\n".join(shown)
@@ -91,7 +89,7 @@ def show(config, workdir: str, split: str, pid: str) -> str:
 
 def _root(workdir: str) -> Path:
     if not workdir:
-        raise UserError("--workdir is needed: where the conversations are kept")
+        raise UserError("--workdir is needed: where the dialogues are kept")
     return local_path(workdir, "--workdir")
 
 
@@ -115,24 +113,24 @@ def config_with_adapter(config):
 
 
 def main() -> None:
-    given = flags.FLAGS
-    config = config_with_adapter(given.config)
-    split = given.split or config.eval.split
-    if given.show:
-        print(show(config, given.workdir, split, given.show))
-    elif given.traces:
-        print(f"traces are in {write_traces(config, given.workdir)}")
+    FLAGS = flags.FLAGS
+    config = config_with_adapter(FLAGS.config)
+    split = FLAGS.split or config.eval.split
+    if FLAGS.show:
+        print(show(config, FLAGS.workdir, split, FLAGS.show))
+    elif FLAGS.traces:
+        print(f"traces are in {write_traces(config, FLAGS.workdir)}")
     else:
         from sqa_jax.agent.report import table
 
-        results = agent(config, given.workdir, split)
+        results = agent(config, FLAGS.workdir, split)
         print(table(results))
-        print(f"results.json, report.md and plots are in {given.workdir}/{split}")
+        print(f"results.json, report.md and plots are in {FLAGS.workdir}/{split}")
 
 
 if __name__ == "__main__":
     cli.define_config("configs/agent.py")
     flags.DEFINE_string("split", "", "Which questions; the default is config.eval.split.")
-    flags.DEFINE_string("show", "", "Prints this question's conversations, and does nothing else.")
-    flags.DEFINE_bool("traces", False, "Writes conversations of the training questions to learn from instead.")
+    flags.DEFINE_string("show", "", "Prints this question's dialogues, and does nothing else.")
+    flags.DEFINE_bool("traces", False, "Writes tool dialogues of the training questions to learn from instead.")
     cli.run(main)

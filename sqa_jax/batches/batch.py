@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from sqa_jax.models.vision.image_input import ImageInputs
 
-if TYPE_CHECKING:  # the module itself needs no JAX
-    import jax
-
-    AnyArray = np.ndarray | jax.Array
-
 
 class Batch(NamedTuple):
     """Packed rows; a pytree, whose absent parts are None. See `sqa_jax.batches.packing` for a row with its values.
 
-    The leading dimensions `rows` are: none for a single row (`pack_row`), [B] for a micro-batch (`row_losses`), and
-    [A, B] for the A micro-batches of an optimizer step (`make_loader`). T is tokens of a row, M targets of a row.
+    Arrays are NumPy's on the host and JAX's on devices. The leading dimensions `rows` are: none for a single row
+    (`pack_row`), [B] for a micro-batch (`row_losses`), [A, B] for the A micro-batches of an optimizer step
+    (`make_loader`). T is tokens of a row, M targets of a row.
 
     Attributes:
       tokens: ids; those from the size of the vocabulary on stand for features of the row's images, negative ones for
@@ -35,13 +31,13 @@ class Batch(NamedTuple):
       images: of the rows, for vision-language models.
     """
 
-    tokens: Int[AnyArray, "*rows T"]
-    segments: Int[AnyArray, "*rows T"]
-    positions: Int[AnyArray, "*rows T"]
-    target_positions: Int[AnyArray, "*rows M"]
-    targets: Int[AnyArray, "*rows M"]
-    target_mask: Float[AnyArray, "*rows M"]
-    branches: Int[AnyArray, "*rows T"] | None = None
+    tokens: Int[Any, "*rows T"]
+    segments: Int[Any, "*rows T"]
+    positions: Int[Any, "*rows T"]
+    target_positions: Int[Any, "*rows M"]
+    targets: Int[Any, "*rows M"]
+    target_mask: Float[Any, "*rows M"]
+    branches: Int[Any, "*rows T"] | None = None
     images: ImageInputs | None = None
 
 

@@ -1,4 +1,4 @@
-"""One ScienceQA question, whatever source it came from."""
+"""A multiple-choice question in ScienceQA's fields, whatever its source."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LETTERS = "ABCDEFGHIJ"
 class Problem:
     """A multiple-choice science question (ScienceQA, Lu et al., NeurIPS 2022, arXiv:2209.09513).
 
-    Fields carry ScienceQA's own names; a text that the source lacks is "".
+    Fields have ScienceQA's names; a text that the source lacks is "".
 
     Attributes:
-      pid: the dataset's own id of the question, a string.
+      pid: id of the question in its dataset.
       choices: two to ten options, in the order they are lettered (A), (B), …
       answer: index of the right option, 0-based.
-      hint: textual context, "" if none.
-      caption: a machine-made description of the image, "" if none.
+      hint: context as text, "" if none.
+      caption: a generated description of the image, "" if none.
       image: the question's image, or None.
       grade: "grade1" … "grade12", or "" where unknown.
       lecture: background knowledge that the question rests on.
@@ -47,14 +47,14 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.question.strip():
-            raise UserError(f"question {self.pid}: has no question text; mend or remove the row")
+            raise UserError(f"question {self.pid}: has no question text; correct or remove the row")
         if not 1 <= len(self.choices) <= len(LETTERS):
             raise UserError(
-                f"question {self.pid}: has {len(self.choices)} choices, expected 1 to {len(LETTERS)}; mend or remove the row"
+                f"question {self.pid}: has {len(self.choices)} choices, expected 1 to {len(LETTERS)}; correct or remove the row"
             )
         if not 0 <= self.answer < len(self.choices):
             raise UserError(
-                f"question {self.pid}: answer index {self.answer} is outside its {len(self.choices)} choices; mend or remove the row"
+                f"question {self.pid}: answer index {self.answer} is outside its {len(self.choices)} choices; correct or remove the row"
             )
 
     @property

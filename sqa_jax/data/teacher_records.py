@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import re
@@ -172,6 +173,16 @@ def read_replies(path: str | Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     return rows
+
+
+def records_by_pid(records: Iterable[TeacherRecord]) -> dict[str, dict[str, list[TeacherRecord]]]:
+    """{pid: {kind: records}}, in the order they were recorded."""
+    by_pid: dict[str, dict[str, list[TeacherRecord]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in records:
+        # A reply without content still says, with its status, why there is no example.
+        for kind in record.kinds or KINDS:
+            by_pid[record.pid][kind].append(record)
+    return by_pid
 
 
 def write_records(path: str | Path, records: Iterable[TeacherRecord]) -> None:

@@ -1,6 +1,6 @@
 """Prompts and targets in ScienceQA's formats: one function builds both, for training and for inference.
 
-A format is written as in the paper (Lu et al., NeurIPS 2022, section 4.2), inputs, a dash, targets:
+The notation is that of the paper (Lu et al., NeurIPS 2022, section 4.2): inputs, a dash, targets.
 
     QCM-A      question, context, multiple choice → answer
     QCM-ALE    … → answer, then lecture and explanation
@@ -9,7 +9,7 @@ A format is written as in the paper (Lu et al., NeurIPS 2022, section 4.2), inpu
 
     Q question   C context (hint and image caption)   M the choices   L lecture   E solution ("explanation")
 
-and, for the four benchmark settings QTCH, QTCHL, QTCHLS, QTCHS, in front of the dash:
+and, before the dash, for the four benchmark settings QTCH, QTCHL, QTCHLS, QTCHS:
 
     Q question   T task   C the choices   H hint and image caption   L lecture   S solution
 """
@@ -39,10 +39,10 @@ class Format:
 
     @classmethod
     def parse(cls, text: str) -> Format:
-        """Reads "QCM-ALE" (an arrow or "→" also parts them).
+        """Parses "QCM-ALE"; "->" or "→" may stand for the dash.
 
         Raises:
-          UserError: not a format; the possibilities are listed.
+          UserError: not a format; the options are listed.
         """
         inputs, _, targets = re.sub(r"→|->", "-", text).partition("-")
         known = inputs in SETTINGS or (_INPUTS.fullmatch(inputs) and len(set(inputs)) == len(inputs))
@@ -55,11 +55,12 @@ class Format:
 
     @property
     def answer_first(self) -> bool:
+        """Whether the target begins with the answer, so that options can be scored directly."""
         return self.targets.startswith("A")
 
 
 def answer_text(choices: tuple[str, ...], index: int, style: str) -> str:
-    """An answer as it is written: "B", the option's text, or "(B) the option's text".
+    """An answer in one of `ANSWER_STYLES`: "B", the option's text, or "(B) the option's text".
 
     Raises:
       UserError: the style is not known.
@@ -77,9 +78,11 @@ def answer_sentence(choices: tuple[str, ...], index: int, style: str) -> str:
 
 
 def sections(problem: Problem, fmt: Format, caption: bool, marks: str = LETTERS) -> list[tuple[str, str, str]]:
-    """The prompt's parts as (kind, label, text), kind being "lecture", "hint" or "" for what is never shortened.
+    """The parts of a prompt as (kind, label, text); kind is "lecture", "hint", or "" for a part that is never truncated.
 
-    `marks` are the characters that number the options, in brackets.
+    Args:
+      caption: whether the context includes the image caption.
+      marks: the characters that number the options, in brackets.
     """
     options = " ".join(f"({marks[i]}) {choice}" for i, choice in enumerate(problem.choices))
     image = f"Image: {problem.caption}" if caption and problem.caption else ""
@@ -105,7 +108,7 @@ def sections(problem: Problem, fmt: Format, caption: bool, marks: str = LETTERS)
 
 
 def render_target(fmt: Format, choices: tuple[str, ...], answer: int, lecture: str, solution: str, style: str) -> str:
-    """The target text. Parts that are empty are left out."""
+    """The text of the target, without parts that are empty."""
     before, _, after = fmt.targets.partition("A")
     texts = {"L": lecture.strip(), "E": solution.strip()}
     reason = " ".join(texts[letter] for letter in before if texts[letter])
@@ -115,62 +118,71 @@ def render_target(fmt: Format, choices: tuple[str, ...], answer: int, lecture: s
 
 
 def option_targets(problem: Problem, reason: str, style: str) -> list[str]:
-    """Of each option, the target up to and with the answer: what likelihood scoring compares.
+    """The target of each option, up to and including the answer: what scoring by log-likelihood compares.
 
     Args:
-      reason: what stands before the answer, "" where the answer comes first.
+      reason: the text before the answer; "" where the answer comes first.
     """
     fmt = Format("QM", "EA" if reason else "A")
     return [render_target(fmt, problem.choices, i, "", reason, style) for i in range(len(problem.choices))]
 
 
 class Template:
-    """What stands around a prompt and its target.
+    """The text around a prompt and its target.
 
-    With a chat template: the prompt is a user's turn and the target the assistant's; without one, the target
-    follows "Answer: " on a line of its own. An encoder–decoder's encoder reads the prompt and an end token, and its
-    decoder writes the target behind its start token. In each case the target ends with the end token. A picture stands
-    where the chat template puts it, or where there is none, in front of all else.
+    With a chat template, the prompt is the user's turn and the target the assistant's. Without one, the target follows
+    "Answer: " on a line of its own. The encoder of an encoder–decoder gets the prompt and an EOS token, and its decoder
+    generates the target after its start token. In each case the target ends with the EOS token. An image is where the
+    chat template puts it; without a template it comes first.
 
     Attributes:
-      before, after: the text in front of the prompt and between prompt and target, special tokens included.
-      around_picture: the text in front of a picture, and between it and the prompt, in place of `before`.
+      before, after: the text before the prompt, and between prompt and target, special tokens included.
+      around_image: for a prompt with an image, the text before the image, and between image and prompt in place of
+        `before`.
 
     Args:
-      vision: what the student's checkpoint says about pictures (`sqa_jax.models.vision`), if it sees any.
+      chat: use the tokenizer's chat template if it has one.
+      vision: the vision config of a vision-language model (`sqa_jax.models.vision`), else None.
     """
 
     def __init__(self, tokenizer: Any, chat: bool, vision: Any = None):
-        if start := getattr(tokenizer, "decoder_start_token", None):
-            self.before, self.after = "", tokenizer.eos_token + start
-            return
         bos = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) else ""
         self.before, self.after = bos or "", "\nAnswer: "
-        self.around_picture = "", self.before
-        if vision is not None and not vision.placeholder:
+        if start := getattr(tokenizer, "decoder_start_token", None):
+            self.before, self.after = "", tokenizer.eos_token + start
+        elif vision is not None and not vision.placeholder:
             self.after = vision.prompt_end
         elif chat and tokenizer.chat_template:
-            # Rendered once around a mark: the template itself is slow, and user text must not pass through it,
-            # or a question that spells a special token would become one.
-            mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+            self.before, self.after, self.around_image = _chat_turn(tokenizer, vision)
+            return
+        self.around_image = "", self.before
 
-            def rendered(content: Any) -> list[str]:
-                turn = [{"role": "user", "content": content}]
-                text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-                if text.count(mark) != 1:
-                    raise UserError(
-                        "the student's chat template does not show the user's text exactly once; set --config.recipe.chat=False"
-                    )
-                return text.split(mark)
 
-            if vision is None:
-                self.before, self.after = rendered(mark)
-                return
-            text = {"type": "text", "text": mark}
-            self.before, self.after = rendered([text])
-            pictured, _ = rendered([{"type": "image"}, text])
-            if pictured.count(vision.placeholder) != 1:
-                raise UserError(
-                    f"the student's chat template does not show a picture as {vision.placeholder} exactly once; set --config.recipe.chat=False"
-                )
-            self.around_picture = tuple(pictured.split(vision.placeholder))
+def _chat_turn(tokenizer: Any, vision: Any) -> tuple[str, str, tuple[str, str]]:
+    """`before`, `after` and `around_image` of `Template`, by the tokenizer's chat template."""
+    # Rendered once around a mark: rendering is slow, and user text must not pass through the template, or a question
+    # that spells a special token would become one.
+    mark = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+    def around_mark(content: Any) -> tuple[str, str]:
+        turn = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, found, after = text.partition(mark)
+        if not found or mark in after:
+            raise UserError(
+                "the student's chat template does not show the user's text exactly once; set --config.recipe.chat=False"
+            )
+        return before, after
+
+    if vision is None:
+        before, after = around_mark(mark)
+        return before, after, ("", before)
+    text = {"type": "text", "text": mark}
+    before, after = around_mark([text])
+    with_image, _ = around_mark([{"type": "image"}, text])
+    before_image, found, between = with_image.partition(vision.placeholder)
+    if not found or vision.placeholder in between:
+        raise UserError(
+            f"the student's chat template does not show an image as {vision.placeholder} exactly once; set --config.recipe.chat=False"
+        )
+    return before, after, (before_image, between)

@@ -42,11 +42,11 @@ def trace_rows(
     specs = [ToolSpec(**spec) for spec in traces[known[0].pid]["tools"]] if known else []
     dialogue = Dialogue(tokenizer, recipe, specs)
     for problem, opening in zip(known, dialogue.openings(known), strict=True):
-        tokens, shortened = list(opening.tokens), dict(opening.shortened)
+        tokens, truncated = list(opening.tokens), dict(opening.truncated)
         answers = dialogue.answers(problem)
 
-        def row(target: list[int], tokens=tokens, shortened=shortened, opening=opening) -> Encoded:
-            return Encoded(tokens + target, len(tokens), 0, dict(shortened), opening.fits)
+        def row(target: list[int], tokens=tokens, truncated=truncated, opening=opening) -> Encoded:
+            return Encoded(tokens + target, len(tokens), 0, dict(truncated), opening.fits)
 
         for turn in traces[problem.pid]["turns"]:
             call = dialogue.call(Call(turn["tool"], turn["argument"]))
@@ -55,5 +55,5 @@ def trace_rows(
             shown, left_out = dialogue.result(turn["result"], context - len(tokens) - dialogue.reserve(answers))
             tokens += shown
             if left_out:
-                shortened[turn["tool"]] = left_out
+                truncated[turn["tool"]] = left_out
         yield problem, "answer", row([*answers[problem.answer], tokenizer.eos_token_id])

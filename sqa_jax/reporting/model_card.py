@@ -9,19 +9,18 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from sqa_jax.batches.dataset import encoder_for
+from sqa_jax.batches.config_data import encoder_for
 from sqa_jax.checkpoints.load import Student
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import EMBEDDED, HUB_ID, load_problems
 from sqa_jax.files import read_json
-from sqa_jax.models.t5.config import T5Config
-from sqa_jax.models.vision.paligemma import WORDS
-from sqa_jax.models.vision.registry import Vision
+from sqa_jax.models.vision.paligemma import SPECIAL_TOKENS
+from sqa_jax.models.vision.registry import VisionConfig
 from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.reporting.format import percent
 from sqa_jax.reporting.tables import markdown_table
 
-PICTURE = "example.png"  # beside the card of a student that sees: what its snippet shows
+EXAMPLE_IMAGE = "example.png"  # beside the card of a student that sees: what its snippet shows
 
 
 def results_of(workdir: Path, which: str, step: int | None) -> dict[str, dict[str, Any]]:
@@ -94,7 +93,9 @@ def model_card(
 
 def _methods(settings, methods: Sequence[str], trained: bool) -> str:
     lora = settings.lora
-    layers = (", ".join(lora.targets) or "all linear layers") + (", tower and connector included" if lora.tower else "")
+    layers = (", ".join(lora.targets) or "all linear layers") + (
+        ", tower and connector included" if lora.vision_encoder else ""
+    )
     words = {
         "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on {layers}",
         "prefix": f"a prefix of {settings.prefix.length} positions",
@@ -121,8 +122,8 @@ def _data(data) -> str:
 def _use(config, student: Student, methods: Sequence[str], kind: str, out: str) -> list[str]:
     """How it is used."""
     vision, soft = student.config.vision, {"prefix", "prompt"} & set(methods)
-    if soft and vision is not None and (vision.has_places or student.config.prefix_lm):
-        lost = "positions of pictures in rows and columns" if vision.has_places else "mask that lets a prompt's tokens see each other"  # fmt: skip
+    if soft and vision is not None and (vision.uses_mrope or student.config.prefix_lm):
+        lost = "positions of pictures in rows and columns" if vision.uses_mrope else "mask that lets a prompt's tokens see each other"  # fmt: skip
         return [
             f"PEFT reads the files, but where it puts a {soft.pop()} in front it leaves out this model's {lost}, and so "
             "answers otherwise than the model was trained; `sqa_jax.evaluate` answers as it was."
@@ -141,7 +142,7 @@ _TASKS = {
 
 
 def _kind(student: Student) -> str:
-    if isinstance(student.config, T5Config):
+    if student.config.is_encoder_decoder:
         return "encoder–decoder"
     return "decoder" if student.config.vision is None else "seeing"
 
@@ -154,7 +155,7 @@ def example(student: Student) -> Problem:
 class _Unseen(NamedTuple):
     """Shows a picture in a prompt as a processor of transformers wants it: not as features, but as what stands for them."""
 
-    vision: Vision
+    vision: VisionConfig
 
     def prompt(self, pid: str, tokenizer: Any) -> list[int]:
         return tokenizer(self.vision.placeholder, add_special_tokens=False)["input_ids"]
@@ -185,7 +186,7 @@ def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: s
     ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={tokenizer.pad_token_id}"
     new = "reply[0]" if encodes else 'reply[0, inputs["input_ids"].shape[1] :]'
     lines += [
-        *(_asked_in_parts(config, student) if vision is None else _asked_with_picture(config, student, out)),
+        *(_asked_in_parts(config, student) if vision is None else _example_with_image(config, student, out)),
         f"reply = model.generate(**inputs, max_new_tokens={config.eval.max_new_tokens}, do_sample=False, {ends})",
         f"print({reader.lower()}.decode({new}, skip_special_tokens=True))",
     ]
@@ -196,7 +197,7 @@ def _asked_in_parts(config, student: Student) -> list[str]:
     """Lines that make a question's `inputs`, each part of its prompt tokenized by itself, as training tokenizes it."""
     encoder = encoder_for(config, student.tokenizer)
     before, after = encoder.around
-    if isinstance(student.config, T5Config):  # `generate` itself starts the decoder
+    if student.config.is_encoder_decoder:  # `generate` itself starts the decoder
         after = after.removesuffix(student.tokenizer.decoder_start_token)
     prompt = [before, *(text for _, text in encoder.parts(example(student), arm_format(config.recipe))), after]
     return [
@@ -207,18 +208,18 @@ def _asked_in_parts(config, student: Student) -> list[str]:
     ]
 
 
-def _asked_with_picture(config, student: Student, out: str) -> list[str]:
+def _example_with_image(config, student: Student, out: str) -> list[str]:
     """Lines that make the `inputs` of a question with its picture, by the model's own processor."""
     vision, tokenizer = student.config.vision, student.tokenizer
     encoder = encoder_for(config, tokenizer, _Unseen(vision))
     (encoded,) = encoder.encode([example(student)], [arm_format(config.recipe)])
     prompt = tokenizer.decode(encoded.tokens)
     if not vision.placeholder:  # the processor puts what is around it
-        prompt = WORDS[0] + prompt.removeprefix(tokenizer.bos_token or "").removesuffix(vision.prompt_end)
+        prompt = SPECIAL_TOKENS[0] + prompt.removeprefix(tokenizer.bos_token or "").removesuffix(vision.prompt_end)
     given = f'{"add_special_tokens=False, " * bool(vision.placeholder)}return_tensors="pt"'
     return [
         f"prompt = {_written(prompt)}",
-        f"picture = Image.open({_written(f'{out}/{PICTURE}')})",
+        f"picture = Image.open({_written(f'{out}/{EXAMPLE_IMAGE}')})",
         f"inputs = processor(images=[picture], text=prompt, {given})",
     ]
 

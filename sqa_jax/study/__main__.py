@@ -33,7 +33,7 @@ def study(config, workdir: str, command: str = "") -> dict[str, Any]:
       UserError: something that would stop a run is known before any is started, or WORKDIR is another study's.
       Interrupted: SIGTERM came, or config.train.stop_after; what is done is kept.
     """
-    from sqa_jax.batches.dataset import load_config_problems
+    from sqa_jax.batches.config_data import load_config_problems
     from sqa_jax.files import local_path, read_json, write_json
     from sqa_jax.study import summary
     from sqa_jax.study.execute import Executor

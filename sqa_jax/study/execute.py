@@ -9,30 +9,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sqa_jax.batches.dataset import (
-    DistillationDataset,
-    build_or_reuse,
-    config_pictures,
-    config_records,
-    records_by_pid,
-    training_problems,
-)
+from sqa_jax.batches.config_data import config_images, config_records, training_problems
+from sqa_jax.batches.dataset import DistillationDataset, build_or_reuse
 from sqa_jax.batches.images import ImageBatcher
 from sqa_jax.checkpoints.load import Student
 from sqa_jax.data.images import ImageStore
 from sqa_jax.data.sources import ProblemSet
+from sqa_jax.data.teacher_records import records_by_pid
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, sha256_file, sha256_json, write_json
 from sqa_jax.metrics.costs import inference_cost, teacher_cost, training_cost
 from sqa_jax.prompts.recipes import Example, Records, arm_format, arm_of, examples
 from sqa_jax.study.matrix import Run, run_config
-from sqa_jax.teach.prompts import asked
+from sqa_jax.teach.prompts import prompt_of_record
 from sqa_jax.training.workdir import described, flatten
 
 EXPLANATIONS = "explanations"  # folder of the generated explanations, under a run's eval/
 # Settings that say where things are and how work is cut into pieces, not what comes of it.
 _FREE = (
-    "mesh.", "study.", "teach.", "data.cache", "data.path", "data.teacher", "train.save_every", "train.log_every", "train.stop_after",
+    "mesh.", "study.", "teach.", "data.cache", "data.path", "data.teacher", "train.save_every", "train.log_every", "train.stop_after", "train.profile_steps",
 )  # fmt: skip
 
 
@@ -123,7 +118,7 @@ class Executor:
 
     def _make(self, run: Run, folder: Path) -> dict[str, Any]:
         from sqa_jax.evaluation.evaluate import evaluate
-        from sqa_jax.train import train
+        from sqa_jax.training.loop import train
 
         own = self._config(run)
         runtime = self._load(own)
@@ -184,21 +179,21 @@ class Executor:
     def _length(self, run: Run, runtime) -> tuple[int, float]:
         """(steps that a run's own epochs take, tokens of a step on average)."""
         from sqa_jax.adapters import soft_prompt_tokens
-        from sqa_jax.batches.loader import packed_rows, steps_of
+        from sqa_jax.batches.loader import pack_dataset, training_steps
 
         own, student = self._config(run), runtime.student
-        dataset, pictures = self._dataset(own, student)
-        rows = packed_rows(
+        dataset, images = self._dataset(own, student)
+        rows = pack_dataset(
             dataset, own, student.tokenizer.pad_token_id, soft_prompt_tokens(own.adapter), student.config.prefix_lm,
-            pictures and ImageBatcher(pictures),
+            images and ImageBatcher(images),
         )  # fmt: skip
         step = own.train.row_length * own.train.batch_rows * own.train.accumulate
-        return steps_of(own, rows), rows.real_tokens() * step
+        return training_steps(own, rows), rows.packing_efficiency() * step
 
     def _dataset(self, own, student: Student) -> tuple[DistillationDataset, ImageStore | None]:
         """The dataset of a run, and the pictures of its questions."""
-        pictures = config_pictures(own, student.config, training_problems(own, self.problems))
-        return build_or_reuse(own, student.tokenizer, self.problems, pictures)[0], pictures
+        images = config_images(own, student.config, training_problems(own, self.problems))
+        return build_or_reuse(own, student.tokenizer, self.problems, images)[0], images
 
     def _teacher(self, own) -> dict[str, Any]:
         """What the replies cost that a run learned from."""
@@ -210,4 +205,4 @@ class Executor:
             e for p in training_problems(own, self.problems) for e in examples(p, by_pid.get(p.pid, {}), own.recipe)
         ]
         replies = [(e.problem, e.reply) for e in made if isinstance(e, Example) and e.reply is not None]
-        return teacher_cost(replies, self.config.teach.prices, asked)
+        return teacher_cost(replies, self.config.teach.prices, prompt_of_record)

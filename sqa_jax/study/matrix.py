@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sqa_jax.adapters import METHODS, check_methods
-from sqa_jax.batches.dataset import config_records, records_by_pid, training_problems
+from sqa_jax.batches.config_data import config_records, training_problems
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
-from sqa_jax.data.teacher_records import read_replies
+from sqa_jax.data.teacher_records import read_replies, records_by_pid
 from sqa_jax.errors import UserError
 from sqa_jax.prompts.recipes import ARMS, Records, Unusable, check_recipe, examples
 

@@ -6,14 +6,14 @@ import collections
 from collections.abc import Sequence
 from typing import Any
 
-from sqa_jax.batches.dataset import config_records
+from sqa_jax.batches.config_data import config_records
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.metrics.costs import teacher_cost
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import correctness, score
-from sqa_jax.teach.prompts import asked
+from sqa_jax.teach.prompts import prompt_of_record
 
 
 def existing_models(config, problems: ProblemSet) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def existing_models(config, problems: ProblemSet) -> list[dict[str, Any]]:
             {
                 "system": model, "setting": setting, "form": form_of(records), "metrics": score(order, predictions, model),
                 "low": interval.low, "high": interval.high,
-                "cost": teacher_cost(zip(order, records, strict=True), config.teach.prices, asked),
+                "cost": teacher_cost(zip(order, records, strict=True), config.teach.prices, prompt_of_record),
                 "records": records,
             }
         )  # fmt: skip

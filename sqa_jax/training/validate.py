@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from sqa_jax.batches.batch import Batch, empty_like, stack_rows
-from sqa_jax.batches.dataset import encoder_for
+from sqa_jax.batches.config_data import encoder_for
 from sqa_jax.batches.images import ImageBatcher
-from sqa_jax.batches.loader import PackedRows, pack
+from sqa_jax.batches.loader import PackedRows, pack_sequences
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.inference.answer import LikelihoodAnswerer
@@ -55,7 +55,7 @@ class Validator:
                 "tokens, so nothing would say when training is good; raise config.train.row_length (or "
                 "config.recipe.max_prompt), or choose another config.eval.val_split"
             )
-        rows = pack(
+        rows = pack_sequences(
             [virtual.put(e.tokens, e.image_end) for e in encoded],
             np.array([virtual.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
             tokenizer.pad_token_id, 0, runtime.student.config.prefix_lm, images,

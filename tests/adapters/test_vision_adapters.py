@@ -21,9 +21,9 @@ from sqa_jax.adapters.lora import adaptable
 from sqa_jax.adapters.nearest import nearest
 from sqa_jax.adapters.peft_format import lora_modules, to_peft, write_peft
 from sqa_jax.adapters.peft_read import read_peft
-from sqa_jax.batches.dataset import encoder_for
+from sqa_jax.batches.config_data import encoder_for
 from sqa_jax.batches.images import ImageBatcher
-from sqa_jax.batches.loader import pack
+from sqa_jax.batches.loader import pack_sequences
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.checkpoints.weights import param_shapes, random_params, save_safetensors
@@ -47,7 +47,7 @@ from sqa_jax.prompts.formats import Format
 from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.reporting.model_card import example, model_card
 from sqa_jax.runtime import Runtime, make_decoder
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 from sqa_jax.training.loss import row_losses
 from tests.support.vision_pair import VisionPair, png, problem
 from tests.test_export import card_of, ran
@@ -349,8 +349,10 @@ def batch_of(request, tmp_path_factory):
     """(student, a packed row with a picture) of each kind of tower."""
     student = load_student(f"random:{request.param}")
     images = load_images(tmp_path_factory.mktemp("pictures"), student.config.vision, student.config.vocab_size, [problem("0", png(0, (50, 40)))])  # fmt: skip
-    prompt = [*images.prompt("0", student.tokenizer), *range(10, 20)]
-    rows = pack([[*prompt, 30, 31, 32]], np.array([len(prompt)]), ["0"], 128, 0, 0, False, ImageBatcher(images))
+    prompt = [*images.prompt_ids("0", student.tokenizer), *range(10, 20)]
+    rows = pack_sequences(
+        [[*prompt, 30, 31, 32]], np.array([len(prompt)]), ["0"], 128, 0, 0, False, ImageBatcher(images)
+    )
     return student, jax.tree.map(lambda array: jnp.asarray(array)[None], rows[0])
 
 

@@ -18,7 +18,8 @@ from sqa_jax.agent.loop import Agent
 from sqa_jax.agent.policies import Constrained, Free, Plan, at_random, decide
 from sqa_jax.agent.summary import pareto
 from sqa_jax.agent.tools import Tool, make_tools
-from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
+from sqa_jax.batches.config_data import load_config_problems
+from sqa_jax.batches.dataset import build_or_reuse
 from sqa_jax.config import default
 from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.errors import UserError
@@ -26,7 +27,7 @@ from sqa_jax.files import read_jsonl
 from sqa_jax.models.flops import forward_flops
 from sqa_jax.prompts.tool_dialogue import ToolSpec
 from sqa_jax.runtime import build_runtime
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 from tests.conftest import ROOT
 
 CALCULATOR = "test_agent:calculator"
@@ -86,14 +87,14 @@ def test_a_batch_says_what_each_question_alone_says(runtime, problems):
 
 def test_never_calling_is_likelihood_evaluation_behind_the_same_prompt(runtime, problems):
     """What is weighed is what `inference.likelihood` weighs, of the same ids."""
-    from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+    from sqa_jax.inference.likelihood import LikelihoodScorer, MultipleChoice
 
     config = small()
     own = Agent(config, runtime, make_tools(config, load_config_problems(config)))
     policy = Plan(lambda p: ())
     rows = {row["index"]: row for row in own(policy, {}, runtime.student.params, problems)}
     choices = [
-        Choice(one.tokens, own.dialogue.answers(p))
+        MultipleChoice(one.tokens, own.dialogue.answers(p))
         for p, one in zip(problems, own.dialogue.openings(problems), strict=True)
     ]
     scorer = LikelihoodScorer(config.adapter, runtime.decoder, runtime.mesh, 1024, 4)

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from sqa_jax import files
-from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
+from sqa_jax.batches.config_data import load_config_problems
+from sqa_jax.batches.dataset import build_or_reuse
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
 from sqa_jax.data.problem import LETTERS
@@ -268,7 +269,7 @@ def test_bad_teacher_file_names_the_line(config, problems, tmp_path):
 def test_killed_builds_leave_no_dataset(config, tmp_path):
     """kill -9 at several moments of a build: what is there afterwards is whole, or nothing."""
     program = (
-        "import sys; from sqa_jax.config import default; from sqa_jax.batches.dataset import *; from sqa_jax.checkpoints.tokenizer import *\n"
+        "import sys; from sqa_jax.config import default; from sqa_jax.batches.config_data import *; from sqa_jax.batches.dataset import *; from sqa_jax.checkpoints.tokenizer import *\n"
         "c = default(); c.data.cache = sys.argv[1]; c.recipe.format = 'QCML-ALE'; p = load_config_problems(c); print('go', flush=True)\n"
         "build_or_reuse(c, byte_tokenizer(), p)"
     )
@@ -299,7 +300,7 @@ def test_leftovers_of_a_day_ago_are_removed(tmp_path):
 
 def test_tokenizing_is_fast_enough(config):
     """21,208 questions of ScienceQA's size take under a minute on two cores; a tenth of them here, with room."""
-    from sqa_jax.batches.dataset import encoder_for
+    from sqa_jax.batches.config_data import encoder_for
     from sqa_jax.data.problem import Problem
     from sqa_jax.prompts.formats import Format
 

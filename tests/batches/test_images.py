@@ -19,14 +19,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sqa_jax.batches.dataset import build_or_reuse, config_pictures, load_config_problems, training_problems
+from sqa_jax.batches.config_data import config_images, load_config_problems, training_problems
+from sqa_jax.batches.dataset import build_or_reuse
 from sqa_jax.batches.images import ImageBatcher
-from sqa_jax.batches.loader import packed_rows
+from sqa_jax.batches.loader import pack_dataset
 from sqa_jax.checkpoints.load import load_student, student_config
 from sqa_jax.checkpoints.tokenizer import load_tokenizer
 from sqa_jax.config import default
 from sqa_jax.data.image import MOST_PIXELS, ImageFile
-from sqa_jax.data.images import ImageStore, load_pictures
+from sqa_jax.data.images import ImageStore, load_images
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.evaluation.evaluate import evaluate
@@ -41,7 +42,7 @@ VISION = SHAPES["qwen2-vl-tiny"].vision
 
 
 def load(cache, problems, vision=VISION) -> ImageStore:
-    return load_pictures(cache, vision, 1000, problems)
+    return load_images(cache, vision, 1000, problems)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -93,12 +94,12 @@ def test_what_cannot_be_used_is_left_out_and_says_why(name, tmp_path):
     reasons = {pid: reason for pid, (_, reason) in FAULTS.items()}
     assert found.failed == reasons | {"missing": "image not found", "directory": "image cannot be read"}
     assert found.failures == collections.Counter(found.failed.values())
-    assert found.complaint() == (
+    assert found.failure_summary() == (
         f"11 of 13 questions' pictures cannot be used ({UNREADABLE}: 6, {TOO_LARGE}: 2, image file is empty: 1, image "
         "not found: 1, image cannot be read: 1); the first is picture empty"
     )
     alone = load(tmp_path / "alone", good, vision)
-    assert alone.number_of.keys() == found.number_of.keys() == {"good", "other"} and not alone.complaint()
+    assert alone.image_index.keys() == found.image_index.keys() == {"good", "other"} and not alone.failure_summary()
     np.testing.assert_array_equal(alone.pieces, found.pieces)
     for pid, (content, reason) in FAULTS.items():
         with pytest.raises(UserError, match=f"picture {pid}: {reason}.*; .+"):
@@ -127,8 +128,8 @@ def test_every_form_of_a_picture_is_the_picture(name, tmp_path):
     found = load(tmp_path, [problem(pid, content) for pid, (content, _) in pairs.items()], vision)
     assert not found.failed
     for pid, (_, expected) in pairs.items():
-        made = vision_family(vision).picture(vision, expected)
-        number = found.number_of[pid]
+        made = vision_family(vision).preprocess_image(vision, expected)
+        number = found.image_index[pid]
         np.testing.assert_array_equal(found.pieces_of(number), made.pieces, err_msg=pid)
         assert found.sizes[number].tolist() == [len(made.pieces), made.rows, made.columns]
 
@@ -146,10 +147,10 @@ def test_each_content_is_decoded_once(tmp_path, monkeypatch):
     own = [problem(f"{copy}{k}", png(k, size)) for copy in "ab" for k, size in enumerate(sizes)]
     first, again = load(tmp_path, own), load(tmp_path, own[::-1])
     assert count == dict.fromkeys(sizes, 1)
-    assert first.fingerprint == again.fingerprint and first.number_of == again.number_of
-    assert all(first.number_of[f"a{k}"] == first.number_of[f"b{k}"] for k in range(3))
+    assert first.fingerprint == again.fingerprint and first.image_index == again.image_index
+    assert all(first.image_index[f"a{k}"] == first.image_index[f"b{k}"] for k in range(3))
     other = load(tmp_path, [own[1], problem("new", png(9, (50, 50)))])
-    np.testing.assert_array_equal(other.pieces_of(other.number_of["a1"]), first.pieces_of(first.number_of["a1"]))
+    np.testing.assert_array_equal(other.pieces_of(other.image_index["a1"]), first.pieces_of(first.image_index["a1"]))
     assert len(list(tmp_path.glob("pictures-*"))) == 2
 
 
@@ -225,16 +226,16 @@ def test_no_picture_takes_more_tokens_than_allowed(name, most, width, height):
 
     published = SHAPES[name].vision
     try:
-        vision = student_config(f"random:{name}", picture_tokens=most).vision
+        vision = student_config(f"random:{name}", max_image_tokens=most).vision
     except UserError as error:
-        assert "config.student.picture_tokens" in str(error) and most < published.features_of_piece
+        assert "config.student.max_image_tokens" in str(error) and most < published.features_per_piece
         return
 
     def features(vision):
         if "qwen" in name:
             return np.prod(qwen2_vl._grid(vision, width, height)) // vision.merge**2
         rows, columns = smolvlm._grid(vision, *smolvlm._brought(vision, width, height))
-        return (rows * columns + (rows * columns > 1)) * vision.features_of_piece
+        return (rows * columns + (rows * columns > 1)) * vision.features_per_piece
 
     try:
         made = features(vision)
@@ -249,10 +250,12 @@ def test_no_picture_takes_more_tokens_than_allowed(name, most, width, height):
 
 
 def test_paligemma_has_one_number_of_tokens():
-    assert student_config("random:paligemma-3b", picture_tokens=256) == SHAPES["paligemma-3b"]
-    with pytest.raises(UserError, match="picture_tokens is 64; this student shows every picture as 256: leave it at 0"):
-        student_config("random:paligemma-3b", picture_tokens=64)
-    assert student_config("random:tiny", picture_tokens=64) == SHAPES["tiny"]
+    assert student_config("random:paligemma-3b", max_image_tokens=256) == SHAPES["paligemma-3b"]
+    with pytest.raises(
+        UserError, match="max_image_tokens is 64; this student shows every picture as 256: leave it at 0"
+    ):
+        student_config("random:paligemma-3b", max_image_tokens=64)
+    assert student_config("random:tiny", max_image_tokens=64) == SHAPES["tiny"]
 
 
 def test_elongated_pictures(tmp_path):
@@ -301,14 +304,14 @@ def config_of(name, directory, cache, **change):
 
 def built(config):
     problems, student = load_config_problems(config), student_config(config.student.path)
-    pictures = config_pictures(config, student, training_problems(config, problems))
+    images = config_images(config, student, training_problems(config, problems))
     tokenizer = load_tokenizer(config.student.path)
-    return build_or_reuse(config, tokenizer, problems, pictures)[0], tokenizer, student, pictures
+    return build_or_reuse(config, tokenizer, problems, images)[0], tokenizer, student, images
 
 
 def test_training_drops_and_counts_them(directory, tmp_path):
     config = config_of("smolvlm-tiny", directory, tmp_path)
-    dataset, tokenizer, student, pictures = built(config)
+    dataset, tokenizer, student, images = built(config)
     manifest = dataset.manifest
     assert manifest["dropped"] == {
         "image not found": {"rows": 1, "pids": ["train0"]}, UNREADABLE: {"rows": 1, "pids": ["train3"]},
@@ -317,18 +320,18 @@ def test_training_drops_and_counts_them(directory, tmp_path):
     own = manifest["pictures"]
     assert (own["questions"], own["distinct"], own["unusable"]) == (2, 2, {"image not found": 1, UNREADABLE: 1})
     assert own["features"]["max"] == 20 and own["bytes"] == 2 * 5 * 64 * 64 * 3
-    assert str(directory / "images" / "train" / "train0" / "image.png") in pictures.complaint()
+    assert str(directory / "images" / "train" / "train0" / "image.png") in images.failure_summary()
     said = describe(dataset, False, tokenizer, student.vocab_size)
-    assert "pictures:        2 distinct of 2 questions, 0.1 MB" in said
+    assert "images:          2 distinct of 2 questions, 0.1 MB" in said
     # The first row is shown as it is read: four tiles of 4 features, row by row, and the whole.
     assert "<row_1_col_2><image 4>" in said and "<global-img><image 4><fake_token_around_image>" in said
-    rows = packed_rows(dataset, config, 0, pictures=ImageBatcher(pictures))
+    rows = pack_dataset(dataset, config, 0, images=ImageBatcher(images))
     assert rows.rows_of_epoch(0) > 0
     config.train.row_length = 128
     with pytest.raises(
-        UserError, match="question train1 takes .* 2 questions do not fit .* config.student.picture_tokens"
+        UserError, match="question train1 takes .* 2 questions do not fit .* config.student.max_image_tokens"
     ):
-        packed_rows(dataset, config, 0, pictures=ImageBatcher(pictures))
+        pack_dataset(dataset, config, 0, images=ImageBatcher(images))
     # Fetched since, they make other rows.
     file = directory / "images" / "train" / "train0" / "image.png"
     file.parent.mkdir()

@@ -66,7 +66,7 @@ def test_rows_are_full():
     targets = np.clip(rng.lognormal(2.5, 0.5, 3000), 5, 100).astype(int)
     limits = choose_limits(prompts + targets, targets, 1024, [""] * 3000)
     rows = PackedRows([np.zeros(n, np.int32) for n in prompts + targets], prompts, [""] * 3000, limits, 0, 0)
-    assert rows.real_tokens() > 0.97
+    assert rows.packing_efficiency() > 0.97
 
 
 def test_order_depends_on_seed_and_epoch_only():

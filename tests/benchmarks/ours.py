@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
-from sqa_jax.batches.loader import make_loader, packed_rows, steps_of
+from sqa_jax.batches.config_data import load_config_problems
+from sqa_jax.batches.dataset import build_or_reuse
+from sqa_jax.batches.loader import make_loader, pack_dataset, training_steps
 from sqa_jax.inference.answer import GenerativeAnswerer, LikelihoodAnswerer
 from sqa_jax.parallel.mesh import place_rows
 from sqa_jax.runtime import Runtime, build_runtime
@@ -39,8 +40,8 @@ def begin(root: Path) -> Training:
     """Everything in front of the training verb's loop."""
     config, runtime, adapter = _begin(root)
     dataset, _ = build_or_reuse(config, runtime.student.tokenizer, load_config_problems(config))
-    rows = packed_rows(dataset, config, runtime.student.tokenizer.pad_token_id)
-    steps = steps_of(config, rows)
+    rows = pack_dataset(dataset, config, runtime.student.tokenizer.pad_token_id)
+    steps = training_steps(config, rows)
     optimizer = make_optimizer(config.optimizer, steps)
     state = init_state(adapter, optimizer)
     step = compile_step(
@@ -127,7 +128,7 @@ def generate(root: Path, _: float) -> dict[str, Any]:
         clock = time.perf_counter()
         found = {one.index: one for one in ask(adapter, runtime.student.params, questions)}
         seconds = time.perf_counter() - clock
-    written = sum(min(one.written, config.eval.max_new_tokens) for one in found.values())
+    written = sum(min(one.generated_tokens, config.eval.max_new_tokens) for one in found.values())
     texts = [found[index].text for index in range(len(questions))]
     return {"rate": written / seconds, "peak_bytes": _peak(), "texts": texts}
 

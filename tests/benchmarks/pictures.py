@@ -1,6 +1,6 @@
 """Measures what pictures cost: as pieces on disk beside plain PIL, and in a training step with and without cached features.
 
-  pieces    pictures/s and CPU seconds of `load_pictures`, and of a loop that only decodes and resizes the same files;
+  pieces    pictures/s and CPU seconds of `load_images`, and of a loop that only decodes and resizes the same files;
             by how much the first takes more memory than the second, at the peak
   step      CPU seconds of a training step of --config, with the tower in each step and with its features on disk, on the
             same rows: questions that have a picture, one tile of each where the student allows it
@@ -10,7 +10,7 @@ Writes JSON to stdout, and nothing else that stays.
 Examples:
   python -m tests.benchmarks.pictures --measure pieces --count 2000
   python -m tests.benchmarks.pictures --measure step --config configs/test.py --config.student.path=random:smolvlm-256m
-      --config.student.picture_tokens=64 --config.adapter.methods="('prompt',)" --config.train.row_length=512
+      --config.student.max_image_tokens=64 --config.adapter.methods="('prompt',)" --config.train.row_length=512
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def pieces(count: int, width: int = 800, height: int = 600) -> dict[str, Any]:
     from PIL import Image
 
     from sqa_jax.data.image import ImageFile
-    from sqa_jax.data.images import load_pictures
+    from sqa_jax.data.images import load_images
     from sqa_jax.data.problem import Problem
     from sqa_jax.models.catalogue import SHAPES
 
     student, problems = SHAPES["paligemma-3b"], []
-    side, rng = student.vision.tower.image_size, np.random.default_rng(0)
+    side, rng = student.vision.encoder.image_size, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
         for number in range(count):
             file = Path(place) / f"{number}.jpg"
@@ -70,7 +70,7 @@ def pieces(count: int, width: int = 800, height: int = 600) -> dict[str, Any]:
 
         size, loop = timed(plain)
         before = peak()
-        made, ours = timed(lambda: load_pictures(place, student.vision, student.vocab_size, problems))
+        made, ours = timed(lambda: load_images(place, student.vision, student.vocab_size, problems))
         assert made.pieces.size == size
     return {
         "pictures": count, "ours": ours, "plain": loop, "pictures_per_second": count / ours["seconds"],
@@ -84,10 +84,10 @@ def step(config, repeats: int) -> dict[str, Any]:
     import numpy as np
 
     from sqa_jax import adapters
-    from sqa_jax.batches.dataset import config_pictures, encoder_for, load_config_problems, training_problems
+    from sqa_jax.batches.config_data import config_images, encoder_for, load_config_problems, training_problems
     from sqa_jax.batches.images import ImageBatcher
-    from sqa_jax.batches.loader import make_loader, pack
-    from sqa_jax.inference.features import known_features
+    from sqa_jax.batches.loader import make_loader, pack_sequences
+    from sqa_jax.inference.features import cached_features
     from sqa_jax.parallel.mesh import place_rows
     from sqa_jax.prompts.formats import render_target
     from sqa_jax.prompts.recipes import arm_format
@@ -99,25 +99,25 @@ def step(config, repeats: int) -> dict[str, Any]:
     if student.config.vision is None:
         raise UserError("config.student.path: a student that sees is needed, such as random:smolvlm-256m")
     chosen = training_problems(config, load_config_problems(config))
-    pictures = config_pictures(config, student.config, chosen)
-    shown = [problem for problem in chosen if problem.pid in pictures.number_of]
+    images = config_images(config, student.config, chosen)
+    shown = [problem for problem in chosen if problem.pid in images.image_index]
     recipe, virtual, rows_of = config.recipe, adapters.soft_prompt_tokens(config.adapter), config.train.batch_rows
     fmt = arm_format(recipe)
     gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, recipe.answer) for p in shown]
-    encoded = encoder_for(config, student.tokenizer, pictures).encode(shown, [fmt] * len(shown), gold)
-    features, computing = timed(lambda: known_features(config.data.cache, runtime, pictures))
+    encoded = encoder_for(config, student.tokenizer, images).encode(shown, [fmt] * len(shown), gold)
+    features, computing = timed(lambda: cached_features(config.data.cache, runtime, images))
     optimizer = make_optimizer(config.optimizer, 100)
     result: dict[str, Any] = {
-        "pictures": len(pictures.sizes),
-        "features": int(pictures.firsts[-1]),
+        "pictures": len(images.sizes),
+        "features": int(images.feature_offsets[-1]),
         "computing": computing,
     }
     for name, known in (("tower", None), ("cached", features)):
-        rows = pack(
-            [virtual.put(one.tokens, one.behind_picture) for one in encoded],
+        rows = pack_sequences(
+            [virtual.put(one.tokens, one.image_end) for one in encoded],
             np.array([one.prompt_length + virtual.count for one in encoded]), [one.pid for one in shown],
             config.train.row_length, student.tokenizer.pad_token_id, config.seed, student.config.prefix_lm,
-            ImageBatcher(pictures, known),
+            ImageBatcher(images, known),
         )  # fmt: skip
         state = init_state(
             adapters.init_adapter(config.adapter, student.config, student.params, config.seed), optimizer

@@ -16,8 +16,9 @@ from ml_collections import ConfigDict
 
 from sqa_jax import adapters
 from sqa_jax.adapters.peft_format import to_peft, write_peft
-from sqa_jax.batches.dataset import build_or_reuse, encoder_for, load_config_problems
-from sqa_jax.batches.loader import packed_rows, steps_of
+from sqa_jax.batches.config_data import encoder_for, load_config_problems
+from sqa_jax.batches.dataset import build_or_reuse
+from sqa_jax.batches.loader import pack_dataset, training_steps
 from sqa_jax.checkpoints.tokenizer import load_tokenizer
 from sqa_jax.checkpoints.weights import save_safetensors
 from sqa_jax.data.problem import Problem
@@ -100,9 +101,9 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
     write_peft(adapter, root / "adapter")
 
     dataset, _ = build_or_reuse(config, words, load_config_problems(config))
-    rows = packed_rows(dataset, config, words.pad_token_id)
+    rows = pack_dataset(dataset, config, words.pad_token_id)
     per_step = config.train.batch_rows * config.train.accumulate
-    steps = steps_of(config, rows)
+    steps = training_steps(config, rows)
     if steps <= WARM:
         raise UserError(f"config.train.steps is {steps}; measure more than the {WARM} steps before the clock starts")
 
@@ -136,7 +137,7 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
         "steps": steps,
         "examples_per_step": float(np.mean([len(batch) for batch in work["batches"]])),
         "tokens_per_example": float(np.mean([len(one["tokens"]) for batch in work["batches"] for one in batch])),
-        "real_tokens_in_rows": rows.real_tokens(),
+        "real_tokens_in_rows": rows.packing_efficiency(),
         "questions": len(questions),
         "options_per_question": float(np.mean([len(own) for own in options])),
         "tokens_per_prompt": float(np.mean([len(prompt) for prompt in prompts])),

@@ -17,7 +17,7 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.inference.batching import first_fit
 from sqa_jax.inference.generate import Generator, trim
-from sqa_jax.inference.likelihood import Choice, LikelihoodScorer, choose, layout
+from sqa_jax.inference.likelihood import LikelihoodScorer, MultipleChoice, branched_sequence, choose
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.models.soft_tokens import with_soft_tokens
@@ -55,11 +55,11 @@ def ids(*sizes):
 
 
 CHOICES = [
-    Choice(ids(9)[0], [[5, 6, 7], [5, 6, 9, 2], [5, 8]]),
-    Choice(ids(4)[0], [[3], [4]]),
-    Choice(ids(30)[0], ids(1, 2, 3, 4, 5)),
-    Choice(ids(12)[0], [[1, 2, 3], [1, 2, 3, 4]]),  # one is the beginning of the other
-    Choice(ids(7)[0], [[9, 9], [9, 9]]),  # the same twice
+    MultipleChoice(ids(9)[0], [[5, 6, 7], [5, 6, 9, 2], [5, 8]]),
+    MultipleChoice(ids(4)[0], [[3], [4]]),
+    MultipleChoice(ids(30)[0], ids(1, 2, 3, 4, 5)),
+    MultipleChoice(ids(12)[0], [[1, 2, 3], [1, 2, 3, 4]]),  # one is the beginning of the other
+    MultipleChoice(ids(7)[0], [[9, 9], [9, 9]]),  # the same twice
 ]
 
 
@@ -100,7 +100,7 @@ def test_soft_prompts_and_prefixes_are_seen(base, method):
     for index, choice in enumerate(choices[:3]):
         for k, option in enumerate(choice.options):
             (_, (alone, _)) = next(
-                scorer(tree, base, [Choice(list(choice.prompt) + option[:-1], [option[-1:], option[-1:]])])
+                scorer(tree, base, [MultipleChoice(list(choice.prompt) + option[:-1], [option[-1:], option[-1:]])])
             )
             np.testing.assert_allclose(together[index][k][-1], alone[0], atol=1e-4)
     bare = dict(scorer({}, base, CHOICES))
@@ -114,7 +114,7 @@ def test_soft_prompts_and_prefixes_are_seen(base, method):
 )
 def test_layout_reads_each_option_back(prompt, options):
     """Walking a branch of the tree gives the prompt and the option; every scored token has its predecessor."""
-    tree = layout(Choice(prompt, options))
+    tree = branched_sequence(MultipleChoice(prompt, options))
     for number, option in enumerate(options):
         visible = (tree.branches == 0) | (tree.branches == number + 1)
         read = tree.tokens[visible].tolist()
@@ -300,14 +300,14 @@ def test_too_long_is_refused(base):
     with pytest.raises(UserError, match="256 positions"):
         list(
             LikelihoodScorer(adapter_settings("lora"), Decoder(CONFIG), MESH, 48, 1)(
-                {}, base, [Choice(ids(300)[0], [[1], [2]])]
+                {}, base, [MultipleChoice(ids(300)[0], [[1], [2]])]
             )
         )
 
 
 def test_reasoning_then_likelihood_is_generation_followed_by_scoring(tmp_path):
     """The student's own text up to its answer sentence, then the likeliest whole target: against a loop by hand."""
-    from sqa_jax.batches.dataset import encoder_for, load_config_problems
+    from sqa_jax.batches.config_data import encoder_for, load_config_problems
     from sqa_jax.inference.answer import answers
     from sqa_jax.prompts.formats import Format
     from sqa_jax.runtime import build_runtime

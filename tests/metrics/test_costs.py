@@ -112,11 +112,12 @@ def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
     """Counted again from the packed rows of a run's steps, of which one goes over the end of the first epoch."""
     import numpy as np
 
-    from sqa_jax.batches.dataset import build_or_reuse, load_config_problems
-    from sqa_jax.batches.loader import packed_rows
+    from sqa_jax.batches.config_data import load_config_problems
+    from sqa_jax.batches.dataset import build_or_reuse
+    from sqa_jax.batches.loader import pack_dataset
     from sqa_jax.checkpoints.load import load_student
     from sqa_jax.parallel.mesh import make_mesh
-    from sqa_jax.train import train
+    from sqa_jax.training.loop import train
 
     monkeypatch.setattr("sqa_jax.runtime.make_mesh", lambda settings: make_mesh(settings, jax.devices()[:1]))
     config = default()
@@ -129,7 +130,7 @@ def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
     train(config, str(tmp_path / "run"))
     student = load_student("random:tiny")
     dataset, reused = build_or_reuse(config, student.tokenizer, load_config_problems(config))
-    rows = packed_rows(dataset, config, student.tokenizer.pad_token_id)
+    rows = pack_dataset(dataset, config, student.tokenizer.pad_token_id)
     assert reused and rows.rows_of_epoch(0) < 6
     used = [rows[k] for k in range(3 * 2)]
     cost = training_cost(tmp_path / "run", config, student.config, 300.0)

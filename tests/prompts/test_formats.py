@@ -108,18 +108,18 @@ def test_training_prompt_is_inference_prompt_and_target_is_whole(problem, fmt, c
     decoded = TOKENIZER.decode(asked.tokens)
     assert problem.question in decoded and all(choice in decoded for choice in problem.choices)
     # The hint is touched only when nothing of the lecture is left.
-    if trained.shortened.get("hint") and "L" in fmt.inputs and problem.lecture:
-        assert "Lecture: " + problem.lecture[:1] not in decoded or trained.shortened["lecture"] == len(
+    if trained.truncated.get("hint") and "L" in fmt.inputs and problem.lecture:
+        assert "Lecture: " + problem.lecture[:1] not in decoded or trained.truncated["lecture"] == len(
             encoder.plain(["\nLecture: " + problem.lecture])[0]
         )
 
 
 def test_nothing_is_shortened_that_fits():
     encoder = Encoder(TOKENIZER, 10_000, True, True)
-    assert encoder.encode([PROBLEM], [Format.parse("QCML-A")])[0].shortened == {}
+    assert encoder.encode([PROBLEM], [Format.parse("QCML-A")])[0].truncated == {}
     size = len(encoder.encode([PROBLEM], [Format.parse("QCML-A")])[0].tokens)
     (short,) = Encoder(TOKENIZER, size - 4, True, True).encode([PROBLEM], [Format.parse("QCML-A")])
-    assert short.shortened == {"lecture": 4} and len(short.tokens) == size - 4
+    assert short.truncated == {"lecture": 4} and len(short.tokens) == size - 4
 
 
 @pytest.mark.parametrize("real", [False, True])

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.batches.dataset import build_or_reuse, config_records, encoder_for, load_config_problems, records_by_pid
+from sqa_jax.batches.config_data import config_records, encoder_for, load_config_problems
+from sqa_jax.batches.dataset import build_or_reuse
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
 from sqa_jax.data.problem import LETTERS, Problem
-from sqa_jax.data.teacher_records import TeacherRecord
+from sqa_jax.data.teacher_records import TeacherRecord, records_by_pid
 from sqa_jax.errors import UserError
 from sqa_jax.prompts.recipes import ARMS, Example, Unusable, arm_format, check_recipe, examples
 
@@ -226,14 +227,14 @@ def test_rows_of_an_arm(sample, arm):
 @pytest.mark.parametrize("arm", list(ARMS))
 def test_the_loss_looks_at_the_target_and_nothing_else(sample, arm):
     """Packed as for training: what is predicted where the mask is on is every row's target, end token included."""
-    from sqa_jax.batches.loader import packed_rows
+    from sqa_jax.batches.loader import pack_dataset
 
     config, problems, _ = sample
     config = config.copy_and_resolve_references()
     config.recipe.arm, config.train.row_length = arm, 4096
     made, _ = rows(config, problems)
     dataset, _ = build_or_reuse(config, TOKENIZER, problems)
-    packed = packed_rows(dataset, config, TOKENIZER.pad_token_id)
+    packed = pack_dataset(dataset, config, TOKENIZER.pad_token_id)
     learned, wanted = [], collections.Counter(target for _, _, target in made)
     for k in range(packed.rows_of_epoch(0)):
         row = packed[k]

@@ -130,4 +130,4 @@ def test_special_tokens_in_a_result_are_text():
 def test_a_long_hint_is_shortened_as_in_prompts_without_tools():
     made, _ = dialogue("plain")
     (long,) = made.openings([dataclasses.replace(PROBLEM, hint="word " * 300)])
-    assert len(long.tokens) == 600 and long.shortened["hint"] > 0 and long.fits
+    assert len(long.tokens) == 600 and long.truncated["hint"] > 0 and long.fits

@@ -10,12 +10,12 @@ import torch
 
 from sqa_jax.batches.batch import stack_rows
 from sqa_jax.batches.images import ImageBatcher
-from sqa_jax.batches.loader import pack
+from sqa_jax.batches.loader import pack_sequences
 from sqa_jax.checkpoints.hf_config import from_hf, to_hf
 from sqa_jax.checkpoints.weights import save_safetensors
 from sqa_jax.config import default
 from sqa_jax.inference.generate import Generator, trim
-from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+from sqa_jax.inference.likelihood import LikelihoodScorer, MultipleChoice
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.vision.adapter import ComputeConfig
 from sqa_jax.models.vision.encode import encode_images
@@ -37,7 +37,7 @@ def pair(request, tmp_path_factory):
     """A pair with `pictures`, and `prompts`: one picture, two of them, the same one again, and none."""
     own = VisionPair(request.param, tmp_path_factory.mktemp("vision"))
     own.shown = own.images(tmp_path_factory.mktemp("pictures"), *SIZES)
-    one, two, three = (own.shown.prompt(str(k), own.student.tokenizer) for k in range(3))
+    one, two, three = (own.shown.prompt_ids(str(k), own.student.tokenizer) for k in range(3))
     own.prompts = [one + words(9), words(3) + three + words(4) + two + words(6), one + words(5), words(17)]
     return own
 
@@ -56,7 +56,7 @@ def test_packed_rows_have_the_reference_loss(pair):
     sequences = [prompt + target for prompt, target in zip(pair.prompts, targets, strict=True)]
     config, rows = pair.student.config, ImageBatcher(pair.shown)
     lengths = np.array(list(map(len, pair.prompts)))
-    packed = pack(sequences, lengths, list("abcd"), 400, 0, 0, config.prefix_lm, rows)
+    packed = pack_sequences(sequences, lengths, list("abcd"), 400, 0, 0, config.prefix_lm, rows)
     made = [packed[k] for k in range(packed.rows_of_epoch(0))]
     batch = jax.tree.map(jnp.asarray, stack_rows(made))
     settings, decoder = default().adapter, Decoder(config)
@@ -80,7 +80,7 @@ def test_packed_rows_have_the_reference_loss(pair):
 def test_options_are_scored_as_by_the_reference(pair):
     options = [[7, 8, 9], [7, 8, 30, 31], [90]]
     scorer = LikelihoodScorer(default().adapter, Decoder(pair.student.config), MESH, 512, 2, ImageBatcher(pair.shown))
-    found = dict(scorer({}, pair.student.params, [Choice(prompt, options) for prompt in pair.prompts]))
+    found = dict(scorer({}, pair.student.params, [MultipleChoice(prompt, options) for prompt in pair.prompts]))
     for index, prompt in enumerate(pair.prompts):
         for option, ours in zip(options, found[index], strict=True):
             np.testing.assert_allclose(ours, likelihoods(pair, prompt, option)[-len(ours) :], atol=1e-4)
