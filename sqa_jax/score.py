@@ -1,4 +1,4 @@
-"""Scores any system's predictions by the leaderboard's columns. Needs neither JAX nor a model.
+"""Scores predictions of any system by the columns of ScienceQA's leaderboard; needs neither JAX nor a model.
 
 Reads:  a problems directory (ScienceQA's layout) or an embedded source, such as "sample"; predictions as JSONL rows
         {"pid": "4", "answer": 1 or null} or as ScienceQA's {"results": {"4": 1}} (.json).
@@ -45,17 +45,19 @@ def main() -> None:
         (file,) = files.values()
         print(json.dumps(score(problems, read_predictions(file), file), indent=2))
         return
-    from sqa_jax.reporting.tables import comparison
+    from sqa_jax.reporting.tables import comparison  # imports SciPy
 
     systems = {name: read_predictions(file) for name, file in files.items()}
     print(comparison(problems, systems, FLAGS.format == "markdown"))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("problems", "", 'Problems directory, or "sample", "pictures", "pictures-shifted".')
-    flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
+    flags.DEFINE_string(
+        "problems", "", 'Problems directory, or "sample", "image-questions", "image-questions-shifted".'
+    )
+    flags.DEFINE_string("splits", "pid_splits.json", "File in it that assigns questions to splits.")
     flags.DEFINE_string("split", "test", "Split to score.")
-    flags.DEFINE_integer("limit", 0, "Score only so many questions of the split, the first; 0 is all.", lower_bound=0)
-    flags.DEFINE_multi_string("predictions", [], "Predictions file, or name=file; may be given again.")
+    flags.DEFINE_integer("limit", 0, "Score only the first so many questions of the split; 0 is all.", lower_bound=0)
+    flags.DEFINE_multi_string("predictions", [], "Predictions file, or name=file; may be repeated.")
     flags.DEFINE_enum("format", "json", ["json", "table", "markdown"], "How to write the result.")
     cli.run(main)

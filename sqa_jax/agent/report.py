@@ -1,4 +1,4 @@
-"""The comparison of policies as a table, a page with plots, and one conversation as a person reads it."""
+"""The comparison of policies as a table and as a page with plots; one question's dialogue as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sqa_jax.files import atomic_write
 from sqa_jax.metrics.leaderboard import COLUMNS
 from sqa_jax.reporting.format import count, money, percent, points
 from sqa_jax.reporting.plot_style import INK, axes_of, svg
-from sqa_jax.reporting.tables import markdown_table, plain_table
+from sqa_jax.reporting.tables import markdown_table, text_table
 
 Results = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -19,7 +19,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def table(results: Results) -> str:
     """The policies and models, for a terminal."""
-    return plain_table(*systems_table(results))
+    return text_table(*systems_table(results))
 
 
 def tables(results: Results) -> dict[str, Table]:
@@ -36,13 +36,13 @@ def write_report(results: Results, folder: Path) -> None:
 
 
 def section(results: Results) -> str:
-    """The page, a section of the study's report."""
+    """The page; also a section of the study's report."""
     calibration, recall = results["calibration"], results["recall"]
     retrieval = {"oracle": "the question's own lecture", "bm25": "the best match of BM25"}[results["retrieval"]]
     parts = [
         "## H1: a small model with tools",
         f"{results['student']}{', adapter ' + results['adapter'] if results['adapter'] else ', zero-shot'}, on "
-        f"{results['data']['n']['AVG']} questions of {results['data']['name']} (split `{results['split']}`); conversations in "
+        f"{results['data']['n']['AVG']} questions of {results['data']['name']} (split `{results['split']}`); dialogues in "
         f"the {results['form']} form; `retrieve` gives {retrieval}. Chance: {results['chance']} %.",
         markdown_table(*systems_table(results)),
         "*Price*: of 1,000 answers; a student's is that of its operations on a "
@@ -53,8 +53,8 @@ def section(results: Results) -> str:
         "*p, Holm*: McNemar's exact test, corrected over this table. *Smallest visible*: the difference that so many "
         "questions show four times in five, in points." if results["comparisons"] else "",
         markdown_table(*calls_table(results)) if results["calls"] else "",
-        "*Sensible*: an image, or a lecture, was there. *Better*, *worse*: the answer turned right, or wrong, compared "
-        "with never calling." if results["calls"] else "",
+        "*Sensible*: called where there is an image, or a lecture. *Better*, *worse*: the answer turned right, or wrong, "
+        "compared with never calling." if results["calls"] else "",
     ]  # fmt: skip
     if calibration and calibration["n"]:
         thresholds = ", ".join(f"{name} {value:.2f}" for name, value in calibration["thresholds"].items())
@@ -74,7 +74,7 @@ def section(results: Results) -> str:
 
 
 def systems_table(results: Results) -> Table:
-    header = ["policy", *COLUMNS, "95 % interval", "calls", "tokens read", "weighed", "written", "GFLOP", "questions/s", "price", "status"]  # fmt: skip
+    header = ["policy", *COLUMNS, "95 % interval", "calls", "prompt tokens", "branch tokens", "generated", "GFLOP", "questions/s", "price", "status"]  # fmt: skip
     rows = []
     for row in results["systems"]:
         calls = ", ".join(f"{tool} {100 * share:.0f} %" for tool, share in row["calls"].items()) or "none"
@@ -156,38 +156,42 @@ def accuracy_against_cost(results: Results):
     return figure
 
 
-def conversation(problem: Problem, row: Mapping[str, Any], policy: str) -> str:
-    """One question's conversation."""
+def dialogue_text(problem: Problem, row: Mapping[str, Any], policy: str) -> str:
+    """One question's dialogue under a policy.
+
+    Args:
+      row: of the policy's predictions.jsonl.
+    """
     lines = [f"── {policy}: question {problem.pid}", problem.question]
     lines += [f"   context: {problem.hint}"] * bool(problem.hint)
     lines += [f"   ({LETTERS[k]}) {choice}" for k, choice in enumerate(problem.choices)]
     for turn in row["turns"]:
-        if "said" in turn:
-            lines.append(
-                f"student  {' '.join(turn['said'].split())!r}" + (f"  ← {turn['error']}" if "error" in turn else "")
-            )
-        if "margins" in turn:
-            lines.append(
-                "weighs   "
-                + ", ".join(f"{name} {value:+.2f}" for name, value in turn["margins"].items())
-                + " (nats over answering)"
-            )
-        if "tool" in turn:
-            shown = " ".join(turn["result"].split())
-            shown = shown if len(shown) <= 300 else shown[:300] + " …"
-            lines += [
-                f"calls    {turn['tool']}({turn['argument']})",
-                f"tool     {shown or 'nothing'}  [{turn['status']}]",
-            ]
-    last = next((turn["answers"] for turn in reversed(row["turns"]) if "answers" in turn), None)
-    if last:
-        best = max(last)
-        lines.append(
-            "options  " + ", ".join(f"({LETTERS[k]}) {value - best:+.2f}" for k, value in enumerate(last)) + " (nats)"
-        )
+        lines += _turn_lines(turn)
+    scores = next((turn["answers"] for turn in reversed(row["turns"]) if "answers" in turn), None)
+    if scores:
+        best = max(scores)
+        options = ", ".join(f"({LETTERS[k]}) {value - best:+.2f}" for k, value in enumerate(scores))
+        lines.append(f"options  {options} (nats)")
     verdict = "right" if row["answer"] == problem.answer else f"wrong: it is ({problem.letter})"
     lines.append(f"answers  ({LETTERS[row['answer']]}) {row['text']}  [{verdict}; {row['status']}]")
     lines.append(
-        f"         {row['read']} tokens read, {row['branched']} weighed, {row['written']} written, {row['flops'] / 1e9:.1f} GFLOP"
+        f"         {row['read']} prompt tokens, {row['branched']} branch tokens, {row['written']} generated, "
+        f"{row['flops'] / 1e9:.1f} GFLOP"
     )
     return "\n".join(lines)
+
+
+def _turn_lines(turn: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if "said" in turn:
+        error = f"  ← {turn['error']}" if "error" in turn else ""
+        lines.append(f"student  {' '.join(turn['said'].split())!r}{error}")
+    if "margins" in turn:
+        margins = ", ".join(f"{name} {value:+.2f}" for name, value in turn["margins"].items())
+        lines.append(f"scores   {margins} (nats over answering)")
+    if "tool" in turn:
+        result = " ".join(turn["result"].split())
+        result = result if len(result) <= 300 else result[:300] + " …"
+        lines.append(f"calls    {turn['tool']}({turn['argument']})")
+        lines.append(f"tool     {result or 'nothing'}  [{turn['status']}]")
+    return lines

@@ -81,6 +81,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("splits", "pid_splits.json", "File in it that assigns questions to splits.")
     flags.DEFINE_string("train_split", "train", "Split to learn from.")
     flags.DEFINE_string("split", "test", "Split to predict.")
-    flags.DEFINE_integer("limit", 0, "Predict only so many questions of the split, the first; 0 is all.", lower_bound=0)
+    flags.DEFINE_integer("limit", 0, "Predict only the first so many questions of the split; 0 is all.", lower_bound=0)
     flags.DEFINE_string("out", "", "Where the predictions go.")
     cli.run(main)

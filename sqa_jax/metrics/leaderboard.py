@@ -1,4 +1,4 @@
-"""Accuracy by the columns of ScienceQA's leaderboard."""
+"""Accuracy by the columns of ScienceQA's leaderboard, and the predictions files it is computed from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _grade(problem: Problem) -> int | None:
     return int(match[0]) if match else None
 
 
-# Column → which questions count in it (Lu et al. 2022, table 4). TXT: a textual context. NO: no context at all.
+# Column → whether a question counts in it (Lu et al. 2022, table 4). TXT: a textual context. NO: no context at all.
 COLUMNS: dict[str, Callable[[Problem], bool]] = {
     "NAT": lambda p: p.subject == "natural science",
     "SOC": lambda p: p.subject == "social science",
@@ -32,10 +32,10 @@ COLUMNS: dict[str, Callable[[Problem], bool]] = {
 
 
 def read_predictions(path: str | Path) -> dict[str, int | None]:
-    """{pid: answer or None} of a predictions file: JSONL rows, or ScienceQA's own {"results": {pid: index}}.
+    """{pid: answer or None} of a predictions file: JSONL rows, or ScienceQA's {"results": {pid: index}}.
 
     Raises:
-      UserError: the file or a row is not of this form, or a pid is there twice; the row is named.
+      UserError: the file or a row is not of this form, or a pid occurs twice; the message names the row.
     """
     if Path(path).suffix == ".json":
         results = read_json(path, "predictions")
@@ -63,10 +63,10 @@ def read_predictions(path: str | Path) -> dict[str, int | None]:
 def correctness(
     problems: Sequence[Problem], predictions: Mapping[str, int | None], where: str = "predictions"
 ) -> list[bool]:
-    """For each question whether it was answered rightly; missing and unparsed are wrong.
+    """Whether each question was answered correctly; missing and unparsed answers count as wrong.
 
     Raises:
-      UserError: a prediction is for a question that is not among them, or outside its choices.
+      UserError: a prediction is for a question that is not in `problems`, or outside its choices.
     """
     choices = {problem.pid: len(problem.choices) for problem in problems}
     for pid, answer in predictions.items():
@@ -95,9 +95,9 @@ def score(
     metrics: dict[str, Any] = {}
     counts = {}
     for column, belongs in COLUMNS.items():
-        own = [ok for problem, ok in zip(problems, right, strict=True) if belongs(problem)]
-        counts[column] = len(own)
-        metrics[column] = round(100 * sum(own) / len(own), 2) if own else None
+        of_column = [correct for problem, correct in zip(problems, right, strict=True) if belongs(problem)]
+        counts[column] = len(of_column)
+        metrics[column] = round(100 * sum(of_column) / len(of_column), 2) if of_column else None
     missing = sum(problem.pid not in predictions for problem in problems)
     unparsed = sum(answer is None for answer in predictions.values())
     return {**metrics, "n": counts, "unparsed": unparsed, "missing": missing}

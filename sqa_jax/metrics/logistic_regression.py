@@ -23,6 +23,7 @@ def fit(
     Returns:
       weights [D] and bias; the score of x is w·x + b.
     """
+    assert features.shape is not None  # scipy's stubs
     used = np.unique(features.indices)
     X = sparse.csr_array(features[:, used])
     y, n = labels.astype(float), len(labels)

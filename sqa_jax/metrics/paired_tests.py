@@ -1,17 +1,19 @@
-"""Two systems on the same questions, each trained with one or several seeds: how different are they, how surely?
+"""Paired comparison of two systems with one or several training seeds: bootstrap intervals, tests, power, Holm.
 
-Correctness is an array [S, n]: of each seed and question 1 (right) or 0.
+Correctness is an array [S, n]: 1 where the run of a seed answered a question correctly, else 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
+from jaxtyping import Float
 
 RESAMPLES = 10_000
-_AT_ONCE = 500  # resamples whose weights exist at one time
+_CHUNK = 500  # resamples whose weights are in memory together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +21,11 @@ class Comparison:
     """The accuracy of `second` minus that of `first`.
 
     Attributes:
-      n: questions.
-      difference, low, high: of the accuracies (shares, not percent), with its 95 % bootstrap interval.
-      p: of the paired test that both are right equally often.
-      by_seed: difference of each pair of equal seeds.
-      smallest: the smallest difference that these questions would have shown (see `smallest_difference`).
+      n: number of questions.
+      difference, low, high: of the accuracies (fractions, not percent), with its 95 % bootstrap interval.
+      p: p-value of the paired test of equal accuracy.
+      by_seed: difference of each pair of runs with the same seed.
+      smallest: minimum detectable difference (see `smallest_difference`).
     """
 
     n: int
@@ -36,21 +38,20 @@ class Comparison:
 
 
 def compare(
-    first: np.ndarray,
-    second: np.ndarray,
+    first: Float[np.ndarray, "S1 n"],
+    second: Float[np.ndarray, "S2 m"],
     over_seeds: bool,
     rng_seed: int = 0,
     pairs: Sequence[tuple[int, int]] | None = None,
 ) -> Comparison:
-    """Compares two systems.
+    """Compares two systems on the same questions.
 
     Args:
-      first, second: [S1, n] and [S2, n] correctness on the same questions.
       over_seeds: resample seeds as well as questions.
       pairs: (row of first, row of second) of the same seed; None where both have the same seeds in the same order.
 
     Raises:
-      ValueError: not the same number of questions, or `over_seeds` with a single seed.
+      ValueError: the numbers of questions n and m differ, or `over_seeds` with a single seed.
     """
     first, second = np.atleast_2d(np.asarray(first, float)), np.atleast_2d(np.asarray(second, float))
     if first.shape[1] != second.shape[1]:
@@ -72,23 +73,23 @@ def compare(
 
 
 def bootstrap_interval(
-    first: np.ndarray, second: np.ndarray, over_seeds: bool, rng_seed: int = 0
+    first: Float[np.ndarray, "S1 n"], second: Float[np.ndarray, "S2 n"], over_seeds: bool, rng_seed: int = 0
 ) -> tuple[float, float]:
     """95 % percentile interval of the difference of means.
 
     Questions are resampled, each with all its answers (Efron & Tibshirani 1993, section 13.3); with `over_seeds`,
     each system's seeds as well, independently: the pigeonhole bootstrap of a crossed design (Owen 2007, Annals of
-    Applied Statistics 1:386). With three seeds that part is coarse, and rather too wide than too narrow.
+    Applied Statistics 1:386). With three seeds that part is coarse, and errs on the wide side.
     """
     rng = np.random.default_rng(rng_seed)
     n = first.shape[1]
     draws = []
-    for start in range(0, RESAMPLES, _AT_ONCE):
-        size = min(_AT_ONCE, RESAMPLES - start)
-        times = rng.multinomial(n, np.full(n, 1 / n), size=size)  # [R, n] how often each question is drawn
+    for start in range(0, RESAMPLES, _CHUNK):
+        size = min(_CHUNK, RESAMPLES - start)
+        times = rng.multinomial(n, np.full(n, 1 / n), size=size)  # [R, n] multiplicity of each question
 
         def mean(system: np.ndarray, times=times, size=size) -> np.ndarray:
-            by_seed = times @ system.T  # [R, S] right answers: whole numbers, so that nothing is rounded but the end
+            by_seed = times @ system.T  # [R, S] correct answers: whole numbers, so rounding happens once, at the end
             S = len(system)
             weights = rng.multinomial(S, np.full(S, 1 / S), size=size) if over_seeds else 1
             return (by_seed * weights).sum(axis=1) / (S * n)
@@ -98,13 +99,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_test(first: np.ndarray, second: np.ndarray) -> float:
-    """Two-sided p-value that both systems are right equally often on the same questions.
+def paired_test(first: Float[np.ndarray, "S1 n"], second: Float[np.ndarray, "S2 n"]) -> float:
+    """McNemar's test: two-sided p-value of equal accuracy on the same questions.
 
-    One seed each: McNemar's exact test (McNemar 1947, Psychometrika 12:153). More: its extension to clustered
-    pairs, a question being a cluster of answers that are not independent (Durkalski et al. 2003, Statistics in
-    Medicine 22:2417): with d_k the mean difference on question k, (Σ d_k)² / Σ d_k² is χ² with one degree of
-    freedom; for one pair a question that is McNemar's statistic.
+    With one seed each the exact test (McNemar 1947, Psychometrika 12:153). With more its extension to clustered
+    pairs, a question being a cluster of dependent answers (Durkalski et al. 2003, Statistics in Medicine 22:2417):
+    with d_k the mean difference on question k, (Σ d_k)² / Σ d_k² is χ² with one degree of freedom; with one pair a
+    question that is McNemar's statistic.
     """
     from scipy.stats import chi2
 
@@ -118,13 +119,15 @@ def paired_test(first: np.ndarray, second: np.ndarray) -> float:
     return float(chi2.sf(d.sum() ** 2 / (d**2).sum(), 1))
 
 
-def smallest_difference(first: np.ndarray, second: np.ndarray, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The smallest difference that a paired test on as many questions finds with the given power.
+def smallest_difference(
+    first: Float[np.ndarray, "S1 n"], second: Float[np.ndarray, "S2 n"], alpha: float = 0.05, power: float = 0.8
+) -> float:
+    """Minimum detectable difference: what a paired test on as many questions finds with the given power.
 
     Solves n = (z_{1-α/2} √ψ + z_power √(ψ - δ²))² / δ² for δ (Connor 1987, Biometrics 43:207, equation 3). ψ is the
-    mean square of a question's difference: with one seed the share of questions on which the systems differ, with
-    more, where chance differences cancel, less. It is what was observed, and at least δ: to be so far apart, systems
-    must differ on so many questions.
+    mean square of a question's difference: with one seed the fraction of discordant questions, with more, where
+    chance differences cancel, less. It is taken as observed, but at least δ: a difference of δ needs that many
+    discordant questions.
     """
     from scipy.optimize import brentq
     from scipy.stats import norm
@@ -137,7 +140,7 @@ def smallest_difference(first: np.ndarray, second: np.ndarray, alpha: float = 0.
         psi = max(observed, delta)
         return (z_alpha * psi**0.5 + z_power * (psi - delta**2) ** 0.5) ** 2 / delta**2 - n
 
-    return 1.0 if excess(1.0) > 0 else float(brentq(excess, 1e-9, 1.0))
+    return 1.0 if excess(1.0) > 0 else float(cast(float, brentq(excess, 1e-9, 1.0)))  # a tuple only with full_output
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

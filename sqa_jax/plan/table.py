@@ -1,4 +1,4 @@
-"""Plans as text for a person."""
+"""Plans as text tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Any
 
 from sqa_jax.parallel.chips import GIB
 from sqa_jax.parallel.mesh import AXES
+from sqa_jax.reporting.format import duration
+from sqa_jax.reporting.tables import text_table
 
 
 def training(row: dict[str, Any]) -> str:
-    """The plan of a training step, a line a fact."""
+    """The plan of a training step, one fact a line."""
     batch = row["batch"]
     lines = [
         ("mesh", f"{_mesh(row)} ({', '.join(AXES)})"),
@@ -23,10 +25,10 @@ def training(row: dict[str, Any]) -> str:
         return _aligned(lines + [("or" if k else "change", text) for k, text in enumerate(row["advice"])])
     epoch = row["epoch"]
     dollars = {name: price for name, price in epoch["dollars"].items() if price is not None}
-    lines += _measured(row)
+    lines += _measurements(row)
     lines += [
-        ("donation", "the state is updated in place" if row["donated"] else "none: the state is there twice"),
-        ("epoch", f"{epoch['tokens']:,.0f} tokens ({epoch['source']}): {_time(epoch['seconds'])}, {epoch['chip_hours']:.3f} "
+        ("donation", "the state is updated in place" if row["donated"] else "none: the state is allocated twice"),
+        ("epoch", f"{epoch['tokens']:,.0f} tokens ({epoch['source']}): {duration(epoch['seconds'], 1)}, {epoch['chip_hours']:.3f} "
          "chip-hours" + "".join(f", ${price:.2f} {name.replace('_', ' ')}" for name, price in dollars.items())),
     ]  # fmt: skip
     formula = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["expected_sent"].items())
@@ -35,22 +37,22 @@ def training(row: dict[str, Any]) -> str:
 
 
 def generation(row: dict[str, Any]) -> str:
-    """The plan of the loop that generates, a line a fact."""
+    """The plan of the decoding loop, one fact a line."""
     lines = [("generation", f"{row['texts']} texts of {row['new_tokens']} new tokens on {_mesh(row)}")]
     if not row["fits"]:
         return _aligned([*lines, ("memory", "does not fit: lower config.eval.batch_questions or max_new_tokens")])
-    return f"{_aligned(lines + _measured(row))}\n\n{_communication(row)}"
+    return f"{_aligned(lines + _measurements(row))}\n\n{_communication(row)}"
 
 
-def _measured(row: dict[str, Any]) -> list[tuple[str, str]]:
+def _measurements(row: dict[str, Any]) -> list[tuple[str, str]]:
     seconds, gib = row["seconds"], {name: size / GIB for name, size in row["memory"].items()}
     percent = {name: f"{100 * part:.1f} %" for name, part in row["utilization"].items()}
     lines = [
         ("memory of a chip", f"{gib['peak']:.2f} of {gib['chip']:.0f} GiB: arguments {gib['arguments']:.2f}, temporaries "
          f"{gib['temporaries']:.2f}, outputs {gib['outputs']:.2f} of which {gib['donated']:.2f} reuse arguments, code {gib['code']:.2f}"),
-        ("time", f"{_time(seconds['estimate'])} by the compiler's cost model"),
-        ("at best", f"{_time(seconds['roofline'])}: {seconds['binds']} binds; compute {_time(seconds['compute'])}, memory "
-         f"{_time(seconds['memory'])}, communication {_time(seconds['communication'])}"),
+        ("time", f"{duration(seconds['estimate'], 1)} by the compiler's cost model"),
+        ("at best", f"{duration(seconds['roofline'], 1)}: {seconds['binds']} binds; compute {duration(seconds['compute'], 1)}, memory "
+         f"{duration(seconds['memory'], 1)}, communication {duration(seconds['communication'], 1)}"),
         ("work of a chip", f"{row['flops'] / 1e12:.2f} TFLOP, {row['traffic'] / 1e9:.1f} GB to and from memory"),
         ("utilization", f"{percent['estimate']} of the peak in model operations (at best {percent['roofline']})"),
         ("speed", f"{row['tokens_per_second']:,.0f} tokens/s"),
@@ -64,15 +66,15 @@ def _communication(row: dict[str, Any]) -> str:
     header = ["collective", "over", "count", "payload MB", "sent MB", "time", "beside compute"]
     cells = [
         [c["kind"], c["over"], f"{c['count']:,}", f"{c['payload'] / 1e6:.1f}", f"{c['sent'] / 1e6:.1f}",
-         _time(c["seconds"]), "yes" if c["overlapped"] else "no"]
+         duration(c["seconds"], 1), "yes" if c["overlapped"] else "no"]
         for c in row["collectives"]
     ]  # fmt: skip
     total = f"{sum(c['sent'] for c in row['collectives']) / 1e6:.1f} MB sent by a chip"
-    return f"{columns(header, cells)}\n{total}" if cells else total
+    return f"{text_table(header, cells)}\n{total}" if cells else total
 
 
-def many(rows: list[dict[str, Any]], markdown: bool = False) -> str:
-    """A sweep: a line a plan that fits, then the others by reason."""
+def sweep(rows: list[dict[str, Any]], markdown: bool = False) -> str:
+    """A sweep: one line for each plan that fits, then the others by reason."""
     header = ["mesh", "rows", "micro-batches", "GiB", "step", "at best", "binds", "util %", "tokens/s", "sent MB", "chip-hours"]  # fmt: skip
     cells, failed = [], {}
     for row in rows:
@@ -83,27 +85,14 @@ def many(rows: list[dict[str, Any]], markdown: bool = False) -> str:
         seconds = row["seconds"]
         cells.append([
             _mesh(row), str(size), str(row["batch"]["accumulate"]), f"{row['memory']['peak'] / GIB:.1f}",
-            _time(seconds["estimate"]), _time(seconds["roofline"]), seconds["binds"],
+            duration(seconds["estimate"], 1), duration(seconds["roofline"], 1), seconds["binds"],
             f"{100 * row['utilization']['estimate']:.1f}", f"{row['tokens_per_second']:,.0f}",
             f"{sum(c['sent'] for c in row['collectives']) / 1e6:.1f}", f"{row['epoch']['chip_hours']:.3f}",
         ])  # fmt: skip
-    text = columns(header, cells, markdown) if cells else "nothing that was compiled fits"
+    text = text_table(header, cells, markdown) if cells else "nothing that was compiled fits"
     for (why, mesh), sizes in failed.items():
         text += f"\n{mesh} with {', '.join(map(str, sorted(sizes)))} rows: {why}"
     return f"{text}\n\nmesh: {' × '.join(AXES)}; rows of a data shard in a micro-batch; chip-hours of an epoch"
-
-
-def columns(header: list[str], rows: list[list[str]], markdown: bool = False) -> str:
-    """Cells in columns, the first to the left, the others to the right."""
-    if markdown:
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    table = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if k else cell.ljust(width) for k, (cell, width) in enumerate(zip(cells, widths, strict=True)))
-        for cells in table
-    )  # fmt: skip
 
 
 def _aligned(lines: list[tuple[str, str]]) -> str:
@@ -113,9 +102,3 @@ def _aligned(lines: list[tuple[str, str]]) -> str:
 
 def _mesh(row: dict[str, Any]) -> str:
     return "×".join(str(row["mesh"][axis]) for axis in AXES)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1e3 * seconds:.1f} ms"
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

@@ -1,16 +1,21 @@
-"""Figures in the project's look, as SVG."""
+"""Matplotlib figures in one style, as SVG."""
 
 from __future__ import annotations
 
 import io
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, GRID = "#1f2933", "#d9dee4"
 
 
-def axes_of(width: float, height: float):
-    """A figure with one pair of axes; sizes in inches."""
+def axes_of(width: float, height: float) -> tuple[Figure, Axes]:
+    """(figure, axes) of a figure with one plot.
+
+    Args:
+      width, height: in inches.
+    """
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -22,7 +27,7 @@ def axes_of(width: float, height: float):
 
 
 def svg(figure: Figure) -> str:
-    """A figure as an SVG element, the same for the same results."""
+    """A figure as an SVG element; equal figures give equal text."""
     import matplotlib
 
     buffer = io.StringIO()

