@@ -1,33 +1,33 @@
 """An adapter: a dict of methods beside a frozen base, e.g. {"lora": …, "prefix": …}, or {"full": the model}.
 
-Methods combine, except that full fine-tuning stands alone. The trained tree, its gradient, the optimizer's
-state and the checkpoints hold nothing of the base.
+Methods combine, except that full fine-tuning stands alone. The trained tree, its gradient, the optimizer state and the
+checkpoints contain no weight of the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from sqa_jax.adapters import lora, prefix, prompt, visual
 from sqa_jax.errors import UserError
-from sqa_jax.models.api import module_for, prefill
-from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.layers.kv_cache import Adaptation
+from sqa_jax.models.adaptation import Adaptation
+from sqa_jax.models.api import model_class
+from sqa_jax.models.param_spec import ParamTree
 from sqa_jax.models.params import VISION
 from sqa_jax.models.soft_tokens import NO_SOFT_PROMPT, SoftPromptTokens
-from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.student_config import StudentConfig
 from sqa_jax.models.vision.adapter import VisionAdapter
 
-_SEEING = f"{VISION}."  # what names of a tower's and a connector's layers begin with
 METHODS = ("lora", "prefix", "prompt", "full", "visual")
-Tree = dict[str, Any]
+_VISION_PREFIX = f"{VISION}."  # of the names of the vision encoder's and the connector's layers
 
 
-def check_methods(methods) -> None:
+def check_methods(methods: Collection[str]) -> None:
     """Raises `UserError` unless `config.adapter.methods` is one or more known methods that go together."""
     unknown = sorted(set(methods) - set(METHODS))
     if unknown or not methods or len(set(methods)) != len(methods):
@@ -40,32 +40,36 @@ def check_methods(methods) -> None:
         )
 
 
-def soft_prompt_tokens(settings) -> SoftPromptTokens:
-    """The tokens that a soft prompt adds to every sequence."""
+def soft_prompt_tokens(settings: Any) -> SoftPromptTokens:
+    """The soft prompt tokens that `config.adapter` adds to every sequence."""
     prompt = settings.prompt
-    return SoftPromptTokens(prompt.length, prompt.behind_picture) if "prompt" in settings.methods else NO_SOFT_PROMPT
+    return SoftPromptTokens(prompt.length, prompt.after_image) if "prompt" in settings.methods else NO_SOFT_PROMPT
 
 
-def prompt_text_tokens(settings, tokenizer: Any) -> list[int]:
-    """The ids of `config.adapter.prompt.text` where a soft prompt starts from it, else none."""
+def prompt_text_tokens(settings: Any, tokenizer: Any) -> list[int]:
+    """Token ids of `config.adapter.prompt.text` where a soft prompt is initialised from it, else none."""
     prompt = settings.prompt
     if "prompt" not in settings.methods or prompt.init != "text":
         return []
     return tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
 
 
-def init_adapter(settings, student: StudentConfig, base: Tree, seed: int, words: Sequence[int] = ()) -> Tree:
+def init_adapter(
+    settings: Any, student: StudentConfig, base: ParamTree, seed: int, text_tokens: Sequence[int] = ()
+) -> ParamTree:
     """A new adapter tree in float32. A pure function of its arguments: run it under `jit` to shard it.
 
     Args:
-      words: as `prompt_text_tokens` gives them.
+      settings: `config.adapter`.
+      base: parameters of the student, which prefixes and prompts are initialised from.
+      text_tokens: as `prompt_text_tokens` returns them.
 
     Raises:
       UserError: `config.adapter` is not usable with this student.
     """
     check_methods(settings.methods)
     keys = dict(zip(METHODS, jax.random.split(jax.random.key(seed), len(METHODS)), strict=True))
-    tree: Tree = {}
+    tree: ParamTree = {}
     if "lora" in settings.methods:
         tree["lora"] = lora.init(settings.lora, student, keys["lora"])
     if "prefix" in settings.methods:
@@ -73,7 +77,7 @@ def init_adapter(settings, student: StudentConfig, base: Tree, seed: int, words:
         tree["prefix"] = prefix.init(settings.prefix, student, keys["prefix"], activations)
     if "prompt" in settings.methods:
         table = base["embed_tokens"]["embedding"]
-        tree["prompt"] = prompt.init(settings.prompt, student, table, keys["prompt"], words)
+        tree["prompt"] = prompt.init(settings.prompt, student, table, keys["prompt"], text_tokens)
     if "visual" in settings.methods:
         tree["visual"] = visual.init(settings.visual, student, keys["visual"])
     if "full" in settings.methods:
@@ -81,51 +85,54 @@ def init_adapter(settings, student: StudentConfig, base: Tree, seed: int, words:
     return tree
 
 
-def _activations(student: StudentConfig, base: Tree, length: int, key: jax.Array) -> Tree:
-    """Keys and values [L, P, K·d] that the base computes for P tokens drawn from its vocabulary."""
+def _activations(
+    student: StudentConfig, base: ParamTree, length: int, key: jax.Array
+) -> dict[str, Float[Array, "L P K·d"]]:
+    """Keys and values that the base computes for P tokens drawn from its vocabulary."""
     tokens = jax.random.randint(key, (1, length), min(512, student.vocab_size // 2), student.vocab_size)
-    if isinstance(student, T5Config):  # the encoder reads them, too, and the decoder repeats them
+    if student.decoder_start is not None:  # the tokens are the encoder's input, too, and the decoder repeats them
         tokens = jnp.concatenate([tokens, jnp.full((1, 1), student.decoder_start), tokens], axis=1)
     positions, segments = jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)
-    _, key, value, _ = prefill(module_for(student)(student), base, tokens, positions, segments, Adaptation())
+    _, keys, values, _ = model_class(student)(student).prefill(base, tokens, positions, segments, Adaptation())
     shape = (student.num_layers, length, student.num_kv_heads * student.head_dim)
-    return {"key": key[:, :, -length:].reshape(shape), "value": value[:, :, -length:].reshape(shape)}
+    return {"key": keys[:, :, -length:].reshape(shape), "value": values[:, :, -length:].reshape(shape)}
 
 
-def model_params(tree: Tree, base: Tree) -> Tree:
-    """The weights that the decoder reads: the base, or the trained model where that is the adapter."""
+def model_params(tree: ParamTree, base: ParamTree) -> ParamTree:
+    """The weights of the forward pass: the base, or the trained model where that is the adapter."""
     return tree.get("full", base)
 
 
-def adapter_inputs(settings, tree: Tree, student: StudentConfig) -> Adaptation:
-    """The adapter in the form that the student uses. Differentiable; an empty tree is the bare student."""
-    low = lora.scaled_matrices(settings.lora, tree["lora"]) if "lora" in tree else {}
-    reading = {name: layer for name, layer in low.items() if not name.startswith(_SEEING)}
+def adapter_inputs(settings: Any, tree: ParamTree, student: StudentConfig) -> Adaptation:
+    """The adapter as inputs of the forward pass. Differentiable; an empty tree is the bare student."""
+    matrices = lora.scaled_matrices(settings.lora, tree["lora"]) if "lora" in tree else {}
+    text = {name: layer for name, layer in matrices.items() if not name.startswith(_VISION_PREFIX)}
+    vision = {name.removeprefix(_VISION_PREFIX): matrices[name] for name in matrices.keys() - text.keys()}
     return Adaptation(
-        lora=reading or None,
+        lora=text or None,
         prefix=prefix.key_values(settings.prefix, tree["prefix"], student) if "prefix" in tree else None,
         prompt=tree["prompt"]["embedding"] if "prompt" in tree else None,
-        tower=_tower(tree, {name.removeprefix(_SEEING): low[name] for name in low.keys() - reading.keys()}),
+        vision=_vision_adapter(tree, vision),
     )
 
 
-def _tower(tree: Tree, low: Tree) -> VisionAdapter | None:
-    """What is added to tower and connector, whose linear layers are adapted by `low`."""
-    if not low and "visual" not in tree:
+def _vision_adapter(tree: ParamTree, matrices: ParamTree) -> VisionAdapter | None:
+    """Visual prompts, and LoRA of the vision encoder's layers (stacked) and the connector's (not stacked)."""
+    if not matrices and "visual" not in tree:
         return None
-    stacked = {name: layer for name, layer in low.items() if layer["a"].ndim == 3}
+    stacked = {name: layer for name, layer in matrices.items() if layer["a"].ndim == 3}
     return VisionAdapter(
         prompts=tree["visual"]["embedding"] if "visual" in tree else None,
         lora=stacked or None,
-        connector={name: low[name] for name in low.keys() - stacked.keys()} or None,
+        connector={name: matrices[name] for name in matrices.keys() - stacked.keys()} or None,
     )
 
 
-def merge(settings, tree: Tree, base: Tree, student: StudentConfig) -> Tree:
-    """One model of base and adapter: LoRA is added into the kernels, a fully trained model is itself.
+def merge(settings: Any, tree: ParamTree, base: ParamTree, student: StudentConfig) -> ParamTree:
+    """One model of base and adapter: LoRA is added into the kernels; full fine-tuning's tree already is the model.
 
     Raises:
-      UserError: the tree holds a prefix or prompts, which no weight can express.
+      UserError: the tree contains a prefix or prompts, which no weight can express.
     """
     if rest := sorted(set(tree) - {"lora", "full"}):
         other = "only sqa_jax has it, evaluate the run itself" if "visual" in rest else "export it as an adapter"

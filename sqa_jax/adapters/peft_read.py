@@ -1,19 +1,19 @@
-"""Adapters that were trained with PEFT, read as ours; see `sqa_jax.adapters.peft_format` for the files.
+"""Adapters that were trained with PEFT, read as our trees; see `sqa_jax.adapters.peft_format` for the files.
 
-What PEFT passes over with a warning (a tensor that no module takes, a module that no tensor fills) is an error here, and
-so is every option that would change what the adapter computes and is not known here.
+What PEFT ignores with a warning (a tensor that no module takes, a module without a tensor) is an error here, and so is
+every option that would change what the adapter computes and is not implemented here.
 """
 
 from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from sqa_jax.adapters import lora
 from sqa_jax.adapters.peft_format import (
@@ -22,20 +22,19 @@ from sqa_jax.adapters.peft_format import (
     WEIGHTS,
     lora_keys,
     lora_modules,
-    stored_prefix,
-    submodules,
+    num_submodules,
+    prefix_layers_in_file,
 )
-from sqa_jax.adapters.prefix import depth
+from sqa_jax.adapters.prefix import num_prefixes
 from sqa_jax.checkpoints.load import student_config
 from sqa_jax.checkpoints.safetensors_file import open_safetensors
 from sqa_jax.errors import UserError
 from sqa_jax.files import local_path, read_json, sha256_file, sha256_json
-from sqa_jax.models.decoder_config import StudentConfig
+from sqa_jax.models.param_spec import ParamSpec, ParamTree
 from sqa_jax.models.params import vision_linear_layers
+from sqa_jax.models.student_config import StudentConfig
 
-Tree = dict[str, Any]
-
-# Options that say where an adapter comes from, how it was begun or how it was trained, not what it computes.
+# Options that say where an adapter comes from, how it was initialised or how it was trained, not what it computes.
 _IGNORED_KEYS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
     "corda_config", "ensure_weight_tying", "eva_config", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
@@ -43,30 +42,30 @@ _IGNORED_KEYS = {
     "encoder_hidden_size", "init_weights", "num_attention_heads", "num_layers", "prefix_projection",
     "prompt_tuning_init", "prompt_tuning_init_text", "token_dim", "tokenizer_kwargs", "tokenizer_name_or_path",
 }  # fmt: skip
-_READ = {
+_SUPPORTED_KEYS = {
     "alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "r",
     "rank_pattern", "target_modules", "use_rslora", "num_transformer_submodules", "num_virtual_tokens",
 }  # fmt: skip
-# Ways to begin that move a part of the base's weights into A and B, so that these do not fit the base any more.
-_MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initialisations that move a part of the base's weights into A and B, so that these do not fit the base any more.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class PeftAdapter(NamedTuple):
     """An adapter from PEFT's files.
 
     Attributes:
-      settings: of `config.adapter`, by flat keys such as "lora.rank".
+      settings: values for `config.adapter`, by flat keys such as "lora.rank".
       tree: as `sqa_jax.adapters.adapter.init_adapter` makes it with these settings, in NumPy.
       fingerprint: hash of the files.
     """
 
     settings: dict[str, Any]
-    tree: Tree
+    tree: ParamTree
     fingerprint: str
 
 
-def resolve_peft_adapter(config) -> tuple[Any, PeftAdapter | None]:
-    """The adapter that `config.adapter.peft` names, behind the configuration with that adapter's settings in it.
+def resolve_peft_adapter(config: Any) -> tuple[Any, PeftAdapter | None]:
+    """(configuration with that adapter's settings, the adapter that `config.adapter.peft` names), or None for neither.
 
     Raises:
       UserError: as `read_peft`, or there is no such student.
@@ -98,19 +97,19 @@ def read_peft(directory: str | Path, student: StudentConfig) -> PeftAdapter:
         method, read = _READERS[files.kind]
         if method in tree:
             raise UserError(f"{root}: holds two adapters for {method}; name the folder of one of them")
-        own, tree[method] = files.guarded(read, student)
-        settings |= {f"{method}.{key}": value for key, value in own.items()}
+        method_settings, tree[method] = files.guarded(read, student)
+        settings |= {f"{method}.{key}": value for key, value in method_settings.items()}
     hashes = [sha256_file(folder / name) for folder in folders for name in (CONFIG, WEIGHTS)]
     return PeftAdapter({"methods": tuple(tree), **settings}, tree, sha256_json(hashes))
 
 
 class _Files:
-    """One adapter's two files, and what can be wrong with them.
+    """One adapter's two files, checked.
 
     Attributes:
-      config: what `adapter_config.json` holds.
+      config: the content of `adapter_config.json`.
       kind: PEFT's name of the method.
-      keys: of its tensors.
+      keys: names of its tensors.
     """
 
     def __init__(self, folder: Path):
@@ -122,7 +121,7 @@ class _Files:
         if self.kind not in _READERS:
             raise UserError(f"{self.where}: peft_type {self.kind!r} is not supported; supported: {', '.join(_READERS)}")
         for key, value in self.config.items():
-            if key not in _IGNORED_KEYS | _READ and value not in (None, False, "none", [], {}):
+            if key not in _IGNORED_KEYS | _SUPPORTED_KEYS and value not in (None, False, "none", [], {}):
                 raise UserError(f"{self.where}: {key} = {value!r} is not supported; train the adapter without it")
         self._file = folder / WEIGHTS
         if not self._file.exists() and (folder / "adapter_model.bin").exists():
@@ -133,8 +132,8 @@ class _Files:
         self._handle = open_safetensors(self._file)
         self.keys = set(self._handle.keys())
 
-    def guarded(self, read, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
-        """Calls a reader; what a damaged value in `adapter_config.json` makes of it becomes a `UserError`."""
+    def guarded(self, read: _Reader, student: StudentConfig) -> tuple[dict[str, Any], ParamTree]:
+        """Calls a reader; an exception from a damaged value in `adapter_config.json` becomes a `UserError`."""
         try:
             return read(self, student)
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
@@ -163,61 +162,90 @@ class _Files:
         return {key: np.asarray(self._handle.get_tensor(key), np.float32) for key in expected}
 
 
-def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
+_Reader = Callable[[_Files, StudentConfig], tuple[dict[str, Any], ParamTree]]
+
+
+class _ModuleScale(NamedTuple):
+    """Rank and scaling of one adapted module; `lora.scale` takes it as settings."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+
+
+def _read_lora(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], ParamTree]:
     """LoRA of any ranks and scales as one stacked tree of the largest rank.
 
-    What is missing in rank is zero in both a and b: it adds nothing, has no gradient and stays zero, and so do layers
-    without LoRA. The scale is the one that most modules have; the b of the others takes up what theirs differs by.
+    Modules of a smaller rank are padded with zeros in both a and b: the padding adds nothing, has no gradient and stays
+    zero, and so do layers without LoRA. The scale is that of most modules; the difference of the others' goes into b.
     """
-    config, layers_of, modules = files.config, lora.adaptable(student), lora_modules(student, files.keys)
-    began = str(config.get("init_lora_weights")).lower()
-    if began.startswith(_MOVES_WEIGHTS):
+    config, specs, modules = files.config, lora.adaptable(student), lora_modules(student, files.keys)
+    initialised = str(config.get("init_lora_weights")).lower()
+    if initialised.startswith(_CHANGES_BASE):
         raise UserError(
-            f"{files.where}: init_lora_weights = {began!r} has changed the base's weights; save the adapter with PEFT's "
-            "path_initial_model_for_weight_conversion, or begin in another way"
+            f"{files.where}: init_lora_weights = {initialised!r} has changed the base's weights; save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion, or train with another initialisation"
         )
-    adapted = _adapted(files, [module for layers in modules.values() for module in layers])
-    ranks = {module: int(_by_pattern(config.get("rank_pattern"), module, config["r"])) for module in adapted}
-    alphas = {module: _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]) for module in adapted}
-    rslora = bool(config.get("use_rslora"))
+    scales = {
+        module: _ModuleScale(
+            int(_by_pattern(config.get("rank_pattern"), module, config["r"])),
+            _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]),
+            bool(config.get("use_rslora")),
+        )
+        for module in _adapted(files, [module for layers in modules.values() for module in layers])
+    }
     shapes = {}
     for name, layers in modules.items():
-        *_, width_in, width_out = layers_of[name].shape
-        for module in filter(ranks.__contains__, layers):
-            shapes |= dict(zip(lora_keys(module), [(ranks[module], width_in), (width_out, ranks[module])], strict=True))
+        *_, width_in, width_out = specs[name].shape
+        for module in filter(scales.__contains__, layers):
+            rank = scales[module].rank
+            shapes |= dict(zip(lora_keys(module), [(rank, width_in), (width_out, rank)], strict=True))
     tensors = files.read(shapes)
-
-    rank = max(ranks.values())
-    counts = collections.Counter((ranks[module], alphas[module]) for module in adapted)
-    usual, alpha = max(counts, key=lambda pair: (counts[pair], pair))
-    names = [name for name, layers in modules.items() if not ranks.keys().isdisjoint(layers)]
+    names = [name for name, layers in modules.items() if not scales.keys().isdisjoint(layers)]
+    common = _common_scale(list(scales.values()))
     settings = {
-        "rank": rank,
-        "alpha": float(alpha * (rank / usual) ** (0.5 if rslora else 1.0)),
-        "rslora": rslora,
+        **common._asdict(),
         "targets": tuple(dict.fromkeys(map(lora.target_of, names))),
-        "tower": any(name in vision_linear_layers(student) for name in names),
+        "vision_encoder": any(name in vision_linear_layers(student) for name in names),
     }
-    unit = lora.scale(SimpleNamespace(**settings))
-    tree = {}
-    for name, leaf in lora.adaptable(student, settings["tower"]).items():
-        if lora.target_of(name) not in settings["targets"]:
-            continue
-        *_, width_in, width_out = leaf.shape
-        a = np.zeros((len(modules[name]), width_in, rank), np.float32)
-        b = np.zeros((len(modules[name]), rank, width_out), np.float32)
-        for index, module in enumerate(modules[name]):
-            if module in ranks:
-                own, (key_a, key_b) = ranks[module], lora_keys(module)
-                scale = lora.scale(SimpleNamespace(alpha=alphas[module], rank=own, rslora=rslora))
-                a[index, :, :own] = tensors[key_a].T
-                b[index, :own] = tensors[key_b].T * np.float32(scale / unit)
-        tree[name] = {"a": a, "b": b} if leaf.stacked else {"a": a[0], "b": b[0]}
+    tree = {
+        name: _stacked(tensors, modules[name], scales, common, spec)
+        for name, spec in lora.adaptable(student, settings["vision_encoder"]).items()
+        if lora.target_of(name) in settings["targets"]
+    }
     return settings, tree
 
 
+def _common_scale(scales: list[_ModuleScale]) -> _ModuleScale:
+    """The largest rank, with the alpha that gives most modules their scale."""
+    rank, rslora = max(scale.rank for scale in scales), scales[0].rslora
+    counts = collections.Counter((scale.rank, scale.alpha) for scale in scales)
+    usual, alpha = max(counts, key=lambda pair: (counts[pair], pair))
+    return _ModuleScale(rank, float(alpha * (rank / usual) ** (0.5 if rslora else 1.0)), rslora)
+
+
+def _stacked(
+    tensors: dict[str, np.ndarray],
+    modules: Sequence[str],
+    scales: dict[str, _ModuleScale],
+    common: _ModuleScale,
+    spec: ParamSpec,
+) -> dict[str, Float[np.ndarray, ...]]:
+    """a [L, in, r] and b [L, r, out] of one layer name, in the common rank and scale."""
+    *_, width_in, width_out = spec.shape
+    a = np.zeros((len(modules), width_in, common.rank), np.float32)
+    b = np.zeros((len(modules), common.rank, width_out), np.float32)
+    unit = lora.scale(common)
+    for index, module in enumerate(modules):
+        if module in scales:
+            rank, (key_a, key_b) = scales[module].rank, lora_keys(module)
+            a[index, :, :rank] = tensors[key_a].T
+            b[index, :rank] = tensors[key_b].T * np.float32(lora.scale(scales[module]) / unit)
+    return {"a": a, "b": b} if spec.stacked else {"a": a[0], "b": b[0]}
+
+
 def _adapted(files: _Files, modules: list[str]) -> list[str]:
-    """The modules that `adapter_config.json` means, as `peft.tuners.tuners_utils.check_target_module_exists` tells.
+    """The modules that `adapter_config.json` selects, by the rules of `peft.tuners.tuners_utils.check_target_module_exists`.
 
     Raises:
       UserError: it names modules that the student does not have.
@@ -227,18 +255,19 @@ def _adapted(files: _Files, modules: list[str]) -> list[str]:
     if str(targets).lower() == "all-linear":
         targets = list(modules)
     entries = [targets] if isinstance(targets, str) else [[name] for name in targets]
-    unknown = [entry for entry in entries if not any(_means(entry, m) for m in modules)]
+    unknown = [entry for entry in entries if not any(_matches(entry, module) for module in modules)]
     if unknown or not entries:
         last = dict.fromkeys(module.rpartition(".")[2] for module in modules)
         raise UserError(
             f"{files.where}: target_modules {', '.join(map(repr, unknown)) or 'is empty'}: the student has no such linear "
             f"layer that LoRA may adapt; it has {', '.join(last)}"
         )
-    adapted = [m for m in modules if _means(targets, m) and not _means(excluded, m)]
+    adapted = [module for module in modules if _matches(targets, module) and not _matches(excluded, module)]
     layers = config.get("layers_to_transform")
     if layers is not None and layers != []:
         layers = [layers] if isinstance(layers, int) else layers
-        adapted = [m for m in adapted if m in targets or _layer(config.get("layers_pattern"), m) in layers]
+        pattern = config.get("layers_pattern")
+        adapted = [module for module in adapted if module in targets or _layer_index(pattern, module) in layers]
     if not adapted:
         raise UserError(
             f"{files.where}: exclude_modules and layers_to_transform leave no module of the student; "
@@ -247,18 +276,18 @@ def _adapted(files: _Files, modules: list[str]) -> list[str]:
     return adapted
 
 
-def _means(names: str | Iterable[str], module: str) -> bool:
-    """Whether a regular expression, or one of some names or ends of names, is the module."""
+def _matches(names: str | Iterable[str], module: str) -> bool:
+    """Whether a module matches a regular expression, or one of several names or ends of names."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _layer(pattern: str | list[str] | None, module: str) -> int | None:
-    """The number of a module's layer; `pattern` is what stands in front of it, or one of several."""
+def _layer_index(pattern: str | list[str] | None, module: str) -> int | None:
+    """The index of a module's layer; `pattern` is the name before it, or several such names."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
-    for one in patterns or [r"[^.]*"]:
-        if match := re.match(rf"(?:^|.*?\.){one}\.(\d+)\.", module):
+    for name in patterns or [r"[^.]*"]:
+        if match := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module):
             return int(match[1])
     return None
 
@@ -271,32 +300,32 @@ def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _read_prefix(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
+def _read_prefix(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], ParamTree]:
     length, width = _length(files, student), student.num_kv_heads * student.head_dim
     flat = files.read({EMBEDDINGS: (length, 2 * student.num_layers * width)})[EMBEDDINGS]
     stacked = flat.reshape(length, student.num_layers, 2, width).transpose(2, 1, 0, 3)
-    own = stacked[:, stored_prefix(student)[: depth(student)]]
-    tree = dict(zip(("key", "value"), map(np.ascontiguousarray, own), strict=True))
+    distinct = stacked[:, prefix_layers_in_file(student)[: num_prefixes(student)]]
+    tree = {name: np.ascontiguousarray(values) for name, values in zip(("key", "value"), distinct, strict=True)}
     return {"length": length, "reparametrize": False}, tree
 
 
-def _read_prompt(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], Tree]:
+def _read_prompt(files: _Files, student: StudentConfig) -> tuple[dict[str, Any], ParamTree]:
     length = _length(files, student)
-    stored = files.read({EMBEDDINGS: (submodules(student) * length, student.hidden_size)})[EMBEDDINGS]
+    stored = files.read({EMBEDDINGS: (num_submodules(student) * length, student.hidden_size)})[EMBEDDINGS]
     return {"length": length}, {"embedding": stored[:length]}
 
 
 def _length(files: _Files, student: StudentConfig) -> int:
-    found, stacks = files.config.get("num_transformer_submodules"), submodules(student)
-    if found not in (None, stacks):
+    found, expected = files.config.get("num_transformer_submodules"), num_submodules(student)
+    if found not in (None, expected):
         raise UserError(
-            f"{files.where}: num_transformer_submodules is {found}, but the student has {stacks}; the adapter is for another "
-            "base, or of a kind that is not supported"
+            f"{files.where}: num_transformer_submodules is {found}, but the student has {expected}; the adapter is for "
+            "another base, or of a kind that is not supported"
         )
     return int(files.config["num_virtual_tokens"])
 
 
-_READERS = {
+_READERS: dict[str, tuple[str, _Reader]] = {
     "LORA": ("lora", _read_lora),
     "PREFIX_TUNING": ("prefix", _read_prefix),
     "PROMPT_TUNING": ("prompt", _read_prompt),

@@ -1,4 +1,4 @@
-"""Where a student's files are: a directory, a GGUF file, or the hub's files in the local cache."""
+"""Resolving a student's path: a directory, a GGUF file, or a model of the Hugging Face hub in its local cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOKENIZER_FILES = [
 
 
 def locate(path: str, revision: str = "", weights: bool = True) -> Path:
-    """The local directory or .gguf file that a student's path means; what the hub has is fetched.
+    """The local directory or .gguf file of a student's path; a model of the hub is downloaded.
 
     Args:
       path: a Hugging Face directory, a .gguf file, or a hub id of the form owner/name.
@@ -58,7 +58,7 @@ def _fetch(repository: str, revision: str, weights: bool) -> Path:
         files = ["config.json", "generation_config.json", *PROCESSORS, INDEX, *_TOKENIZER_FILES]
         directory = Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
         if weights:
-            # Repositories also hold other formats of the same weights: only what the index lists is fetched, of
+            # Repositories also contain other formats of the same weights: only what the index lists is fetched, from
             # the same commit (which names the directory), whatever has been pushed since.
             snapshot_download(repository, revision=directory.name, allow_patterns=weight_files(directory))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):

@@ -1,4 +1,4 @@
-"""One safetensors file: opened with a plain word on what is wrong with it, and written."""
+"""Opening one safetensors file, with a clear message on what is wrong with it, and writing one."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def open_safetensors(path: str | Path) -> Any:
-    """An open file, as `safetensors.safe_open` gives it, of which every tensor can be read.
+    """An open file, as `safetensors.safe_open` returns it, every tensor of which can be read.
 
     Raises:
-      UserError: it is missing, cut off or damaged, or a tensor has a type of number that cannot be read.
+      UserError: it is missing, cut off or damaged, or a tensor has a dtype that cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -39,7 +39,7 @@ def open_safetensors(path: str | Path) -> Any:
 
 
 def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a file that PyTorch's libraries take for theirs.
+    """Writes a file that PyTorch's libraries accept as theirs.
 
     Raises:
       UserError: the disk is full.
@@ -51,11 +51,11 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, np.ndarray]) -> No
         save_file(dict(tensors), path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"{path}: cannot be written ({error}); free some space or choose another place") from None
-    Path(path).chmod(0o644)  # the library makes it private; it should be as readable as what lies beside it
+    Path(path).chmod(0o644)  # the library makes it private; it should be as readable as the files beside it
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a file that safetensors refuses, in terms of its tensors; None where that cannot be told."""
+    """What is wrong with a file that safetensors refuses, in terms of its tensors; None where that cannot be said."""
     if path.is_dir():
         return "is a directory"
     size = path.stat().st_size

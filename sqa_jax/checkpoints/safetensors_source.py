@@ -1,4 +1,4 @@
-"""Weights in safetensors files: one, or the shards that an index lists."""
+"""A Hugging Face directory: its weights (one safetensors file, or the shards that an index lists), and its JSON files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SafetensorsSource:
     """The weights of a Hugging Face directory; see `WeightSource`.
 
     Raises:
-      UserError: no weights, a missing shard, a file that is cut off, or a type of number that cannot be read.
+      UserError: no weights, a missing shard, a file that is cut off, or a dtype that cannot be read.
     """
 
     def __init__(self, directory: str | Path):
@@ -49,7 +49,7 @@ class SafetensorsSource:
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        # Opened for each tensor: a mapped file's pages that were read count as this process' memory until it is closed.
+        # Opened for each tensor: pages read from a mapped file count as this process' memory until it is closed.
         with open_safetensors(self._directory / self._file_of[name]) as handle:
             return handle.get_slice(name)[rows]
 
@@ -69,27 +69,27 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def read_processor(directory: str | Path) -> dict[str, Any]:
-    """How a Hugging Face directory's pictures are preprocessed; {} where no file says.
+    """The image preprocessor's configuration of a Hugging Face directory; {} where there is none.
 
     Raises:
       UserError: the file is damaged.
     """
     file = next((file for name in PROCESSORS if (file := Path(directory) / name).exists()), None)
-    raw = {} if file is None else read_json(file, "how pictures are preprocessed")
+    raw = {} if file is None else read_json(file, "how images are preprocessed")
     if not isinstance(raw, dict):
         raise UserError(f"{file}: not a JSON object; fetch it again")
     return raw
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The files that hold a directory's weights. As in transformers, one file goes before an index."""
+    """The files of a directory's weights. As in transformers, a single file takes precedence over an index."""
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
         return [SINGLE]
     return sorted(set(_listed(directory).values()))
 
 
 def _listed(directory: Path) -> dict[str, str]:
-    """The index: file of each tensor."""
+    """The index: {tensor: file}."""
     if not (directory / INDEX).exists():
         raise UserError(f"{directory}: has no {SINGLE} and no {INDEX}; fetch the weights in safetensors format")
     index = read_json(directory / INDEX, "the list of weight shards")

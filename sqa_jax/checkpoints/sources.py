@@ -1,4 +1,4 @@
-"""Weights in files, whatever their format: names, shapes, and rows on demand."""
+"""The interface of weight files, whatever their format: tensor names, shapes, and rows on demand."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ __all__ = ["GGUFSource", "SafetensorsSource", "WeightSource"]
 
 
 class WeightSource(Protocol):
-    """Tensors under Hugging Face's names. Opening one checks that its files are whole; reading changes nothing.
+    """Tensors under Hugging Face's names. Opening a source checks that its files are complete.
 
     Attributes:
       where: the file or directory, for messages.
-      shapes: of each tensor, as PyTorch has it (a linear layer is (out, in)).
+      shapes: {tensor: shape}, as in PyTorch (a linear layer is (out, in)).
     """
 
     where: str
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of a tensor, in the type it is stored or decoded in; only these are read from disk.
+        """Rows of a tensor, in the dtype in which it is stored or decoded; only these are read from disk.
 
-        `rows` has bounds within the tensor, or none, and no step.
+        Args:
+          rows: has bounds within the tensor, or none, and no step.
         """
         ...
 
     def locate(self, name: str) -> str:
-        """File and tensor, as they are called on disk, for messages; also for a tensor that is not there."""
+        """File and tensor under their names on disk, for messages; also for a tensor that is missing."""
         ...

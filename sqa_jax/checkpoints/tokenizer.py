@@ -1,4 +1,4 @@
-"""Tokenizers: from a Hugging Face directory, from a GGUF file's own vocabulary, or of bytes."""
+"""Tokenizers: from a Hugging Face directory, from a GGUF file's vocabulary, or of bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sqa_jax.checkpoints.sources import GGUFSource
 from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import SHAPES
 from sqa_jax.models.t5.config import decoder_start
-from sqa_jax.models.vision.registry import Vision, vision_family
+from sqa_jax.models.vision.registry import VisionConfig, vision_family
 
 # transformers advises at import that no PyTorch was found; here that is intended.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-# Each turn between markers; the text of a reply follows the last line. Of a turn in parts, a picture is a placeholder.
+# ChatML; the text of a reply follows the last line. In a turn of several parts an image becomes a placeholder.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{{ part['text'] if part['type'] == 'text' else "
@@ -32,7 +32,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def load_tokenizer(path: str, revision: str = "") -> Any:
     """The tokenizer of a student, as a `transformers.PreTrainedTokenizerFast`.
 
-    That of an encoder–decoder has an attribute `decoder_start_token`, the token that the decoder starts from.
+    For an encoder–decoder it has an attribute `decoder_start_token`, the token that the decoder starts from.
 
     Args:
       path: as `config.student.path`: a .gguf file, "random:…", a directory or a hub id.
@@ -72,7 +72,7 @@ def load_tokenizer(path: str, revision: str = "") -> Any:
 
 
 def _start_in(directory: str | Path) -> int | None:
-    """The decoder's start token by the directory's `config.json`; None where it has none, or is not of a T5."""
+    """The decoder's start token according to a directory's `config.json`; None without one, or if it is not a T5's."""
     if not (Path(directory) / "config.json").exists():
         return None
     raw = read_hf_config(directory)
@@ -87,7 +87,7 @@ def _with_start(tokenizer: Any, start: int | None, where: str) -> Any:
                 f"{where}: token {start} ({tokenizer.decoder_start_token!r}), which the decoder starts from, is not a "
                 "special token of its tokenizer; use the tokenizer that the model was published with"
             )
-        tokenizer.chat_template = None  # an encoder reads the prompt alone
+        tokenizer.chat_template = None  # the prompt is the encoder's input, the reply the decoder's
     return tokenizer
 
 
@@ -97,26 +97,26 @@ def _checked(tokenizer: Any, where: str) -> Any:
             f"{where}: its tokenizer has no end token, so no answer would ever end; set eos_token in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
-        # Padding is told by segment, never by id, so any token will do.
+        # Padding is marked by its segment, never by its id, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def byte_tokenizer(vision: Vision | None = None) -> Any:
-    """Bytes and four special tokens, 260 in all: for students made at random.
+def byte_tokenizer(vision: VisionConfig | None = None) -> Any:
+    """A tokenizer of bytes and four special tokens, 260 in all: for students with random weights.
 
     Args:
-      vision: of a student that sees; behind the 260 are then the tokens that show pictures (`WORDS` of its family).
+      vision: of a vision-language model; its family's special tokens for images then follow the 260.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(special + alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = () if vision is None else vision_family(vision).WORDS
+    words = () if vision is None else vision_family(vision).SPECIAL_TOKENS
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (*special, *words)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
@@ -126,7 +126,7 @@ def byte_tokenizer(vision: Vision | None = None) -> Any:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Hex digest of all that decides which ids a text becomes."""
+    """Hex digest of everything that determines which ids a text becomes."""
     rest = (tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if hasattr(tokenizer, "decoder_start_token"):
         rest += (tokenizer.decoder_start_token,)

@@ -27,10 +27,11 @@ from sqa_jax.checkpoints.hf_config import from_hf
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.sources import SafetensorsSource
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
-from sqa_jax.checkpoints.weights import _read_boxes, param_shapes, save_safetensors, write_model
+from sqa_jax.checkpoints.weights import param_shapes, read_blocks, save_safetensors, write_model
 from sqa_jax.errors import UserError
-from sqa_jax.models.decoder_config import DecoderConfig, Rope
+from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.models.params import param_specs
+from sqa_jax.models.rope_frequencies import Rope
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 from tests.conftest import ROOT
@@ -149,11 +150,11 @@ def test_blocks_are_the_same_blocks_of_the_whole(plain, data):
     ends = [st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True) for n in leaf.shape]
     box = st.tuples(*(pair.map(lambda pair: range(*sorted(pair))) for pair in ends))
     boxes = data.draw(st.lists(box, min_size=1, max_size=3))
-    (whole,) = _read_boxes(source, leaf, [tuple(map(range, leaf.shape))], np.float32)
+    (whole,) = read_blocks(source, leaf, [tuple(map(range, leaf.shape))], np.float32)
     asked = []
     read = source.read
     source.read = lambda name, rows=slice(None): asked.append((name, rows)) or read(name, rows)
-    for box, found in zip(boxes, _read_boxes(source, leaf, boxes, np.float32), strict=True):
+    for box, found in zip(boxes, read_blocks(source, leaf, boxes, np.float32), strict=True):
         np.testing.assert_array_equal(found, whole[np.ix_(*box)])
     for place, name in enumerate(leaf.names):
         sharing = [box for box in boxes if not leaf.stacked or place in box[0]]
@@ -170,7 +171,7 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, devices):
     write_model(zeros, config, tmp_path, "bfloat16", "100MB")
     byte_tokenizer().save_pretrained(tmp_path)
     environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    command = [sys.executable, "-m", "tests.loading", tmp_path]
+    command = [sys.executable, "-m", "tests.benchmarks.loading", tmp_path]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert 0.9 < json.loads(done.stdout)["peak"] < 1.3

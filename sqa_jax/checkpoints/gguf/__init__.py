@@ -1,0 +1,1 @@
+"""llama.cpp's GGUF files: `header` (the binary format), `source` (weights), `config` and `tokenizer`."""

@@ -1,6 +1,6 @@
-"""The options of the decoder, read from a GGUF file's metadata.
+"""A decoder's configuration from a GGUF file's metadata.
 
-Of what sets a family apart, llama.cpp writes only a part into the file; the rest is fixed by the architecture in its
+llama.cpp writes only a part of a family's differences into the file; the rest is fixed by the architecture in its
 source (src/models, `load_arch_hparams`), and here.
 """
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from sqa_jax.checkpoints.gguf.source import GGUFSource
 from sqa_jax.errors import UserError
-from sqa_jax.models.decoder_config import FULL, NOPE, WINDOW, DecoderConfig, Rope, checked
+from sqa_jax.models.decoder_config import FULL, NOPE, WINDOW, DecoderConfig, checked
+from sqa_jax.models.rope_frequencies import Rope
 
 _GEMMA = {"activation": "gelu_tanh", "norm_offset": True, "embedding_scale": True}
-# By llama.cpp's names of architectures: what each has that a Llama has not.
-_FAMILIES: dict[str, dict[str, Any]] = {
+# By llama.cpp's names of architectures: fields that differ from a Llama's.
+_FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"qk_norm": True},
@@ -26,10 +27,10 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA | {"sandwich_norms": True},
     "gemma3": _GEMMA | {"sandwich_norms": True, "qk_norm": True, "family": "gemma3_text"},
 }
-# (n, what most layers are, what every n-th is)
+# (n, type of most layers, type of every n-th)
 _PATTERNS = {"smollm3": (4, FULL, NOPE), "gemma2": (2, WINDOW, FULL), "gemma3": (6, WINDOW, FULL)}
 _WINDOWED = ("gemma2", "gemma3")
-# Older files of Gemma 2 do not say these.
+# Older files of Gemma 2 lack these keys.
 _DEFAULTS = {
     "gemma2": {
         "attention.sliding_window": 4096,
@@ -37,20 +38,22 @@ _DEFAULTS = {
         "final_logit_softcapping": 30.0,
     }
 }
-# Layers of the models of 27 billion, whose q·k is scaled by the residual stream's width per head, not by the head's.
+# Number of layers of the 27B models, whose q·k is scaled by the residual stream's width per head, not by the head's.
 _WIDE_QUERIES = {("gemma2", 46), ("gemma3", 62)}
 
 
 def from_gguf(source: GGUFSource) -> DecoderConfig:
-    """The decoder's options from a GGUF file's metadata (keys such as `llama.block_count`) and tensors.
+    """The decoder's configuration from a GGUF file's metadata (keys such as `llama.block_count`) and tensors.
 
     Raises:
       UserError: the architecture or an option is not supported, a key is missing, or the sizes contradict each other.
     """
     where, tensors = source.where, source.shapes
     architecture = source.metadata.get("general.architecture")
-    if architecture not in _FAMILIES:
-        raise UserError(f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(_FAMILIES)}")
+    if architecture not in _FAMILY_FIELDS:
+        raise UserError(
+            f"{where}: architecture {architecture!r} is not supported; supported: {', '.join(_FAMILY_FIELDS)}"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         default = _DEFAULTS.get(architecture, {}).get(key, default)
@@ -63,12 +66,13 @@ def from_gguf(source: GGUFSource) -> DecoderConfig:
         raise UserError(f"{where}: a mixture of experts is not supported; choose a dense student")
     try:
         heads, hidden, layers = get("attention.head_count"), get("embedding_length"), get("block_count")
-        if layers > len(tensors):  # before a damaged number of layers is spelled out
+        if layers > len(tensors):  # before a list with an entry for each is built
             raise UserError(f"{where}: {len(tensors)} tensors cannot be {layers} layers; fetch it again")
         head_dim = get("attention.key_length", hidden // heads)
         window = get("attention.sliding_window", 0) if architecture in _WINDOWED else 0
+        fields: dict[str, Any] = {"family": architecture, **_FAMILY_FIELDS[architecture]}
         config = DecoderConfig(
-            **{"family": architecture} | _FAMILIES[architecture],
+            **fields,
             vocab_size=get("vocab_size", len(source.metadata.get("tokenizer.ggml.tokens", ())) or None),
             hidden_size=hidden,
             intermediate_size=get("feed_forward_length"),
@@ -102,18 +106,18 @@ def from_gguf(source: GGUFSource) -> DecoderConfig:
 def _layer_types(architecture: str, layers: int, window: int) -> tuple[str, ...]:
     if architecture not in _PATTERNS or (architecture in _WINDOWED and not window):
         return ()
-    period, most, nth = _PATTERNS[architecture]
-    return tuple(most if (i + 1) % period else nth for i in range(layers))
+    period, usual, nth = _PATTERNS[architecture]
+    return tuple(usual if (i + 1) % period else nth for i in range(layers))
 
 
 def _rope(source: GGUFSource, theta: float, head_dim: int, get: Callable[..., Any]) -> Rope:
-    """The rotary frequencies of the layers that see all.
+    """The rotary frequencies of the layers with full attention.
 
-    llama.cpp keeps of Llama 3's scaling only what each frequency is divided by.
+    Of Llama 3's scaling llama.cpp stores only the divisor of each frequency.
     """
     kind, divisors = get("rope.scaling.type", "none"), source.rope_divisors
     if divisors is not None and kind == "none":
-        # All of Meta's models have the other parameters as they are by default.
+        # All of Meta's models have the defaults of the other parameters.
         rope = Rope(theta, "llama3", factor=max(1.0, float(divisors.max())))
         expected = rope.divisors(head_dim)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: keys and values, and where each tensor lies.
+"""The header of a GGUF file: its metadata (keys and values), and the offset of each tensor.
 
-The `gguf` package decodes the tensors, but its reader spends seconds on a vocabulary (one array object a word)
-and cannot say which tensor a cut-off file lacks. The format is specified in ggml's docs/gguf.md.
+The `gguf` package decodes the tensors, but its reader spends seconds on a vocabulary (one array object a token)
+and cannot say which tensor a truncated file lacks. The format is specified in ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from sqa_jax.errors import UserError
 
 _VERSIONS = (2, 3)
-# GGUF's types of values.
+# GGUF's value types.
 _SCALARS = {
     0: "<u1",
     1: "<i1",
@@ -33,7 +33,7 @@ _STRING, _ARRAY = 8, 9
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies.
+    """A tensor's place in the file.
 
     Attributes:
       name: llama.cpp's.
@@ -58,10 +58,10 @@ def read_header(data: bytes | memoryview, where: str) -> tuple[dict[str, Any], l
       where: the file, for messages.
 
     Returns:
-      Its keys and values, and its tensors, each of which lies within `data`.
+      Its metadata, and its tensors, each of which is within `data`.
 
     Raises:
-      UserError: not a GGUF file, cut off (the first tensor that is not whole is named), or damaged.
+      UserError: not a GGUF file, cut off (the first incomplete tensor is named), or damaged.
     """
     if bytes(data[:4]) != b"GGUF":
         raise UserError(f"{where}: not a GGUF file (it does not begin with GGUF); fetch it again")
@@ -109,7 +109,7 @@ def _tensor(entry: tuple[str, tuple[int, ...], int, int], start: int, length: in
             f"{where}: tensor {name} has the unknown type {number}; upgrade the gguf package or use another file"
         ) from None
     if not shape or shape[-1] % block:
-        raise UserError(f"{where}: tensor {name} {shape} is not made of whole blocks of {block}; fetch it again")
+        raise UserError(f"{where}: tensor {name} {shape} does not consist of whole blocks of {block}; fetch it again")
     size = math.prod(shape) // block * block_bytes
     end = start + offset + size
     if end > length:
@@ -122,14 +122,14 @@ class _OutOfBytes(Exception):
 
 
 class _Cursor:
-    """Reads values one after the other and never past the end."""
+    """Reads values sequentially and never past the end."""
 
     def __init__(self, data: bytes | memoryview):
         self._data = data
         self.position = 0
 
     def _take(self, count: int) -> int:
-        """Moves past `count` bytes and returns where they begin."""
+        """Moves past `count` bytes and returns their offset."""
         begin, self.position = self.position, self.position + count
         if self.position > len(self._data):
             raise _OutOfBytes
@@ -142,7 +142,7 @@ class _Cursor:
 
     def array(self, dtype: str, count: int) -> list[Any]:
         begin = self._take(np.dtype(dtype).itemsize * count)
-        if not count:  # NumPy refuses an empty piece at the end of the file
+        if not count:  # NumPy refuses an empty buffer at the end of the file
             return []
         return np.frombuffer(self._data, dtype, count, begin).tolist()
 

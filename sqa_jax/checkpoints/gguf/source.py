@@ -35,7 +35,7 @@ _NAMES = {
     for theirs, ours in _LINEARS.items()
     for part in ("weight", "bias")
 }
-# Gemma 2 and 3 have norms behind attention and MLP too, and call the one between them by where it stands.
+# Gemma 2 and 3 also have norms after attention and MLP (sandwich norms); one name then means another norm.
 _SANDWICH_NAMES = _NAMES | {
     "blk.{}.post_attention_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
     "blk.{}.ffn_norm.weight": "model.layers.{}.pre_feedforward_layernorm.weight",
@@ -49,12 +49,11 @@ _ROPE_DIVISORS = "rope_freqs.weight"
 
 
 class GGUFSource:
-    """The weights of a GGUF file as Hugging Face has them, whatever llama.cpp made of them; see `WeightSource`.
+    """The weights of a GGUF file, dequantized, in Hugging Face's names and layout; see `WeightSource`.
 
     Attributes:
       metadata: the file's keys and values.
-      rope_divisors: [head width / 2] what each rotary frequency is divided by, where the file says (Llama 3.1 and
-        later); else None.
+      rope_divisors: the divisor of each rotary frequency, where the file has them (Llama 3.1 and later); else None.
 
     Raises:
       UserError: not a GGUF file, cut off, one part of several, or a quantization that cannot be decoded.
@@ -74,22 +73,21 @@ class GGUFSource:
         parts = self.metadata.get("split.count", 1)
         if parts > 1:
             raise UserError(f"{path}: is one of {parts} parts; join them with llama-gguf-split --merge")
-        _check_kinds(tensors, self.where)
+        _check_quantization(tensors, self.where)
         self._architecture = self.metadata.get("general.architecture")
         self._names = _SANDWICH_NAMES if self._architecture in _SANDWICH else _NAMES
         self._tensors: dict[str, TensorInfo] = {_rename(tensor.name, self._names): tensor for tensor in tensors}
         self.rope_divisors = self.read(_ROPE_DIVISORS) if _ROPE_DIVISORS in self._tensors else None
-        self._tensors.pop(_ROPE_DIVISORS, None)  # no weight, but a part of the configuration
+        self._tensors.pop(_ROPE_DIVISORS, None)  # part of the configuration, not a weight
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         import gguf
 
         tensor = self._tensors[name]
-        data = np.frombuffer(self._data, np.uint8, tensor.size, tensor.offset)
-        if len(tensor.shape) > 1:
-            data = data.reshape(tensor.shape[0], -1)
-        order = self._order(name, tensor.shape[0])
+        buffer = np.frombuffer(self._data, np.uint8, tensor.size, tensor.offset)
+        count = tensor.shape[0]
+        order, data = self._order(name, count), buffer.reshape(count, -1) if len(tensor.shape) > 1 else buffer
         if len(tensor.shape) == 1:  # a block can span several values
             values = gguf.dequantize(data, tensor.kind)
             if self._architecture in _NORMS_PLUS_ONE and name.endswith("norm.weight"):
@@ -104,22 +102,22 @@ class GGUFSource:
         return f"{self.where}: tensor {_rename(name, {ours: theirs for theirs, ours in self._names.items()})}"
 
     def _order(self, name: str, count: int) -> np.ndarray | None:
-        """Of each row, where the file has it; None where it has all in place.
+        """The file's index of each row; None where the orders agree.
 
-        llama.cpp stores a Llama's rows of q and k with each head's rotary pairs side by side (x₀ x₀′ x₁ x₁′ …);
+        llama.cpp stores a Llama's rows of q and k with each head's rotary pairs interleaved (x₀ x₀′ x₁ x₁′ …);
         Hugging Face's order, and the decoder's, is all first halves, then all second halves (x₀ x₁ … x₀′ x₁′ …).
         """
         match = re.search(r"self_attn\.([qk])_proj", name)
         if match is None or self._architecture not in _INTERLEAVED:
             return None
-        heads = self.metadata.get(f"{self._architecture}.attention.head_count")
+        heads: Any = self.metadata.get(f"{self._architecture}.attention.head_count")
         if match[1] == "k":
             heads = self.metadata.get(f"{self._architecture}.attention.head_count_kv", heads)
         return np.arange(count).reshape(heads, -1, 2).swapaxes(1, 2).reshape(count)
 
 
 def _rename(name: str, table: dict[str, str]) -> str:
-    """The name in the other scheme; an unknown one stays, and the check against the layout refuses it."""
+    """The name in the other scheme; an unknown name stays, and `check_source` refuses it."""
     layer = re.search(r"\.(\d+)\.", name)
     if layer is None:
         return table.get(name, name)
@@ -127,7 +125,7 @@ def _rename(name: str, table: dict[str, str]) -> str:
     return table[template].format(layer[1]) if template in table else name
 
 
-def _check_kinds(tensors: list[TensorInfo], where: str) -> None:
+def _check_quantization(tensors: list[TensorInfo], where: str) -> None:
     """Raises `UserError` where the gguf package cannot decode a tensor, before anything is read."""
     import gguf
 
