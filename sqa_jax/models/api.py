@@ -1,91 +1,123 @@
-"""Which module computes a student, and what is asked of one besides being called."""
+"""What every model offers, decoder-only or encoder–decoder, and which class computes a configuration."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
 
-from sqa_jax.models import decoder as decoder_only
+from sqa_jax.models.adaptation import Adaptation
 from sqa_jax.models.decoder import Decoder
-from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.layers.kv_cache import Adaptation, ImageFeatures
-from sqa_jax.models.t5 import model as t5
-from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.layers.kv_cache import ImageFeatures, PrefillOutput
+from sqa_jax.models.param_spec import ParamTree
+from sqa_jax.models.student_config import StudentConfig
 from sqa_jax.models.t5.model import T5
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig
 from sqa_jax.models.vision.encode import encode_images
 from sqa_jax.models.vision.image_input import ImageInputs
 
-Module = Decoder | T5
+
+class StudentModel(Protocol):
+    """A Flax module that computes a student: `Decoder` or `T5`, which document these fields and methods."""
+
+    @property
+    def config(self) -> StudentConfig: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def remat(self) -> str: ...
+
+    @property
+    def lora_dropout(self) -> float: ...
+
+    @property
+    def data_shards(self) -> int: ...
+
+    @property
+    def batch_sharding(self) -> NamedSharding | None: ...
+
+    def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any:
+        """`flax.linen.Module.apply`: calls the module, or with `method` its `unembed` or `logits`."""
+        ...
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any: ...
+
+    def clone(self, **updates: Any) -> Any:
+        """The same module with other fields."""
+        ...
+
+    def prefill(
+        self,
+        params: ParamTree,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        adaptation: Adaptation,
+        **extra_inputs: Any,
+    ) -> PrefillOutput:
+        """Processes packed rows without a cache and returns what one needs.
+
+        Args:
+          params: parameters of the model.
+          tokens, positions, segments, adaptation: as in `Decoder.__call__`.
+          extra_inputs: what `extra_model_inputs` returns.
+        """
+        ...
+
+    def with_max_decoder_tokens(self, count: int) -> StudentModel:
+        """The model for rows in which at most `count` tokens predict a next one.
+
+        An encoder–decoder then computes its decoder for so many slots of a row only; see `T5.max_decoder_tokens`.
+        """
+        ...
 
 
-def module_for(config: StudentConfig) -> type[Decoder] | type[T5]:
-    """The class that computes students of this configuration."""
-    return T5 if isinstance(config, T5Config) else Decoder
+def model_class(config: StudentConfig) -> Any:
+    """The class of `StudentModel` that computes this configuration: called with it, or `for_mesh`."""
+    return T5 if config.is_encoder_decoder else Decoder
 
 
-def with_max_decoder_tokens(student: Module, most: int) -> Module:
-    """The module for rows in which at most `most` tokens have another one behind them that is predicted.
+def make_model(config: StudentConfig, attention: str, mesh: Mesh, **fields: Any) -> StudentModel:
+    """The model for a mesh.
 
-    An encoder–decoder then computes its decoder for so many places a row only; see `T5.max_decoder_tokens`.
+    Args:
+      attention: `config.student.attention`.
+      fields: of the module.
+
+    Raises:
+      UserError: the model or the mesh's platform does not support this attention.
     """
-    return student.clone(max_decoder_tokens=most) if isinstance(student, T5) else student
+    return model_class(config).for_mesh(config, attention, mesh, **fields)
 
 
 def extra_model_inputs(
-    student: Module,
-    weights: Any,
+    model: StudentModel,
+    params: ParamTree,
     adaptation: Adaptation,
-    branches: jax.Array | None = None,
+    branches: Int[Array, "B T"] | None = None,
     images: ImageInputs | None = None,
     dropout: jax.Array | None = None,
 ) -> dict[str, Any]:
-    """What besides tokens a student reads of a batch's rows, as arguments of its module and of `prefill`.
+    """A model's inputs from a batch's rows besides tokens, as arguments of the module and of `prefill`.
 
     Args:
-      branches: [B, T], where the rows fork or their prompts are attended to bidirectionally (prefix LM).
-      images: of the rows, where they may hold images.
-      dropout: a key, or None where nothing is dropped.
+      branches: where the rows fork or their prompts are attended to bidirectionally (prefix LM).
+      images: of the rows, where they may hold images; the vision encoder runs where they are not features already.
+      dropout: an RNG key, or None for no dropout.
     """
-    more = {} if branches is None else {"branches": branches}
+    inputs: dict[str, Any] = {} if branches is None else {"branches": branches}
     if images is None:
-        return more
+        return inputs
     if (features := images.features) is not None:
         if adaptation.vision is not None:
-            raise ValueError("these features are of the bare tower, which the adapter changes")
+            raise ValueError("these are features of the vision encoder without the adapter, which changes it")
     else:
-        how = ComputeConfig(student.dtype, student.remat, student.lora_dropout, student.rows)
-        features = encode_images(
-            student.config.vision,
-            weights["vision"],
-            images.encoder,
-            how,
-            adaptation.vision or NO_VISION_ADAPTER,
-            dropout,
-        )
-    return {**more, "visual": ImageFeatures(features, images.mrope_offsets)}
-
-
-def prefill(
-    student: Module,
-    weights: Any,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    adaptation: Adaptation,
-    **more: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Reads packed rows, and gives what later tokens need of them.
-
-    Args:
-      weights: parameters of the student.
-      tokens, positions, segments, adaptation: as `Decoder.__call__`.
-      more: as `extra_model_inputs` gives it.
-
-    Returns:
-      Normed hidden states [B, T, D]; keys and values of all layers [L, B, T, K, d], without a prefix's; and for a
-      cache the segment [B, T] that each place is of, where all of its row is of segment 1.
-    """
-    module = t5 if isinstance(student, T5) else decoder_only
-    return module.prefill(student, weights, tokens, positions, segments, adaptation, **more)
+        compute = ComputeConfig(model.dtype, model.remat, model.lora_dropout, model.batch_sharding)
+        adapter = adaptation.vision or NO_VISION_ADAPTER
+        assert model.config.vision is not None and images.encoder is not None
+        features = encode_images(model.config.vision, params["vision"], images.encoder, compute, adapter, dropout)
+    return {**inputs, "image_features": ImageFeatures(features, images.mrope_offsets)}

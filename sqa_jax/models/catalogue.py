@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from sqa_jax.models.decoder_config import FULL, NOPE, WINDOW, DecoderConfig, Rope, StudentConfig
+from sqa_jax.models.decoder_config import FULL, NOPE, WINDOW, DecoderConfig
+from sqa_jax.models.rope_frequencies import Rope
+from sqa_jax.models.student_config import StudentConfig
 from sqa_jax.models.t5.config import T5Config
 from sqa_jax.models.vision.paligemma import PaliGemmaVision
-from sqa_jax.models.vision.pixels import Pixels
+from sqa_jax.models.vision.pixels import PixelTransform
 from sqa_jax.models.vision.qwen2_vl import Qwen2VLVision
-from sqa_jax.models.vision.registry import Vision
+from sqa_jax.models.vision.registry import VisionConfig
 from sqa_jax.models.vision.siglip_config import SiglipConfig
 from sqa_jax.models.vision.smolvlm import SmolVLMVision
 
@@ -83,17 +85,17 @@ def _gemma3(hidden: int, inner: int, layers: int) -> DecoderConfig:
 
 
 _SO400M = SiglipConfig(1152, 4304, 27, 16, 224, 14)
-_BICUBIC, _LANCZOS = Pixels(3), Pixels(1)
+_BICUBIC, _LANCZOS = PixelTransform(3), PixelTransform(1)
 
 
-def _seeing(text: DecoderConfig, vision: Vision, **options: Any) -> DecoderConfig:
+def _seeing(text: DecoderConfig, vision: VisionConfig, **options: Any) -> DecoderConfig:
     return dataclasses.replace(text, vision=vision, **options)
 
 
 def _paligemma(
-    text: DecoderConfig, tower: SiglipConfig = _SO400M, image_token: int = 257152, vocabulary: int = 257216
+    text: DecoderConfig, encoder: SiglipConfig = _SO400M, image_token: int = 257152, vocabulary: int = 257216
 ) -> DecoderConfig:
-    vision = PaliGemmaVision(tower, text.hidden_size, image_token, _BICUBIC)
+    vision = PaliGemmaVision(encoder, text.hidden_size, image_token, _BICUBIC)
     return _seeing(text, vision, vocab_size=vocabulary, prefix_lm=True, first_position=1)
 
 

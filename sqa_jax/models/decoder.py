@@ -1,10 +1,10 @@
-"""A decoder-only transformer in Flax Linen: stacked layers, KV cache, and a place for every adapter.
+"""A decoder-only transformer in Flax Linen: scanned layers, KV cache, packed rows, and an entry for every adapter.
 
-The parameters are the frozen base; what an adapter changes arrives as an `Adaptation`, so the two trees
-never mix and a gradient over one never touches the other.
+The parameters are the frozen base; what an adapter adds arrives as an `Adaptation`, so that the two trees never mix and
+a gradient over one never touches the other.
 
-Shapes in comments: B rows, T new tokens, S key slots, D hidden, H query heads, K key/value heads, d head
-width, L layers, V vocabulary.
+Shapes: B rows, T new tokens, S key slots, D hidden, H query heads, K key/value heads, d head width, L layers,
+V vocabulary. With a cache, A of its rows receive up to W tokens each.
 """
 
 from __future__ import annotations
@@ -15,64 +15,67 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
 
+from sqa_jax.models.adaptation import NO_ADAPTATION, Adaptation
 from sqa_jax.models.decoder_config import WINDOW, DecoderConfig
-from sqa_jax.models.layers.attention import (
-    apply_rope,
-    attention_mask,
-    dot_product_attention,
-    mrope_positions,
-    prefix_lm_mask,
-    rope_sin_cos,
-    sliding_window_mask,
-    soft_cap,
-)
+from sqa_jax.models.layers.attention import dot_product_attention, soft_cap
 from sqa_jax.models.layers.blockwise_attention import blockwise_attention
-from sqa_jax.models.layers.kernels import FusedAttention
+from sqa_jax.models.layers.kernels import FusedAttention, fused_attention
 from sqa_jax.models.layers.kv_cache import (
-    NO_ADAPTATION,
-    Adaptation,
     Cache,
     ImageFeatures,
     PackedToCacheMap,
+    PrefillOutput,
     embed,
     num_valid,
     prepend_prefix_kv,
+    read_kv,
+    write_kv,
 )
-from sqa_jax.models.layers.linear import Linear, RMSNorm, constrain_batch_sharding, scan_layers
-from sqa_jax.models.segments import GLOBAL_SEGMENT, PADDING
+from sqa_jax.models.layers.linear import KV, Linear, RMSNorm, constrain_batch_sharding, scan_layers
+from sqa_jax.models.layers.masks import (
+    AttentionLayout,
+    cache_layout,
+    cache_window_positions,
+    row_layout,
+    row_window_positions,
+)
+from sqa_jax.models.layers.rope import apply_rope, mrope_positions, rope_sin_cos
+from sqa_jax.models.param_spec import ParamTree
 
 ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": partial(nn.gelu, approximate=True)}
 
 
 class AttentionContext(NamedTuple):
-    """What all layers share of the tokens that are read.
+    """Inputs of attention that all layers share.
 
     Attributes:
-      sin, cos: [R, B, T, d/2] of each of R kinds of rotation.
-      visible: [B, T, S] what layers without a window see.
-      lately: the same of layers with one, where it hides anything.
-      slots: [B, T] places of the tokens in the cache, or in the row behind a prefix.
+      sin, cos: [R, B, T, d/2] of the R kinds of rotary embeddings.
+      mask: [A, W, S] of layers with full attention.
+      local_mask: the same of layers with a sliding window, where it hides anything.
+      rows, slots: [A] and [A, W], where the new tokens go in the cache.
       segments: [B, T], for fused attention; None where it cannot be used.
-      grid: as in `Decoder.__call__`.
+      cache_map: as in `Decoder.__call__`.
     """
 
     sin: jax.Array
     cos: jax.Array
-    visible: jax.Array
-    lately: jax.Array | None
+    mask: jax.Array
+    local_mask: jax.Array | None
+    rows: jax.Array
     slots: jax.Array
     segments: jax.Array | None
-    grid: PackedToCacheMap | None
+    cache_map: PackedToCacheMap | None
 
 
 class LayerInputs(NamedTuple):
-    """What tells a layer from the others; stacked in front of the scan.
+    """Inputs in which layers differ; each has a leading dimension L before the scan.
 
     Attributes:
-      index: its number.
-      rotation: which of the R kinds.
+      index: number of the layer.
+      rotation: which of the R kinds of rotary embeddings.
       windowed: whether it has a sliding window.
       adaptation: its part of the adapters.
     """
@@ -84,69 +87,64 @@ class LayerInputs(NamedTuple):
 
 
 class Attention(nn.Module):
+    """Grouped-query self-attention with rotary embeddings, over packed rows or a KV cache."""
+
     config: DecoderConfig
     dtype: Any
     lora_dropout: float
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, x, layer: LayerInputs, cache, around: AttentionContext):
-        c, lora, grid = self.config, layer.adaptation.lora or {}, around.grid
+    def __call__(self, x: jax.Array, layer: LayerInputs, cache, context: AttentionContext):
+        c, lora, cache_map = self.config, layer.adaptation.lora or {}, context.cache_map
         B, T, _ = x.shape
-        sin, cos = around.sin[layer.rotation], around.cos[layer.rotation]
-        visible = around.visible
-        if around.lately is not None:
-            visible = jnp.where(layer.windowed, around.lately, visible)
+        query, key, value = self._query_key_value(x, lora, context.sin[layer.rotation], context.cos[layer.rotation])
+        self.sow(KV, "key", key)
+        self.sow(KV, "value", value)
+        mask = context.mask
+        if context.local_mask is not None:
+            mask = jnp.where(layer.windowed, context.local_mask, mask)
+        if cache is None:
+            key, value = prepend_prefix_kv(layer.adaptation.prefix, key, value)
+        else:
+            if cache_map is not None:
+                query, key, value = map(cache_map.to_cache_rows, (query, key, value))
+            cache = write_kv(cache, layer.index, context.rows, context.slots, key, value)
+            rows = None if cache_map is None else context.rows
+            key, value = read_kv(cache, layer.index, rows, mask.shape[-1], self.dtype)
+        if context.segments is not None and self.fused is not None:
+            out = self.fused(query, key, value, context.segments, mask, layer.windowed)
+        elif cache is None:
+            out = blockwise_attention(query, key, value, mask, c.attention_softcap, causal=not c.prefix_lm)
+        else:
+            out = dot_product_attention(query, key, value, mask, c.attention_softcap)
+        if cache_map is not None:
+            out = cache_map.to_packed(out, (B, T))
+        out = out.reshape(B, T, c.num_heads * c.head_dim)
+        return self._linear("o_proj", c.hidden_size)(out, lora.get("o_proj")), cache
 
-        def linear(name, features):
-            return Linear(features, c.bias(name), self.dtype, self.lora_dropout, name=name)
+    def _query_key_value(self, x: jax.Array, lora: dict[str, Any], sin: jax.Array, cos: jax.Array) -> list[jax.Array]:
+        """Queries [B, T, H, d], keys and values [B, T, K, d]; the first two normed, scaled and rotated."""
+        c = self.config
 
-        def heads(name, count, y):
-            return linear(name, count * c.head_dim)(y, lora.get(name)).reshape(B, T, count, c.head_dim)
+        def heads(name: str, count: int) -> jax.Array:
+            return self._linear(name, count * c.head_dim)(x, lora.get(name)).reshape(*x.shape[:2], count, c.head_dim)
 
-        query, key = heads("q_proj", c.num_heads, x), heads("k_proj", c.num_kv_heads, x)
-        value = heads("v_proj", c.num_kv_heads, x)
+        query, key = heads("q_proj", c.num_heads), heads("k_proj", c.num_kv_heads)
+        value = heads("v_proj", c.num_kv_heads)
         if c.qk_norm:
             query = RMSNorm(c.norm_epsilon, c.norm_offset, name="q_norm")(query)
             key = RMSNorm(c.norm_epsilon, c.norm_offset, name="k_norm")(key)
         if c.query_scale:  # attention divides by √d
             query *= (c.head_dim / c.query_scale) ** 0.5
-        query, key = apply_rope(query, sin, cos), apply_rope(key, sin, cos)
-        self.sow("read", "key", key)
-        self.sow("read", "value", value)
-        if cache is not None:
-            rows = jnp.arange(B)
-            if grid is not None:
-                rows, (query, key, value) = grid.rows, map(grid.spread, (query, key, value))
-            kv_heads, places = jnp.arange(c.num_kv_heads)[:, None], around.slots[:, None]
-            cache = tuple(
-                old.at[layer.index, rows[:, None, None], kv_heads, places].set(
-                    new.swapaxes(1, 2).astype(old.dtype), mode="drop"
-                )
-                for old, new in zip(cache, (key, value), strict=True)
-            )
+        return [apply_rope(query, sin, cos), apply_rope(key, sin, cos), value]
 
-            def known(own):
-                own = jax.lax.dynamic_index_in_dim(own, layer.index, keepdims=False)[:, :, : visible.shape[-1]]
-                own = own if grid is None else own.at[rows].get(mode="clip")
-                return own.astype(self.dtype).swapaxes(1, 2)
-
-            key, value = map(known, cache)
-        else:
-            key, value = prepend_prefix_kv(layer.adaptation.prefix, key, value)
-        if around.segments is not None:
-            out = self.fused(query, key, value, around.segments, visible, layer.windowed)
-        else:
-            attention = partial(blockwise_attention, causal=not c.prefix_lm) if cache is None else dot_product_attention
-            out = attention(query, key, value, visible, c.attention_softcap)
-        if grid is not None:
-            out = grid.packed(out, (B, T))
-        out = out.reshape(B, T, c.num_heads * c.head_dim)
-        return linear("o_proj", c.hidden_size)(out, lora.get("o_proj")), cache
+    def _linear(self, name: str, features: int) -> Linear:
+        return Linear(features, self.config.bias(name), self.dtype, self.lora_dropout, name=name)
 
 
 class MLP(nn.Module):
-    """down(act(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202: SwiGLU, and GEGLU with gelu)."""
+    """Gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020, arXiv:2002.05202: SwiGLU, and GEGLU with gelu)."""
 
     config: DecoderConfig
     dtype: Any
@@ -156,7 +154,7 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, lora: dict[str, Any]) -> jax.Array:
         c = self.config
 
-        def linear(name, features, y):
+        def linear(name: str, features: int, y: jax.Array) -> jax.Array:
             return Linear(features, c.bias(name), self.dtype, self.lora_dropout, name=name)(y, lora.get(name))
 
         gate, up = linear("gate_proj", c.intermediate_size, x), linear("up_proj", c.intermediate_size, x)
@@ -164,7 +162,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form that `nn.scan` wants: (carry, this layer's inputs, what all layers share)."""
+    """One layer, with the signature of `nn.scan`: (carry, this layer's inputs, inputs shared by all layers)."""
 
     config: DecoderConfig
     dtype: Any
@@ -172,20 +170,20 @@ class Block(nn.Module):
     fused: FusedAttention | None
 
     @nn.compact
-    def __call__(self, carry, layer: LayerInputs, around: AttentionContext):
+    def __call__(self, carry, layer: LayerInputs, context: AttentionContext):
         (x, cache), c = carry, self.config
-        before, *between, last = c.norms()  # two of a layer, or four
+        before, *between, last = c.norms()  # two per layer, or four
 
-        def norm(name, x):
+        def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_epsilon, c.norm_offset, name=name)(x)
 
         y, cache = Attention(c, self.dtype, self.lora_dropout, self.fused, name="self_attn")(
-            norm(before, x), layer, cache, around
+            norm(before, x), layer, cache, context
         )
         mlp, lora = MLP(c, self.dtype, self.lora_dropout, name="mlp"), layer.adaptation.lora or {}
         if c.sandwich_norms:
-            behind, before = between
-            x += norm(behind, y)
+            after, before = between
+            x += norm(after, y)
             x += norm(last, mlp(norm(before, x), lora))
         else:
             x += y
@@ -198,14 +196,13 @@ class Decoder(nn.Module):
 
     Attributes:
       config: shape and options.
-      dtype: of the computation; parameters may be of another.
+      dtype: of the computation; parameters may have another.
       remat: a key of `REMAT_POLICIES`.
-      lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
-      fused: attention of packed rows in one kernel, used where neither a prefix, a cache nor branches ask for more
-        than segments.
-      data_shards: parts of the mesh over which a batch's rows lie; what is done a piece at a time takes as much of
-        each.
-      rows: how these rows lie there, which the compiler is told: see `sqa_jax.models.layers.linear.constrain_batch_sharding`.
+      lora_dropout: rate at which LoRA's input is dropped where a "dropout" RNG is given.
+      fused: fused attention of packed rows, used where the mask depends on segments alone: without prefix, cache and
+        branches.
+      data_shards: shards of the batch dimension; what is computed a chunk at a time takes as much of each.
+      batch_sharding: of the batch dimension, as a constraint; see `sqa_jax.models.layers.linear.constrain_batch_sharding`.
     """
 
     config: DecoderConfig
@@ -214,7 +211,16 @@ class Decoder(nn.Module):
     lora_dropout: float = 0.0
     fused: FusedAttention | None = None
     data_shards: int = 1
-    rows: NamedSharding | None = None
+    batch_sharding: NamedSharding | None = None
+
+    @classmethod
+    def for_mesh(cls, config: DecoderConfig, attention: str, mesh: Mesh, **fields: Any) -> Decoder:
+        """A decoder with the kernel that `config.student.attention` names.
+
+        Raises:
+          UserError: there is no such kernel, or not on this mesh's platform.
+        """
+        return cls(config, fused=fused_attention(attention, config, fields["dtype"], mesh), **fields)
 
     def setup(self):
         c = self.config
@@ -234,121 +240,134 @@ class Decoder(nn.Module):
         adaptation: Adaptation = NO_ADAPTATION,
         cache: Cache | None = None,
         branches: jax.Array | None = None,
-        extent: int | None = None,
-        grid: PackedToCacheMap | None = None,
-        visual: ImageFeatures | None = None,
+        attended_slots: int | None = None,
+        cache_map: PackedToCacheMap | None = None,
+        image_features: ImageFeatures | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
+        """Hidden states of tokens; `unembed` turns them into logits, where they are needed.
 
         Args:
-          tokens: [B, T] ids: words'; a soft prompt's, -1, -2, …; pictures' features, see `ImageFeatures`.
+          tokens: [B, T] ids: of the vocabulary; of soft prompt tokens, -1, -2, …; of image features, see `ImageFeatures`.
           positions: [B, T], 0-based within each sequence.
           segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
           adaptation: what the adapters add.
-          cache: what the rows have read before; the new tokens go behind it. Made by `init_cache` with the
-            same adaptation. A row that has no room left drops its tokens.
+          cache: keys and values of the rows' earlier tokens; the new ones are appended. Made by `init_cache` with the
+            same prefix. A row that has no room left drops its tokens.
           branches: [B, T] forks of a segment (see `attention_mask`). Only their trunk may stay in a cache: the caller
             sets its `length` back to the trunk's end.
-          grid: with a cache, tokens of any of its rows are packed into [B, T], and lie in the cache as it says.
-          extent: places of the cache, a prefix included, that attention looks at; behind them must be nothing.
-          visual: what the tokens of pictures show.
+          attended_slots: number of the cache's slots, a prefix included, that attention is computed over; later ones
+            must be empty.
+          cache_map: with a cache, [B, T] are packed tokens of any of its rows, which this map distributes.
+          image_features: of the images in the rows.
 
         Returns:
           Normed hidden states [B, T, D], and the cache with the new tokens in it.
         """
         c = self.config
-        B, T = tokens.shape
-        x = embed(self.embed_tokens, tokens, adaptation, visual, c.hidden_size**0.5 if c.embedding_scale else 1.0)
-        x = constrain_batch_sharding(x, self.rows if cache is None else None)
-
-        P = adaptation.prefix_length
-        key_branches = None
+        scale = c.hidden_size**0.5 if c.embedding_scale else 1.0
+        x = embed(self.embed_tokens, tokens, adaptation.prompt, image_features, scale)
+        x = constrain_batch_sharding(x, self.batch_sharding if cache is None else None)
         if cache is None:
-            slots = jnp.broadcast_to(jnp.arange(P, P + T), (B, T))
-            key_segments = jnp.pad(segments, ((0, 0), (P, 0)), constant_values=GLOBAL_SEGMENT)
-            if branches is not None:
-                key_branches = jnp.pad(branches, ((0, 0), (P, 0)))
+            layout = row_layout(segments, branches, adaptation.prefix_length)
         else:
-            rows = jnp.arange(B)
-            if grid is not None:
-                rows, segments = grid.rows, grid.spread(segments)
-                branches = None if branches is None else grid.spread(branches)
-            slots = cache.length.at[rows].get(mode="clip")[:, None] + jnp.arange(segments.shape[1])
-
-            def entered(known, new):  # (all rows, those that read)
-                known = known.at[rows[:, None], slots].set(new, mode="drop")
-                return known, known if grid is None else known.at[rows].get(mode="clip")
-
-            all_segments, key_segments = entered(cache.segments, segments)
-            if branches is not None:  # what was read before is trunk
-                _, key_branches = entered(jnp.zeros_like(cache.segments), branches)
-        key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
-        visible = attention_mask(segments, key_segments, slots, key_slots, branches, key_branches)[..., :extent]
-        lately = None
-        if 0 < c.window < visible.shape[-1]:
-            # Places are slots but for branches, which are as far from their trunk as if they were alone.
-            if cache is None:
-                places = P + positions
-                key_places = jnp.concatenate([key_slots[:, :P], places], axis=1)
-            else:
-                own = positions if grid is None else grid.spread(positions)
-                first = jnp.argmax(segments != PADDING, axis=1)[:, None]
-                places = own + jnp.take_along_axis(slots - own, first, axis=1)
-                everywhere = jnp.broadcast_to(jnp.arange(cache.segments.shape[1]), cache.segments.shape)
-                _, key_places = entered(everywhere, places)
-            close = sliding_window_mask(places, key_places[:, : visible.shape[-1]], c.window)
-            if branches is not None:
-                close |= prefix_lm_mask(branches[:, :, None], key_branches[:, None, : visible.shape[-1]])
-            lately = visible & close
-
-        # A prefix takes the first P positions, as it does in PEFT.
-        rotations, turned = list(dict.fromkeys(map(c.rope_of, c.kinds))), positions + P + c.first_position
-        if c.mrope_sections:
-            if visual is not None:
-                turned = mrope_positions(tokens, turned, segments, c.vocab_size, visual.places)
-            else:
-                turned = jnp.broadcast_to(turned[..., None], (B, T, 3))
-        angles = [rope_sin_cos(turned, c.head_dim, rope, c.mrope_sections) for rope in rotations]
-        plain = self.fused is None or cache is not None or branches is not None or adaptation.prefix is not None
-        around = AttentionContext(
-            *map(jnp.stack, zip(*angles, strict=True)), visible, lately, slots, None if plain else segments, grid
-        )
-        layers = LayerInputs(
-            jnp.arange(c.num_layers),
-            jnp.asarray([rotations.index(c.rope_of(kind)) for kind in c.kinds]),
-            jnp.asarray([kind == WINDOW for kind in c.kinds]),
-            adaptation._replace(prompt=None, tower=None),
+            layout = cache_layout(cache, segments, branches, cache_map)
+        mask = layout.mask()[..., :attended_slots]
+        # A prefix takes the first P positions, as in PEFT.
+        rotated = positions + adaptation.prefix_length + c.first_position
+        needs_mask = cache is not None or branches is not None or adaptation.prefix is not None
+        context = AttentionContext(
+            *self._rope(tokens, rotated, segments, image_features),
+            mask,
+            self._local_mask(mask, layout, positions, adaptation.prefix_length, cache, cache_map),
+            layout.rows,
+            layout.slots,
+            None if self.fused is None or needs_mask else segments,
+            cache_map,
         )
         carry = (x, None if cache is None else (cache.key, cache.value))
-        (x, kv), _ = self.layers(carry, layers, around)
+        (x, kv), _ = self.layers(carry, self._layer_inputs(adaptation), context)
         if cache is not None:
-            cache = Cache(*kv, all_segments, cache.length.at[rows].add(num_valid(segments), mode="drop"))
+            assert layout.cache_segments is not None
+            length = cache.length.at[layout.rows].add(num_valid(layout.segments), mode="drop")
+            cache = Cache(*kv, layout.cache_segments, length)
         return self.norm(x), cache
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits in float32: [..., D] → [..., V]."""
+    def _rope(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        image_features: ImageFeatures | None,
+    ) -> tuple[Float[Array, "R B T half"], Float[Array, "R B T half"]]:
+        """Sines and cosines of each kind of rotary embeddings that the layers have."""
+        c = self.config
+        if c.mrope_sections:
+            if image_features is not None and image_features.mrope_offsets is not None:
+                offsets = image_features.mrope_offsets
+                positions = mrope_positions(tokens, positions, segments, c.vocab_size, offsets)
+            else:
+                positions = jnp.broadcast_to(positions[..., None], (*positions.shape, 3))
+        pairs = [rope_sin_cos(positions, c.head_dim, rope, c.mrope_sections) for rope in c.ropes]
+        sin, cos = map(jnp.stack, zip(*pairs, strict=True))
+        return sin, cos
+
+    def _local_mask(
+        self,
+        mask: jax.Array,
+        layout: AttentionLayout,
+        positions: jax.Array,
+        prefix_length: int,
+        cache: Cache | None,
+        cache_map: PackedToCacheMap | None,
+    ) -> jax.Array | None:
+        """The mask of layers with a sliding window; None where it would hide nothing more."""
+        window, num_slots = self.config.window, mask.shape[-1]
+        if not 0 < window < num_slots:
+            return None
+        if cache is None:
+            of_queries, of_keys = row_window_positions(layout, positions, prefix_length)
+        else:
+            of_queries, of_keys = cache_window_positions(layout, positions, cache, cache_map)
+        return mask & layout.window_mask(of_queries, of_keys, window, num_slots)
+
+    def _layer_inputs(self, adaptation: Adaptation) -> LayerInputs:
+        c = self.config
+        return LayerInputs(
+            jnp.arange(c.num_layers),
+            jnp.asarray([c.ropes.index(c.rope_of(kind)) for kind in c.kinds]),
+            jnp.asarray([kind == WINDOW for kind in c.kinds]),
+            adaptation._replace(prompt=None, vision=None),
+        )
+
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits in float32."""
         logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
     def logits(self, *args, **kwargs) -> tuple[jax.Array, Cache | None]:
-        """Logits of every position, [B, T, V]: for small inputs; training asks only where there is a target."""
+        """Logits of every position, [B, T, V]: for small inputs; training computes those of targets only."""
         hidden, cache = self(*args, **kwargs)
         return self.unembed(hidden), cache
 
+    @nn.nowrap
+    def prefill(
+        self,
+        params: ParamTree,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        adaptation: Adaptation,
+        **extra_inputs: Any,
+    ) -> PrefillOutput:
+        """Processes packed rows without a cache and returns what one needs: see `StudentModel.prefill`."""
+        (hidden, _), sown = self.apply(
+            {"params": params}, tokens, positions, segments, adaptation, **extra_inputs, mutable=[KV]
+        )
+        attention = sown[KV]["layers"]["self_attn"]
+        (key,), (value,) = attention["key"], attention["value"]
+        return PrefillOutput(hidden, key, value, jnp.ones_like(segments))
 
-def prefill(
-    decoder: Decoder,
-    weights: Any,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    adaptation: Adaptation,
-    branches: jax.Array | None = None,
-    visual: ImageFeatures | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.models.api.prefill`."""
-    (hidden, _), kept = decoder.apply(
-        {"params": weights}, tokens, positions, segments, adaptation, branches=branches, visual=visual, mutable=["read"]
-    )
-    (key,), (value,) = (kept["read"]["layers"]["self_attn"][name] for name in ("key", "value"))
-    return hidden, key, value, jnp.ones_like(segments)
+    @nn.nowrap
+    def with_max_decoder_tokens(self, count: int) -> Decoder:
+        """The same model: every token is the decoder's."""
+        return self

@@ -3,57 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-
-import numpy as np
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.rope_frequencies import Rope
 from sqa_jax.models.validation import check_numbers
 
 if TYPE_CHECKING:
-    from sqa_jax.models.vision.registry import Vision
+    from sqa_jax.models.vision.registry import VisionConfig
 
-ROPES = ("default", "linear", "llama3")
-FULL, WINDOW, NOPE = "full", "window", "nope"  # a layer sees all, sees near keys only, or knows no positions
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary frequencies.
-
-    Attributes:
-      theta: their base.
-      kind: "default"; "linear", where positions count for 1/`factor` of themselves (Chen et al. 2023, arXiv:2306.15595);
-        "llama3", where only low frequencies do (Grattafiori et al. 2024, arXiv:2407.21783, as Llama 3.1 computes it).
-      factor: of "linear" and "llama3".
-      low_frequency_factor, high_frequency_factor: llama3: waves longer than `original_positions` divided by the first
-        are stretched, those shorter than by the second are not, those between in part.
-      original_positions: llama3: longest sequence before the stretching.
-    """
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_positions: int = 8192
-
-    def frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians a position of each pair of a head, [head_dim / 2] float32."""
-        frequencies = self.theta ** -(np.arange(0, head_dim, 2) / head_dim)
-        return (frequencies / self.divisors(head_dim)).astype(np.float32)
-
-    def divisors(self, head_dim: int) -> np.ndarray:
-        """What the default's frequencies are divided by, [head_dim / 2]."""
-        if self.kind == "default":
-            return np.ones(head_dim // 2)
-        if self.kind == "linear":
-            return np.full(head_dim // 2, self.factor)
-        waves = 2 * np.pi * self.theta ** (np.arange(0, head_dim, 2) / head_dim)
-        low, high = self.low_frequency_factor, self.high_frequency_factor
-        kept = np.clip((self.original_positions / waves - low) / (high - low), 0, 1)
-        return 1 / (kept + (1 - kept) / self.factor)
+# Kinds of layers: full attention, sliding-window attention, and full attention without position embeddings (NoPE).
+FULL, WINDOW, NOPE = "full", "window", "nope"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +81,20 @@ class DecoderConfig:
     prefix_lm: bool = False
     first_position: int = 0
     mrope_sections: tuple[int, ...] = ()
-    vision: Vision | None = None
+    vision: VisionConfig | None = None
+
+    is_encoder_decoder: ClassVar[bool] = False
+    decoder_start: ClassVar[None] = None
+
+    @property
+    def bidirectional_prompt(self) -> bool:
+        """Whether a prompt's states depend on all of it, so that no part of it can be cached alone."""
+        return self.prefix_lm
+
+    @property
+    def stack_depths(self) -> tuple[int, ...]:
+        """Layers of each stack."""
+        return (self.num_layers,)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -130,6 +104,11 @@ class DecoderConfig:
     def rope_of(self, kind: str) -> Rope | None:
         """The rotary frequencies of layers of a kind; None for those without positions."""
         return {FULL: self.rope, WINDOW: self.local_rope or self.rope, NOPE: None}[kind]
+
+    @property
+    def ropes(self) -> list[Rope | None]:
+        """The different rotary frequencies of the layers."""
+        return list(dict.fromkeys(map(self.rope_of, self.kinds)))
 
     def norms(self) -> tuple[str, ...]:
         """The norms of a layer that are as wide as its residual stream, under Hugging Face's names."""
@@ -154,8 +133,15 @@ class DecoderConfig:
             "down_proj": ("mlp", f, d),
         }
 
+    def as_stored(self, raw: dict[str, Any], tensors: Collection[str]) -> DecoderConfig:
+        """The same: `config.json` says all of it."""
+        return self
 
-StudentConfig = DecoderConfig | T5Config
+    def forward_flops(self, tokens: float, context: float, logits: float) -> float:
+        """Floating-point operations of a forward pass, see `sqa_jax.models.flops.forward_flops`."""
+        linear = sum(rows * columns for _, rows, columns in self.linear_shapes().values())
+        attention = 2 * context * self.num_heads * self.head_dim  # scores, and the weighted sum of values
+        return 2 * (tokens * self.num_layers * (linear + attention) + logits * self.hidden_size * self.vocab_size)
 
 
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:

@@ -7,13 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sqa_jax.models.api import Module
+from sqa_jax.models.api import StudentModel
 
 CHUNK = 1024  # target positions of a data shard whose logits exist at one time: the loss' largest array is [CHUNK, V]
 
 
 def target_log_probs(
-    decoder: Module, weights: Any, hidden: jax.Array, positions: jax.Array, targets: jax.Array, frozen: bool = True
+    decoder: StudentModel,
+    weights: Any,
+    hidden: jax.Array,
+    positions: jax.Array,
+    targets: jax.Array,
+    frozen: bool = True,
 ) -> jax.Array:
     """Log-probabilities of given tokens at given positions; logits exist only there, a chunk at a time.
 
@@ -43,7 +48,7 @@ def target_log_probs(
     return jnp.moveaxis(log_probs, 0, 1).reshape(B, chunks * width)[:, :M]
 
 
-def _log_probs(decoder: Module, weights: Any, states: jax.Array, ids: jax.Array) -> jax.Array:
+def _log_probs(decoder: StudentModel, weights: Any, states: jax.Array, ids: jax.Array) -> jax.Array:
     logits = decoder.apply({"params": weights}, states, method="unembed")
     return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 

@@ -20,11 +20,11 @@ class SoftPromptTokens(NamedTuple):
     """
 
     count: int = 0
-    behind_picture: bool = False
+    after_image: bool = False
 
-    def put(self, tokens: Sequence[int], behind_picture: int = 0) -> list[int]:
+    def put(self, tokens: Sequence[int], image_end: int = 0) -> list[int]:
         """Ids with the soft prompt's in them; `behind_picture` of them end with the prompt's picture."""
-        return with_soft_tokens(tokens, self.count, behind_picture if self.behind_picture else 0)
+        return with_soft_tokens(tokens, self.count, image_end if self.after_image else 0)
 
 
 NO_SOFT_PROMPT = SoftPromptTokens()

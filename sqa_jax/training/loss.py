@@ -8,12 +8,12 @@ import jax
 
 from sqa_jax import adapters
 from sqa_jax.batches.batch import Batch
-from sqa_jax.models.api import Module, extra_model_inputs, with_max_decoder_tokens
+from sqa_jax.models.api import StudentModel, extra_model_inputs
 from sqa_jax.models.log_probs import target_log_probs
 
 
 def row_losses(
-    settings, decoder: Module, adapter: Any, base: Any, batch: Batch, dropout: jax.Array | None
+    settings, decoder: StudentModel, adapter: Any, base: Any, batch: Batch, dropout: jax.Array | None
 ) -> jax.Array:
     """Summed negative log-likelihood of each packed row's targets: [B] float32.
 
@@ -23,7 +23,7 @@ def row_losses(
       dropout: a key, or None where nothing is dropped.
     """
     weights = adapters.model_params(adapter, base)
-    decoder = with_max_decoder_tokens(decoder, batch.targets.shape[1])
+    decoder = decoder.with_max_decoder_tokens(batch.targets.shape[1])
     adaptation = adapters.adapter_inputs(settings, adapter, decoder.config)
     hidden, _ = decoder.apply(
         {"params": weights},

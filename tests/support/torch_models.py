@@ -17,8 +17,7 @@ from safetensors.numpy import save_file
 
 from sqa_jax.checkpoints.hf_config import from_hf
 from sqa_jax.checkpoints.safetensors_source import read_hf_config
-from sqa_jax.models.params import param_specs, published
-from sqa_jax.models.t5.config import T5Config, as_stored
+from sqa_jax.models.params import param_specs, published_name
 
 if TYPE_CHECKING:
     import torch
@@ -95,13 +94,11 @@ def random_tensors(directory: str | Path) -> dict[str, np.ndarray]:
     embeddings, so that greedy texts depend on the whole prompt and do not repeat one token.
     """
     raw = read_hf_config(directory)
-    config = from_hf(raw, f"{directory}/config.json")
-    if isinstance(config, T5Config):
-        config = as_stored(config, raw, ())
+    config = from_hf(raw, f"{directory}/config.json").as_stored(raw, ())
     tensors = {}
     for spec in param_specs(config):
         for name in spec.names:
-            name = published(config, name)
+            name = published_name(config, name)
             rng = np.random.default_rng([0, zlib.crc32(name.encode())])
             values = rng.normal(0, _spread(name, config), spec.file_shape)
             if _is_norm(name) and name.endswith("weight") and not (config.norm_offset and "vision" not in name):
@@ -116,7 +113,7 @@ def _is_norm(name: str) -> bool:
 
 def _spread(name: str, config) -> float:
     """Standard deviation of a tensor's values."""
-    if isinstance(config, T5Config):  # attention scores are not divided by √d
+    if config.is_encoder_decoder:  # attention scores are not divided by √d
         spreads = {"norm": 0.2, "relative_attention_bias": 0.25, "shared": 0.05, "lm_head": 1.0, "SelfAttention": 0.15}
         return next((spread for part, spread in spreads.items() if part in name), 0.18)
     if config.vision is not None:

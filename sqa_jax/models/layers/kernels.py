@@ -1,76 +1,107 @@
-"""Attention in one kernel, where the platform has one: splash attention on TPUs, cuDNN's on GPUs.
+"""Fused attention kernels: splash attention (Pallas) on TPUs, cuDNN's flash attention on GPUs.
 
-The scores of a row, [H, T, T], then never exist in memory. Each gives what `attend` gives under `visibility`;
-a row's padding, which nobody reads, may differ.
+The scores of a row, [H, T, T], never exist in memory. Each equals `sqa_jax.models.layers.attention` under
+`sqa_jax.models.layers.masks.attention_mask`; padding, whose results are not used, may differ.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
 
 from sqa_jax.errors import UserError
-from sqa_jax.models.decoder_config import DecoderConfig
 from sqa_jax.models.layers.blockwise_attention import SAVED
 from sqa_jax.parallel.mesh import BATCH
 
-# (query [B, T, H, d], key, value [B, T, K, d], segments [B, T], visible [B, T, T], whether that is a window's) →
+# (query [B, T, H, d], key, value [B, T, K, d], segments [B, T], mask [B, T, T], whether that is a sliding window's) →
 # [B, T, H, d]
-FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | bool], jax.Array]
+FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | bool], jax.Array]
 
 _LANES, _BLOCK = 128, 512  # width of a TPU's vector registers, and the longest block of queries or keys
 KERNELS = ("auto", "plain", "splash", "cudnn")
 
 
-def fused_attention(name: str, student: DecoderConfig, dtype: Any, mesh: Mesh) -> FusedAttention | None:
+class AttentionConfig(Protocol):
+    """What a kernel depends on of a model's configuration."""
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def attention_softcap(self) -> float: ...
+
+
+def fused_attention(name: str, config: AttentionConfig, dtype: Any, mesh: Mesh) -> FusedAttention | None:
     """The kernel for whole packed rows, or None for plain attention.
 
     Args:
-      name: `config.student.attention`; "auto" is what the mesh's platform has for this type of numbers.
+      name: `config.student.attention`; "auto" is what the mesh's platform has for this dtype.
       dtype: of the computation.
 
     Raises:
-      UserError: the name is not known, or the kernel cannot run there.
+      UserError: the name is unknown, or the kernel does not run on this platform.
     """
     platform = mesh.devices.flat[0].platform
     if name not in KERNELS:
         raise UserError(f"config.student.attention is {name!r}; choose one of {', '.join(KERNELS)}")
     if name == "auto":
-        # cuDNN multiplies numbers of 16 bits only, in heads of 8, 16, … 128, and bounds no scores.
-        cudnn = platform == "gpu" and dtype == jnp.bfloat16 and student.head_dim % 8 == 0 and student.head_dim <= 128
-        cudnn &= not student.attention_softcap
+        # cuDNN has 16-bit types only, heads of 8, 16, … 128, and no logit soft-capping.
+        cudnn = platform == "gpu" and dtype == jnp.bfloat16 and config.head_dim % 8 == 0 and config.head_dim <= 128
+        cudnn &= not config.attention_softcap
         name = "splash" if platform == "tpu" else "cudnn" if cudnn else "plain"
     if name == "cudnn":
         if platform != "gpu" or dtype != jnp.bfloat16:
             raise UserError(
                 f"config.student.attention=cudnn needs a GPU and bfloat16, and this is {dtype} on {platform}; use auto"
             )
-        if student.attention_softcap:
+        if config.attention_softcap:
             raise UserError(
-                f"config.student.attention=cudnn cannot bound scores by {student.attention_softcap:g}, as this student does; use auto"
+                f"config.student.attention=cudnn cannot soft-cap attention scores (at {config.attention_softcap:g}), as this student does; use auto"
             )
         return _cudnn
     if name == "splash":
-        # Elsewhere than on TPUs the kernel is interpreted, which is only good for checking it.
-        return functools.partial(_splash, mesh, platform != "tpu", student.window, student.attention_softcap)
+        # On other platforms the kernel is interpreted, which is only good for checking it.
+        return functools.partial(_splash, mesh, platform != "tpu", config.window, config.attention_softcap)
     return None
 
 
-def _cudnn(query, key, value, segments, visible, windowed):
+def _cudnn(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K d"],
+    segments: Int[Array, "B T"] | None,
+    mask: Bool[Array, "B T T"],
+    windowed: jax.Array | bool,
+) -> Float[Array, "B T H d"]:
     """cuDNN's flash attention; the mask is its bias, [B, 1, T, T]."""
-    return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], implementation="cudnn")
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], implementation="cudnn")
 
 
-def _splash(mesh: Mesh, interpret: bool, window: int, softcap: float, query, key, value, segments, visible, windowed):
-    """Splash attention (JAX's Pallas kernel), row by row; blocks of keys that no query sees are never read.
+def _splash(
+    mesh: Mesh,
+    interpret: bool,
+    window: int,
+    softcap: float,
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B T K d"],
+    value: Float[Array, "B T K d"],
+    segments: Int[Array, "B T"],
+    mask: Bool[Array, "B T T"] | None,
+    windowed: jax.Array | bool,
+) -> Float[Array, "B T H d"]:
+    """Splash attention (JAX's Pallas kernel), row by row; blocks of keys that are masked for all queries are skipped.
 
-    Rows lie on the mesh's data axes, heads on `tensor` where it divides the key heads.
+    The batch dimension is sharded over the mesh's data axes, heads over `tensor` where it divides the key heads.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -87,7 +118,7 @@ def _splash(mesh: Mesh, interpret: bool, window: int, softcap: float, query, key
     rows = BATCH if mesh.size > 1 else None
     heads = "tensor" if K % mesh.shape["tensor"] == 0 else None
 
-    def local(mask, query, key, value, segments):
+    def one_shard(mask, query, key, value, segments):
         kernel = splash.make_splash_mha(
             masks.MultiHeadMask([mask] * query.shape[1]), block_sizes=sizes, head_shards=1, q_seq_shards=1,
             attn_logits_soft_cap=softcap or None, residual_checkpoint_name=SAVED, interpret=interpret,
@@ -96,22 +127,22 @@ def _splash(mesh: Mesh, interpret: bool, window: int, softcap: float, query, key
             query, key, value, segments
         )
 
-    def prepared(x):  # [B, T, heads, d] → [B, heads, length, d]
+    def padded(x):  # [B, T, heads, d] → [B, heads, length, d]
         return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
 
-    split = P(rows, heads, None, None)
+    spec = P(rows, heads, None, None)
 
-    def run(mask):
+    def kernel_with(mask):
         return jax.shard_map(
-            functools.partial(local, mask), mesh=mesh, in_specs=(split, split, split, P(rows, None)), out_specs=split,
+            functools.partial(one_shard, mask), mesh=mesh, in_specs=(spec, spec, spec, P(rows, None)), out_specs=spec,
             check_vma=False,
         )  # fmt: skip
 
-    everything = run(masks.CausalMask((length, length)))
-    arrays = (prepared(query * d**-0.5), prepared(key), prepared(value), jnp.pad(segments, ((0, 0), (0, pad))))
-    if 0 < window < T:  # a row's sequences lie whole, so places are as far apart as positions
-        lately = run(masks.LocalMask((length, length), (window - 1, 0), 0))
-        out = jax.lax.cond(windowed, lately, everything, *arrays)
+    full = kernel_with(masks.CausalMask((length, length)))
+    arrays = (padded(query * d**-0.5), padded(key), padded(value), jnp.pad(segments, ((0, 0), (0, pad))))
+    if 0 < window < T:  # sequences are contiguous in a row, so slots are as far apart as positions
+        local = kernel_with(masks.LocalMask((length, length), (window - 1, 0), 0))
+        out = jax.lax.cond(windowed, local, full, *arrays)
     else:
-        out = everything(*arrays)
+        out = full(*arrays)
     return out.transpose(0, 2, 1, 3)[:, :T]

@@ -1,4 +1,4 @@
-"""What every student's layers are made of: linear layers with a place for LoRA, norms, and the scan that stacks them."""
+"""Linear layers with LoRA, RMS norms, the scan over layers with rematerialisation, and batch sharding constraints."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
 
 from sqa_jax.models.layers.blockwise_attention import SAVED
 
-LINEAR = "linear"  # name of a linear layer's result, LoRA included: one array, where the two products would be two
+LINEAR = "linear"  # name under which rematerialisation keeps a linear layer's result, LoRA included
 
-# What the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the results of the linear
-# layers and of fused attention; "none" keeps everything.
+KV = "kv"  # Flax collection into which layers sow their keys and values, for prefill
+# Rematerialisation (remat): what the backward pass recomputes. "full" keeps only each layer's input; "dots" keeps the
+# results of the linear layers and of attention; "none" keeps everything.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR, SAVED),
@@ -23,17 +25,19 @@ REMAT_POLICIES = {
 }
 
 
-def constrain_batch_sharding(x: jax.Array, rows: NamedSharding | None) -> jax.Array:
-    """An array with rows in front, which lie on the mesh as `rows` says; None says nothing.
+def constrain_batch_sharding(x: Float[Array, "B ..."], sharding: NamedSharding | None) -> Float[Array, "B ..."]:
+    """Constrains the batch dimension of activations to `sharding`; None is no constraint.
 
-    In front of layers whose weights are split over the rows' axis, the compiler would rather split activations by their
-    width, and add them up behind each layer.
+    Without it, before layers whose weights are sharded over the batch's mesh axes (fsdp), the compiler may shard
+    activations by their width and add an all-reduce after each layer.
     """
-    return x if rows is None else jax.lax.with_sharding_constraint(x, rows)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def scan_layers(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
-    """`depth` blocks as one module that scans over them: called with (carry, each layer's inputs, what all share).
+    """`depth` blocks as one module that scans over stacked parameters: called with (carry, inputs per layer, shared).
+
+    What a block sows into the collection `KV` is stacked, too.
 
     Args:
       remat: a key of `REMAT_POLICIES`.
@@ -43,7 +47,7 @@ def scan_layers(block: type[nn.Module], depth: int, remat: str) -> type[nn.Modul
         block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return nn.scan(
         block,
-        variable_axes={"params": 0, "read": 0},
+        variable_axes={"params": 0, KV: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),
         length=depth,
@@ -51,20 +55,20 @@ def scan_layers(block: type[nn.Module], depth: int, remat: str) -> type[nn.Modul
 
 
 @jax.custom_vjp
-def lora_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x w for a narrow w, [N, in] · [in, out], with a gradient of w that CPUs compute three to eight times faster.
+def lora_matmul(x: Float[Array, "N width_in"], w: Float[Array, "width_in width_out"]) -> Float[Array, "N width_out"]:
+    """x w for a low-rank w, with a gradient of w that CPUs compute three to eight times faster.
 
-    It contracts the N tokens, and CPUs want the contracted dimension last in the first factor: the narrower
-    one of the two is laid out anew, which costs little.
+    It contracts the N tokens, and CPUs want the contracted dimension last in the first factor: the narrower of the two is
+    transposed in memory, which costs little.
     """
     return x @ w
 
 
-def _narrow_forward(x, w):
+def _lora_forward(x, w):
     return x @ w, (x, w)
 
 
-def _narrow_backward(saved, dy):
+def _lora_backward(saved, dy):
     x, w = saved
     if w.shape[0] < w.shape[1]:
         dw = jax.lax.optimization_barrier(x.T) @ dy
@@ -73,7 +77,7 @@ def _narrow_backward(saved, dy):
     return dy @ w.T, dw
 
 
-lora_matmul.defvjp(_narrow_forward, _narrow_backward)
+lora_matmul.defvjp(_lora_forward, _lora_backward)
 
 
 class Linear(nn.Module):
@@ -85,9 +89,11 @@ class Linear(nn.Module):
     lora_dropout: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, lora: dict[str, jax.Array] | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "*batch width_in"], lora: dict[str, jax.Array] | None = None
+    ) -> Float[Array, "*batch width_out"]:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
-        # Tokens in one dimension: the backward pass of products with two (rows, tokens) takes twice as long on CPUs.
+        # One dimension for all tokens: the backward pass of products with two (rows, tokens) takes twice as long on CPUs.
         *leading, width = x.shape
         x = x.reshape(-1, width)
         y = x @ kernel.astype(self.dtype)
@@ -103,14 +109,14 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) · scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
-    With `offset` by 1 + scale, as Gemma's norms.
+    With `offset`, x / rms(x) · (1 + scale), as in Gemma.
     """
 
     epsilon: float
     offset: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         start = nn.initializers.zeros if self.offset else nn.initializers.ones
         scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32) + self.offset
         wide = x.astype(jnp.float32)

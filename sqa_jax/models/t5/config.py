@@ -50,20 +50,22 @@ class T5Config:
     decoder_start: int = 0
     max_positions: int = 2048
 
-    vision: ClassVar[None] = None  # it sees nothing
-    prefix_lm: ClassVar[bool] = False  # its encoder does that by itself
+    family: ClassVar[str] = "t5"
+    is_encoder_decoder: ClassVar[bool] = True
+    bidirectional_prompt: ClassVar[bool] = True  # in the encoder
+    prefix_lm: ClassVar[bool] = False
+    vision: ClassVar[None] = None
+    norm_offset: ClassVar[bool] = False
+    embedding_scale: ClassVar[bool] = False
+
+    @property
+    def stack_depths(self) -> tuple[int, ...]:
+        """Layers of encoder and decoder."""
+        return self.num_encoder_layers, self.num_layers
 
     @property
     def num_kv_heads(self) -> int:
         return self.num_heads
-
-    @property
-    def norm_offset(self) -> bool:
-        return False
-
-    @property
-    def embedding_scale(self) -> bool:
-        return False
 
     def linear_shapes(self) -> dict[str, tuple[str, int, int]]:
         """Of each linear layer of both stacks' blocks: its module, input width and output width."""
@@ -78,6 +80,32 @@ class T5Config:
         return {
             f"{module}.{name}": (module, *shape) for module, layers in modules.items() for name, shape in layers.items()
         }
+
+    def as_stored(self, raw: dict[str, Any], tensors: Collection[str]) -> T5Config:
+        """With an untied output layer if the weights hold one, which takes precedence, as in transformers.
+
+        Where they hold none and `config.json` says explicitly that embeddings are not tied, the layer is missing.
+        """
+        untied = "lm_head.weight" in tensors or raw.get("tie_word_embeddings") is False
+        return dataclasses.replace(self, tie_embeddings=not untied)
+
+    def forward_flops(self, tokens: float, context: float, logits: float) -> float:
+        """Floating-point operations of a forward pass, see `sqa_jax.models.flops.forward_flops`.
+
+        The decoder processes `logits` tokens, the encoder the others.
+        """
+        encoded, decoded, length = tokens - logits, logits, 2 * context
+        share = encoded / (encoded + decoded)
+        # Weights that are applied to encoder tokens, to decoder tokens, and to encoder outputs in every decoder layer.
+        linear = {"encoder": 0, "decoder": 0, "crossed": 0}
+        for name, (module, rows, columns) in self.linear_shapes().items():
+            across = module == "decoder.cross_attn" and name.endswith((".k", ".v"))
+            linear["crossed" if across else module.split(".")[0]] += rows * columns
+        heads = 2 * self.num_heads * self.head_dim  # scores, and the weighted sum of values, for one key
+        encoder = encoded * self.num_encoder_layers * (linear["encoder"] + heads * share * length)
+        keys = share * length + (1 - share) * length / 2
+        decoder = self.num_layers * (decoded * (linear["decoder"] + heads * keys) + encoded * linear["crossed"])
+        return 2 * (encoder + decoder + decoded * self.hidden_size * self.vocab_size)
 
 
 def from_hf(raw: dict[str, Any], where: str) -> T5Config:
@@ -134,15 +162,6 @@ def _checked(config: T5Config, where: str) -> T5Config:
             "divided into near and far ones on both sides; fetch the model again"
         )
     return config
-
-
-def as_stored(config: T5Config, raw: dict[str, Any], tensors: Collection[str]) -> T5Config:
-    """With an output layer of its own if the weights hold one, which goes before `config.json`, as in transformers.
-
-    Where they hold none, `config.json` must not say in so many words that there is one: then it is missing.
-    """
-    own = "lm_head.weight" in tensors or raw.get("tie_word_embeddings") is False
-    return dataclasses.replace(config, tie_embeddings=not own)
 
 
 def to_hf(config: T5Config) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""T5's encoder and decoder in Flax Linen, over the same packed rows that a decoder-only student reads.
+"""T5's encoder and decoder in Flax Linen, over the same packed rows that a decoder-only model processes.
 
-A sequence of a row is `prompt </s> <pad> target`: what stands before the decoder's start token (`<pad>`) is the
-encoder's, it and what follows are the decoder's. The target's first token is so predicted where a decoder-only
-student predicts it, at the last token of what it was given, and packing, loss, scoring and generation are the same.
+A sequence of a row is `prompt </s> <pad> target`: the encoder processes what precedes the decoder's start token
+(`<pad>`), the decoder the start token and what follows. The target's first token is then predicted where a decoder-only
+model predicts it, at the last token of its input, and packing, loss, scoring and generation are the same.
 
-The decoder's tokens are gathered into M places of a row, so that its layers do not compute the prompts too: see
+The decoder's tokens are gathered into M slots of a row, so that its layers do not compute the prompts too: see
 `sqa_jax.models.t5.split`.
 
-Shapes in comments: B rows, T tokens of a row, M places of the decoder, S keys, D hidden, H heads, d head width,
-L layers of the decoder, P places of a prefix, V vocabulary.
+Shapes: B rows, T tokens of a row, M slots of the decoder, S keys, D hidden, H heads, d head width, L layers of the
+decoder, P slots of a prefix, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,25 +21,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Bool, Float, Int
 
-from sqa_jax.models.layers.attention import attention_mask
+from sqa_jax.errors import UserError
+from sqa_jax.models.adaptation import NO_ADAPTATION, Adaptation
 from sqa_jax.models.layers.blockwise_attention import SAVED
-from sqa_jax.models.layers.kv_cache import NO_ADAPTATION, Adaptation, Cache, embed, num_valid, prepend_prefix_kv
-from sqa_jax.models.layers.linear import Linear, RMSNorm, constrain_batch_sharding, scan_layers
+from sqa_jax.models.layers.kv_cache import (
+    Cache,
+    PrefillOutput,
+    embed,
+    num_valid,
+    prepend_prefix_kv,
+    read_kv,
+    write_kv,
+)
+from sqa_jax.models.layers.linear import KV, Linear, RMSNorm, constrain_batch_sharding, scan_layers
+from sqa_jax.models.layers.masks import attention_mask
+from sqa_jax.models.param_spec import ParamTree
 from sqa_jax.models.segments import GLOBAL_SEGMENT, PADDING
 from sqa_jax.models.t5.config import T5Config
 from sqa_jax.models.t5.split import Split, split
 
-ENCODED = -2  # segment, in a cache, of places that hold the encoder's keys and values: only cross-attention sees them
+ENCODED = (
+    -2
+)  # segment, in a cache, of slots that hold keys and values of the encoder's output, for cross-attention only
 
 
 @functools.cache
-def distance_buckets(bidirectional: bool, buckets: int, max_distance: int) -> np.ndarray:
-    """Buckets of the relative positions -max_distance, …, max_distance (key minus query), farther ones being like the last.
+def distance_buckets(bidirectional: bool, buckets: int, max_distance: int) -> Int[np.ndarray, " distances"]:
+    """Relative position buckets of the distances -max_distance, …, max_distance (key minus query).
 
     Near distances have a bucket each, farther ones share logarithmically wider ones (Raffel et al. 2020, section 2.1,
-    with the rounding of the reference implementation, float32). Of a causal stack, all later keys are bucket 0.
+    with the rounding of the reference implementation, float32); those beyond `max_distance` the last one. In a causal
+    stack, all later keys are in bucket 0.
     """
     relative = np.arange(-max_distance, max_distance + 1)
     offset = 0
@@ -56,28 +71,27 @@ def distance_buckets(bidirectional: bool, buckets: int, max_distance: int) -> np
     return offset + np.where(distance < near, distance, np.minimum(far, buckets - 1))
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, visible: jax.Array) -> jax.Array:
-    """Attention without scaling, with a bias of the scores; softmax in float32.
+def attend(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B S H d"],
+    value: Float[Array, "B S H d"],
+    bias: Float[Array, "#B H T S"] | None,
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T H d"]:
+    """Unscaled dot-product attention with a position bias added to the scores; softmax in float32.
 
-    Args:
-      query: [B, T, H, d].
-      key, value: [B, S, H, d].
-      bias: [B or 1, H, T, S] float32, or None.
-      visible: [B, T, S]; a query that sees nothing (padding) gets the mean of the values, which nobody reads.
-
-    Returns:
-      [B, T, H, d].
+    A query whose keys are all masked (padding) gets the mean of the values, which is not used.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scores if bias is None else scores + bias
-    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return checkpoint_name(jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2), SAVED)
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose keys and values are computed apart, as they may come from elsewhere."""
+    """Multi-head attention whose keys and values are computed separately: they may come from the encoder or a cache."""
 
     config: T5Config
     dtype: Any
@@ -92,8 +106,8 @@ class Attention(nn.Module):
         """[B, S, D] → two of [B, S, H, d]."""
         return self._heads(self.k(x, lora.get("k"))), self._heads(self.v(x, lora.get("v")))
 
-    def __call__(self, x, key, value, bias, visible, lora: dict[str, Any]) -> jax.Array:
-        out = attend(self._heads(self.q(x, lora.get("q"))), key, value, bias, visible)
+    def __call__(self, x, key, value, bias, mask, lora: dict[str, Any]) -> jax.Array:
+        out = attend(self._heads(self.q(x, lora.get("q"))), key, value, bias, mask)
         return self.o(out.reshape(*x.shape[:2], -1), lora.get("o"))
 
     def _heads(self, y: jax.Array) -> jax.Array:
@@ -101,7 +115,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """wo(gelu(wi_0(x)) · wi_1(x)) (Shazeer 2020, arXiv:2002.05202, GEGLU), or wo(relu(wi(x)))."""
+    """Gated MLP, wo(gelu(wi_0(x)) · wi_1(x)) (Shazeer 2020, arXiv:2002.05202, GEGLU), or wo(relu(wi(x)))."""
 
     config: T5Config
     dtype: Any
@@ -122,82 +136,74 @@ class MLP(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One layer of the encoder, in the form that `nn.scan` wants: (carry, this layer's inputs, what all layers share)."""
+    """One encoder layer, with the signature of `nn.scan`: (carry, this layer's inputs, inputs shared by all layers)."""
 
     config: T5Config
     dtype: Any
     lora_dropout: float
 
     @nn.compact
-    def __call__(self, x, lora, shared):
-        c, own = self.config, lora.get("self_attn", {})
+    def __call__(self, x, lora, bias_and_mask):
+        c, attention_lora = self.config, lora.get("self_attn", {})
         attention = Attention(c, self.dtype, self.lora_dropout, name="self_attn")
         y = RMSNorm(c.norm_epsilon, name="self_attn_layernorm")(x)
-        x += attention(y, *attention.keys_and_values(y, own), *shared, own)
+        x += attention(y, *attention.keys_and_values(y, attention_lora), *bias_and_mask, attention_lora)
         y = RMSNorm(c.norm_epsilon, name="mlp_layernorm")(x)
         return x + MLP(c, self.dtype, self.lora_dropout, name="mlp")(y, lora.get("mlp", {})), None
 
 
 class DecoderContext(NamedTuple):
-    """What all layers of the decoder share.
+    """Inputs that all decoder layers share.
 
     Attributes:
       encoded: [B, T, D] the encoder's output; None where its keys and values are in the cache.
-      bias: [B, H, M, S] of self-attention.
-      own, cross: [B, M, S] and [B, M, T], what self- and cross-attention see.
+      bias: [B, H, M, S] position bias of self-attention.
+      self_mask, cross_mask: [B, M, S] and [B, M, T], masks of self- and cross-attention.
       slots: [B, M] where new keys and values go in the cache.
     """
 
     encoded: jax.Array | None
     bias: jax.Array
-    own: jax.Array
-    cross: jax.Array
+    self_mask: jax.Array
+    cross_mask: jax.Array
     slots: jax.Array | None
 
 
 class DecoderBlock(nn.Module):
-    """One layer of the decoder, as `EncoderBlock`."""
+    """One decoder layer, with the signature of `nn.scan`."""
 
     config: T5Config
     dtype: Any
     lora_dropout: float
 
     @nn.compact
-    def __call__(self, carry, inputs, sight: DecoderContext):
+    def __call__(self, carry, inputs, context: DecoderContext):
         (x, cache), (layer, lora, prefix) = carry, inputs
         c = self.config
-        B = len(x)
-        own, other = lora.get("self_attn", {}), lora.get("cross_attn", {})
+        self_lora, cross_lora = lora.get("self_attn", {}), lora.get("cross_attn", {})
         attention = Attention(c, self.dtype, self.lora_dropout, name="self_attn")
         cross = Attention(c, self.dtype, self.lora_dropout, name="cross_attn")
         y = RMSNorm(c.norm_epsilon, name="self_attn_layernorm")(x)
-        key, value = attention.keys_and_values(y, own)
+        key, value = attention.keys_and_values(y, self_lora)
         if cache is None:
-            encoded = cross.keys_and_values(sight.encoded, other)
-            self.sow("read", "of_decoder", (key, value))
-            self.sow("read", "of_encoder", encoded)
+            encoded = cross.keys_and_values(context.encoded, cross_lora)
+            self.sow(KV, "of_decoder", (key, value))
+            self.sow(KV, "of_encoder", encoded)
             key, value = prepend_prefix_kv(prefix, key, value)
         else:
-            rows, heads = jnp.arange(B)[:, None, None], jnp.arange(c.num_heads)[:, None]
-            cache = tuple(
-                old.at[layer, rows, heads, sight.slots[:, None]].set(new.swapaxes(1, 2).astype(old.dtype), mode="drop")
-                for old, new in zip(cache, (key, value), strict=True)
-            )
-            # In each place of the cache lies either what the encoder made or what the decoder did.
-            key, value = encoded = [
-                jax.lax.dynamic_index_in_dim(own, layer, keepdims=False).astype(self.dtype).swapaxes(1, 2)
-                for own in cache
-            ]
-        x += attention(y, key, value, sight.bias, sight.own, own)
+            cache = write_kv(cache, layer, jnp.arange(len(x)), context.slots, key, value)
+            # Each slot of the cache holds keys and values of either the encoder's output or the decoder's tokens.
+            key, value = encoded = read_kv(cache, layer, None, context.self_mask.shape[-1], self.dtype)
+        x += attention(y, key, value, context.bias, context.self_mask, self_lora)
         y = RMSNorm(c.norm_epsilon, name="cross_attn_layernorm")(x)
-        x += cross(y, *encoded, None, sight.cross, other)
+        x += cross(y, *encoded, None, context.cross_mask, cross_lora)
         y = RMSNorm(c.norm_epsilon, name="mlp_layernorm")(x)
         x += MLP(c, self.dtype, self.lora_dropout, name="mlp")(y, lora.get("mlp", {}))
         return (x, cache), None
 
 
 class Stack(nn.Module):
-    """The layers of the encoder or of the decoder, their common position bias, and the last norm."""
+    """The layers of the encoder or of the decoder, the position bias that they share, and the final norm."""
 
     block: type[nn.Module]
     depth: int
@@ -212,8 +218,8 @@ class Stack(nn.Module):
         self.layers = scan_layers(self.block, self.depth, self.remat)(c, self.dtype, self.lora_dropout)
         self.norm = RMSNorm(c.norm_epsilon)
 
-    def bias(self, relative: jax.Array, bidirectional: bool) -> jax.Array:
-        """Of relative positions [B, T, S], key minus query, what is added to each head's scores: [B, H, T, S]."""
+    def bias(self, relative: Int[Array, "B T S"], bidirectional: bool) -> Float[Array, "B H T S"]:
+        """Position bias of each head's scores, from relative positions, key minus query."""
         c = self.config
         buckets = jnp.asarray(distance_buckets(bidirectional, c.num_buckets, c.max_distance))
         by_distance = self.relative_attention_bias(buckets)
@@ -225,17 +231,17 @@ class Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """T5 encoder–decoder (Raffel et al. 2020, arXiv:1910.10683), called as a `Decoder` is.
+    """T5 encoder–decoder (Raffel et al. 2020, arXiv:1910.10683), with the interface of a `Decoder`.
 
     Dropout of the published models is left out; LoRA's is as in `Decoder`.
 
     Attributes:
       config: shape and options.
-      dtype: of the computation; parameters may be of another.
+      dtype: of the computation; parameters may have another.
       remat: a key of `REMAT_POLICIES`.
-      lora_dropout: rate at which LoRA's input is dropped where a "dropout" generator is given.
-      data_shards, rows: as of `Decoder`.
-      max_decoder_tokens: places of a row that the decoder computes, see `split`; None is all of them.
+      lora_dropout: rate at which LoRA's input is dropped where a "dropout" RNG is given.
+      data_shards, batch_sharding: as of `Decoder`.
+      max_decoder_tokens: slots of a row that the decoder computes, see `split`; None is all of them.
     """
 
     config: T5Config
@@ -243,8 +249,19 @@ class T5(nn.Module):
     remat: str = "none"
     lora_dropout: float = 0.0
     data_shards: int = 1
-    rows: NamedSharding | None = None
+    batch_sharding: NamedSharding | None = None
     max_decoder_tokens: int | None = None
+
+    @classmethod
+    def for_mesh(cls, config: T5Config, attention: str, mesh: Mesh, **fields: Any) -> T5:
+        """A T5 with the attention that `config.student.attention` names.
+
+        Raises:
+          UserError: it names a fused kernel.
+        """
+        if attention not in ("auto", "plain"):
+            raise UserError(f"config.student.attention={attention} supports no position bias, which T5 needs; use auto")
+        return cls(config, **fields)
 
     def setup(self):
         c = self.config
@@ -266,117 +283,140 @@ class T5(nn.Module):
         cache: Cache | None = None,
         branches: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
-        """Reads tokens; `unembed` turns what it returns into logits, where they are wanted.
+        """Hidden states of the decoder's tokens; `unembed` turns them into logits, where they are needed.
 
         Args:
           tokens: [B, T] ids; a sequence is the decoder's from its first start token on. Those of a soft prompt, -1,
-            -2, …, are in what the encoder reads.
-          positions: [B, T], 0-based within each sequence. Those of what the encoder reads follow one another, as the
-            tokens do.
+            -2, …, are in the encoder's input.
+          positions: [B, T], 0-based within each sequence, consecutive in the encoder's input.
           segments: [B, T], 1, 2, … for the sequences of a row, 0 for padding on either side.
-          adaptation: what the adapters add. A prefix lies in front of the decoder's own keys and values; the decoder's
-            positions start behind it.
-          cache: what the rows have read before, see `prefill`; the new tokens, all of them the decoder's, go behind it.
-            Made by `init_cache` with the same adaptation. A row that has no room left drops its tokens.
-          branches: [B, T] forks of what the decoder reads (see `attention_mask`).
+          adaptation: what the adapters add. A prefix precedes the keys and values of the decoder's self-attention; the
+            decoder's positions start after it.
+          cache: keys and values of the rows' earlier tokens, see `prefill`; the new tokens, all of them the decoder's, are
+            appended. Made by `init_cache` with the same prefix. A row that has no room left drops its tokens.
+          branches: [B, T] forks of the decoder's tokens (see `attention_mask`).
 
         Returns:
-          Normed hidden states [B, T, D], of the decoder's tokens only, else zeros; and the cache with the new tokens.
+          Normed hidden states [B, T, D], zeros at the encoder's tokens; and the cache with the new tokens.
         """
         if cache is None:
-            return self._whole(tokens, positions, segments, adaptation, branches), None
-        return self._behind(tokens, segments, adaptation, cache)
+            return self._prefill(tokens, positions, segments, adaptation, branches), None
+        return self._decode_step(tokens, segments, adaptation, cache)
 
-    def _whole(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
-        T, P = tokens.shape[1], adaptation.prefix_length
-        x = constrain_batch_sharding(embed(self.embed_tokens, tokens, adaptation), self.rows)
+    def _prefill(self, tokens, positions, segments, adaptation: Adaptation, branches) -> jax.Array:
+        """Whole rows: the encoder's tokens, then the decoder's in its M slots."""
         parts = self.split(tokens, positions, segments)
-
-        # The encoder's tokens of a sequence lie side by side, so distances are those of the row's columns.
-        column = jnp.arange(T)
         encoder_segments = jnp.where(parts.decoded, PADDING, segments)
-        visible = (encoder_segments[:, :, None] == encoder_segments[:, None, :]) & (encoder_segments != PADDING)[
-            :, None, :
-        ]
-        bias = self.encoder.bias((column - column[:, None])[None], bidirectional=True)
-        encoded = self.encoder.norm(self.encoder(x, _lora(adaptation, "encoder"), (bias, visible)))
+        x = constrain_batch_sharding(embed(self.embed_tokens, tokens, adaptation.prompt), self.batch_sharding)
+        encoded = self._encode(x, encoder_segments, adaptation)
+        context = self._decoder_context(parts, encoded, segments, encoder_segments, branches, adaptation.prefix_length)
+        inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), adaptation.prefix)
+        x = constrain_batch_sharding(parts.to_decoder(x), self.batch_sharding)
+        hidden, _ = self.decoder((x, None), inputs, context)
+        return parts.to_rows(self.decoder.norm(hidden))
 
-        own, number, place = parts.gathered(segments), parts.gathered(parts.numbers), parts.places
-        key_own = jnp.pad(own, ((0, 0), (P, 0)), constant_values=GLOBAL_SEGMENT)
-        key_place = jnp.pad(place, ((0, 0), (P, 0)), constant_values=-1)
-        key_number = jnp.concatenate([jnp.broadcast_to(jnp.arange(-P, 0), (len(x), P)), number], axis=1)
-        branch = None if branches is None else parts.gathered(branches)
-        key_branch = None if branches is None else jnp.pad(branch, ((0, 0), (P, 0)))
-        sight = DecoderContext(
+    def _encode(self, x: Float[Array, "B T D"], segments: Int[Array, "B T"], adaptation: Adaptation) -> jax.Array:
+        """The encoder's output at its tokens; `segments` is `PADDING` at the decoder's."""
+        # The encoder's tokens of a sequence are contiguous, so relative positions are those of the row's columns.
+        column = jnp.arange(x.shape[1])
+        mask = (segments[:, :, None] == segments[:, None, :]) & (segments != PADDING)[:, None, :]
+        bias = self.encoder.bias((column - column[:, None])[None], bidirectional=True)
+        return self.encoder.norm(self.encoder(x, _lora(adaptation, "encoder"), (bias, mask)))
+
+    def _decoder_context(
+        self, parts: Split, encoded: jax.Array, segments, encoder_segments, branches, prefix_length: int
+    ) -> DecoderContext:
+        """Masks and position bias of the decoder's slots, after the keys of a prefix of P slots."""
+        (B, T), P = segments.shape, prefix_length
+        query_segments, number, slot = parts.to_decoder(segments), parts.to_decoder(parts.numbers), parts.gather
+        key_segments = jnp.pad(query_segments, ((0, 0), (P, 0)), constant_values=GLOBAL_SEGMENT)
+        key_slot = jnp.pad(slot, ((0, 0), (P, 0)), constant_values=-1)
+        key_number = jnp.concatenate([jnp.broadcast_to(jnp.arange(-P, 0), (B, P)), number], axis=1)
+        branch = None if branches is None else parts.to_decoder(branches)
+        key_branch = None if branch is None else jnp.pad(branch, ((0, 0), (P, 0)))
+        column = jnp.broadcast_to(jnp.arange(T), (B, T))
+        return DecoderContext(
             encoded,
             self.decoder.bias(key_number[:, None] - number[..., None], bidirectional=False),
-            attention_mask(own, key_own, place, key_place, branch, key_branch),
-            attention_mask(own, encoder_segments, place, jnp.broadcast_to(column, encoder_segments.shape)),
+            attention_mask(query_segments, key_segments, slot, key_slot, branch, key_branch),
+            attention_mask(query_segments, encoder_segments, slot, column),
             None,
         )
-        inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), adaptation.prefix)
-        hidden, _ = self.decoder((constrain_batch_sharding(parts.gathered(x), self.rows), None), inputs, sight)
-        return parts.spread(self.decoder.norm(hidden))
 
-    def _behind(self, tokens, segments, adaptation: Adaptation, cache: Cache) -> tuple[jax.Array, Cache]:
+    def _decode_step(self, tokens, segments, adaptation: Adaptation, cache: Cache) -> tuple[jax.Array, Cache]:
+        """New tokens of the decoder, after those in the cache."""
         B, T = tokens.shape
         slots = cache.length[:, None] + jnp.arange(T)
-        known = cache.segments.at[jnp.arange(B)[:, None], slots].set(segments, mode="drop")
-        slot = jnp.broadcast_to(jnp.arange(known.shape[1]), known.shape)
-        # Places behind a row's newest one may hold what the row held before: they are seen by neither attention.
-        cross = (known[:, None] == ENCODED) & (slot[:, None] <= slots[..., None])
-        relative = slot[:, None] - slots[..., None]
-        # Between a prefix and the decoder's tokens lies in the cache what the encoder has read.
-        relative += jnp.where(known[:, None] == GLOBAL_SEGMENT, cross.sum(axis=-1, keepdims=True), 0)
-        sight = DecoderContext(
+        key_segments = cache.segments.at[jnp.arange(B)[:, None], slots].set(segments, mode="drop")
+        key_slots = jnp.broadcast_to(jnp.arange(key_segments.shape[1]), key_segments.shape)
+        # Slots after a row's newest one may hold what the row held before: they are masked in both attentions.
+        cross_mask = (key_segments[:, None] == ENCODED) & (key_slots[:, None] <= slots[..., None])
+        relative = key_slots[:, None] - slots[..., None]
+        # In the cache, the encoder's tokens are between a prefix and the decoder's tokens.
+        relative += jnp.where(key_segments[:, None] == GLOBAL_SEGMENT, cross_mask.sum(axis=-1, keepdims=True), 0)
+        context = DecoderContext(
             None,
             self.decoder.bias(relative, bidirectional=False),
-            attention_mask(segments, known, slots, slot),
-            cross & (segments != PADDING)[..., None],
+            attention_mask(segments, key_segments, slots, key_slots),
+            cross_mask & (segments != PADDING)[..., None],
             slots,
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), None)
-        hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, sight)
-        return self.decoder.norm(hidden), Cache(*kv, known, cache.length + num_valid(segments))
+        hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, context)
+        return self.decoder.norm(hidden), Cache(*kv, key_segments, cache.length + num_valid(segments))
 
+    @nn.nowrap
     def split(self, tokens, positions, segments) -> Split:
-        """The rows' parts between encoder and decoder."""
+        """The rows' parts of encoder and decoder."""
         return split(tokens, positions, segments, self.config.decoder_start, self.max_decoder_tokens)
 
-    def unembed(self, hidden: jax.Array) -> jax.Array:
-        """Logits in float32: [..., D] → [..., V]."""
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits in float32."""
         if self.config.scale_outputs:
             hidden = hidden * self.config.hidden_size**-0.5
         logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
         return logits.astype(jnp.float32)
 
     def logits(self, *args, **kwargs) -> tuple[jax.Array, Cache | None]:
-        """Logits of every position, [B, T, V]: for small inputs; training asks only where there is a target."""
+        """Logits of every position, [B, T, V]: for small inputs; training computes those of targets only."""
         hidden, cache = self(*args, **kwargs)
         return self.unembed(hidden), cache
+
+    @nn.nowrap
+    def prefill(
+        self,
+        params: ParamTree,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        adaptation: Adaptation,
+    ) -> PrefillOutput:
+        """Processes packed rows without a cache and returns what one needs: see `StudentModel.prefill`.
+
+        Slots of the encoder's tokens get keys and values for cross-attention, those of the decoder's for self-attention.
+        """
+        (hidden, _), sown = self.apply({"params": params}, tokens, positions, segments, adaptation, mutable=[KV])
+        layers = sown[KV]["decoder"]["layers"]
+        (of_decoder,), (of_encoder,) = layers["of_decoder"], layers["of_encoder"]
+        parts = self.split(tokens, positions, segments)
+        decoded = parts.decoded[..., None, None]
+        key, value = (
+            jnp.where(decoded, jax.vmap(parts.to_rows)(new), encoded)
+            for new, encoded in zip(of_decoder, of_encoder, strict=True)
+        )
+        return PrefillOutput(hidden, key, value, jnp.where(parts.decoded, 1, ENCODED))
+
+    @nn.nowrap
+    def with_max_decoder_tokens(self, count: int) -> T5:
+        """The model for rows in which at most `count` tokens predict a next one: the decoder computes so many slots."""
+        return self.clone(max_decoder_tokens=count)
 
 
 def _lora(adaptation: Adaptation, stack: str) -> dict[str, dict[str, Any]]:
     """LoRA of one stack, {module: {layer: pair}}, from names such as "encoder.self_attn.q"."""
     nested: dict[str, dict[str, Any]] = {}
     for name, pair in (adaptation.lora or {}).items():
-        own, module, layer = name.split(".")
-        if own == stack:
+        own_stack, module, layer = name.split(".")
+        if own_stack == stack:
             nested.setdefault(module, {})[layer] = pair
     return nested
-
-
-def prefill(
-    student: T5, weights: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array, adaptation: Adaptation
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Reads packed rows, and gives what later tokens need of them: see `sqa_jax.models.api.prefill`.
-
-    In an encoder's token's place lie its keys and values for cross-attention, in a decoder's those of self-attention.
-    """
-    (hidden, _), kept = student.apply({"params": weights}, tokens, positions, segments, adaptation, mutable=["read"])
-    layers = kept["read"]["decoder"]["layers"]
-    (own,), (cross,) = layers["of_decoder"], layers["of_encoder"]
-    parts = student.split(tokens, positions, segments)
-    decoded = parts.decoded[..., None, None]
-    key, value = (jnp.where(decoded, jax.vmap(parts.spread)(o), c) for o, c in zip(own, cross, strict=True))
-    return hidden, key, value, jnp.where(parts.decoded, 1, ENCODED)

@@ -15,7 +15,7 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
 
-def t5_param_specs(config: T5Config) -> list[ParamSpec]:
+def param_specs(config: T5Config) -> list[ParamSpec]:
     """Every parameter of a T5."""
     D, V = config.hidden_size, config.vocab_size
     depths = {"encoder": config.num_encoder_layers, "decoder": config.num_layers}

@@ -19,7 +19,7 @@ from sqa_jax.checkpoints.sources import GGUFSource
 from sqa_jax.checkpoints.weights import check_source
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
-from sqa_jax.models.decoder_config import Rope
+from sqa_jax.models.rope_frequencies import Rope
 from tests.checkpoints.gguf.test_source import HEAD, HEADS, INNER, KV_HEADS, WIDTH, gguf_name, write
 
 WINDOW = 5

@@ -24,10 +24,10 @@ from sqa_jax.checkpoints.weights import random_params, save_safetensors
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.inference.generate import Generator, trim
-from sqa_jax.inference.likelihood import Choice, LikelihoodScorer
+from sqa_jax.inference.likelihood import LikelihoodScorer, MultipleChoice
 from sqa_jax.models.catalogue import CATALOGUE, SHAPES
 from sqa_jax.models.flops import forward_flops
-from sqa_jax.models.params import build, linear_layers
+from sqa_jax.models.params import build_tree, linear_layers
 from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.models.t5.config import from_hf, to_hf
 from sqa_jax.models.t5.model import T5, distance_buckets
@@ -167,14 +167,14 @@ def test_split(sequences, virtual, most):
         lasts.append(place - 1)
     np.testing.assert_array_equal(found.decoded[0], decoded)
     np.testing.assert_array_equal(found.numbers[0], numbers)
-    computed = np.asarray(found.places[0])
+    computed = np.asarray(found.gather[0])
     computed = computed[computed < 60].tolist()
     needed = sorted(set(np.flatnonzero(decoded).tolist()) - set(lasts))
     whole = needed + lasts
     assert computed == whole[: most or 60]
-    back = np.asarray(found.back[0])
-    assert [k for k in range(60) if back[k] < len(found.places[0])] == sorted(computed)
-    assert all(found.places[0][back[k]] == k for k in computed)
+    back = np.asarray(found.scatter[0])
+    assert [k for k in range(60) if back[k] < len(found.gather[0])] == sorted(computed)
+    assert all(found.gather[0][back[k]] == k for k in computed)
 
 
 @functools.partial(jax.jit, static_argnums=3)
@@ -193,7 +193,7 @@ def adapter_settings(*methods):
 # They share a beginning, which an encoder must not read apart; options share one, too.
 PROMPTS = [[7, 8, 9] * 4 + prompt + [END, START] for prompt in ids(RNG, 9, 4, 30, 12, 70)]
 CHOICES = [
-    Choice(prompt, options)
+    MultipleChoice(prompt, options)
     for prompt, options in zip(
         PROMPTS, [[[5, 6, 7], [5, 6, 9, 2], [5, 8]], [[3], [4]], ids(RNG, 1, 22, 3)], strict=False
     )
@@ -234,7 +234,9 @@ def equals(model, greedy, student, settings_, tree, params):
     scorer = LikelihoodScorer(settings_, student, MESH, 96, 2)
     virtual = adapters.soft_prompt_tokens(settings_).count if "prompt" in tree else 0
     prompts = [with_soft_tokens(prompt, virtual) for prompt in PROMPTS]
-    found = dict(scorer(tree, params, [Choice(with_soft_tokens(c.prompt, virtual), c.options) for c in CHOICES]))
+    found = dict(
+        scorer(tree, params, [MultipleChoice(with_soft_tokens(c.prompt, virtual), c.options) for c in CHOICES])
+    )
     assert sorted(found) == list(range(len(CHOICES)))
     for index, log_probs in found.items():
         for ours, theirs in zip(log_probs, scores(model, CHOICES[index]), strict=True):
@@ -243,7 +245,7 @@ def equals(model, greedy, student, settings_, tree, params):
     # An end token that really comes up, so that rows end at different times.
     end = next(text[k] for text in free for k in range(1, 9) if text[k : k + 1] and text[k] not in text[:k])
     expected = {k: trim(np.array(text), (end, 96)) for k, text in enumerate(free)}
-    assert dict(Generator(settings_, student, MESH, (end, 96), 10, batch=2)(tree, params, prompts)) == expected
+    assert dict(Generator(settings_, student, MESH, (end, 96), 10, num_slots=2)(tree, params, prompts)) == expected
     assert len({len(text) for text in expected.values()}) > 1
 
 
@@ -355,7 +357,7 @@ def test_module_initialises_the_tree_that_files_are_read_into(pair):
     _, student, params = pair
     one = jnp.ones((1, 1), int)
     made = jax.eval_shape(lambda: student.init(jax.random.key(0), one, one, one, method="logits"))["params"]
-    assert jax.tree.map(lambda leaf: leaf.shape, made) == build(student.config, lambda leaf: leaf.shape)
+    assert jax.tree.map(lambda leaf: leaf.shape, made) == build_tree(student.config, lambda leaf: leaf.shape)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, made)
 
 
