@@ -1,4 +1,4 @@
-"""XLA's compiled programs, read back from their text: computations, instructions, and how often each loop runs.
+"""A parser of compiled HLO text: computations, instructions, and the trip counts of loops.
 
 The grammar is that of HLO (https://openxla.org/xla/operation_semantics) as `Compiled.as_text()` prints it.
 """
@@ -9,7 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "token": 0}  # every other type says its width in its name
+_BITS = {"pred": 8, "token": 0}  # every other type has its width in its name
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*?\{$\n(.*?)^\}$", re.DOTALL | re.MULTILINE)
 _INSTRUCTION = re.compile(
@@ -18,10 +18,10 @@ _INSTRUCTION = re.compile(
 
 
 class Array(NamedTuple):
-    """Type of one array.
+    """Shape of one array.
 
     Attributes:
-      layout: dimensions from minor to major, tiles, and memory space, as in "1,0:T(8,128)(2,1)S(1)".
+      layout: dimensions from minor to major, tiling, and memory space, as in "1,0:T(8,128)(2,1)S(1)".
     """
 
     type: str
@@ -29,24 +29,29 @@ class Array(NamedTuple):
     layout: str
 
     @property
-    def main(self) -> bool:
-        """Whether it lies in the chip's memory (HBM), not beside the core (VMEM) or elsewhere."""
+    def in_hbm(self) -> bool:
+        """Whether its memory space is HBM, in contrast to VMEM or others."""
         return "S(" not in self.layout
 
     @property
     def bytes(self) -> float:
-        bits = _BITS[self.type] if self.type in _BITS else int(re.search(r"\d+", self.type)[0])
+        if self.type in _BITS:
+            bits = _BITS[self.type]
+        else:
+            width = re.search(r"\d+", self.type)
+            assert width is not None, self.type
+            bits = int(width[0])
         return math.prod(self.shape) * bits / 8
 
     @property
-    def held(self) -> float:
-        """Bytes with the padding to whole tiles."""
+    def padded_bytes(self) -> float:
+        """Bytes including the padding to whole tiles."""
         tile = re.search(r"T\(([\d,]+)\)", self.layout)
         if not tile or not self.shape:
             return self.bytes
         padded = list(self.shape)
-        order = map(int, self.layout.split(":")[0].split(","))
-        for dimension, size in zip(order, reversed(tile[1].split(",")), strict=False):
+        minor_to_major = map(int, self.layout.split(":")[0].split(","))
+        for dimension, size in zip(minor_to_major, reversed(tile[1].split(",")), strict=False):
             padded[dimension] += -padded[dimension] % int(size)
         return self.bytes * math.prod(padded) / max(1, math.prod(self.shape))
 
@@ -55,9 +60,9 @@ class Instruction(NamedTuple):
     """One instruction.
 
     Attributes:
-      arrays: of its result; a tuple's are in a row.
+      arrays: of its result; those of a tuple in order.
       operands: names of instructions of the same computation.
-      text: what stands behind the opening bracket: operands and attributes.
+      text: after the opening parenthesis: operands and attributes.
     """
 
     name: str
@@ -71,10 +76,21 @@ class Instruction(NamedTuple):
         match = re.search(pattern, self.text)
         return match and match[1]
 
+    def computation_name(self, attribute: str) -> str:
+        """Name of the computation that an attribute such as "body" or "calls" refers to.
+
+        Raises:
+          ValueError: there is no such attribute.
+        """
+        name = self.attribute(rf"(?:{attribute})=%([^\s,]+)")
+        if name is None:
+            raise ValueError(f"the instruction {self.name} has no attribute {attribute}")
+        return name
+
     @property
-    def called(self) -> str | None:
-        """The computation that a fusion, call or asynchronous start runs."""
-        return self.attribute(r"(?:calls|to_apply)=%([^\s,]+)")
+    def called(self) -> str:
+        """Name of the computation that a fusion, call or asynchronous start runs."""
+        return self.computation_name("calls|to_apply")
 
 
 class Computation(NamedTuple):
@@ -82,7 +98,7 @@ class Computation(NamedTuple):
     root: str
 
     def origin(self, name: str) -> Instruction:
-        """The instruction that a value comes from, behind copies and changes of layout."""
+        """The instruction that produces a value, looking through copies and bitcasts."""
         found = self.instructions[name]
         while found.opcode in ("bitcast", "copy", "copy-done", "copy-start"):
             found = self.instructions[found.operands[0]]
@@ -95,51 +111,51 @@ class Program(NamedTuple):
 
 
 def parse(text: str) -> Program:
-    """The program in the text of `Compiled.as_text()`."""
+    """Parses the text of `Compiled.as_text()`."""
     computations, entry = {}, ""
     for is_entry, name, body in _COMPUTATION.findall(text):
         instructions, root = {}, ""
-        for is_root, own, result, opcode, rest in _INSTRUCTION.findall(body):
+        for is_root, instruction, result, opcode, rest in _INSTRUCTION.findall(body):
             arrays = tuple(
                 Array(kind, tuple(map(int, filter(None, dims.split(",")))), layout)
                 for kind, dims, layout in _ARRAY.findall(result)
             )
             operands = tuple(re.findall(r"%([^\s,)]+)", rest.split(")", 1)[0]))
-            instructions[own] = Instruction(own, arrays, opcode, operands, rest)
-            root = own if is_root else root
+            instructions[instruction] = Instruction(instruction, arrays, opcode, operands, rest)
+            root = instruction if is_root else root
         computations[name] = Computation(instructions, root)
         entry = name if is_entry else entry
     return Program(computations, entry)
 
 
-def trip_count(program: Program, inside: Computation, loop: Instruction, unknown: int | None) -> int:
-    """How often the body of a `while` runs.
+def trip_count(program: Program, parent: Computation, loop: Instruction, unknown: int | None) -> int:
+    """Number of iterations of a `while` loop.
 
     Args:
-      inside: the computation that holds it.
-      unknown: the number for loops that end when the data say so.
+      parent: the computation that contains the loop.
+      unknown: the number for loops whose condition depends on data.
 
     Raises:
-      ValueError: the text does not say it and `unknown` is None.
+      ValueError: the text does not determine it and `unknown` is None.
     """
     if known := loop.attribute(r'"known_trip_count":\{"n":"(\d+)"'):
         return int(known)
-    condition, body = (program.computations[loop.attribute(rf"{name}=%([^\s,]+)")] for name in ("condition", "body"))
+    condition, body = (program.computations[loop.computation_name(name)] for name in ("condition", "body"))
     test = condition.instructions[condition.root]
     if test.opcode == "compare" and "direction=LT" in test.text:
         counter = condition.origin(test.operands[0]).attribute(r"index=(\d+)")
         last = _constant(condition, test.operands[1])
         if counter is not None and last is not None:
-            first = _constant(inside, inside.instructions[loop.operands[0]].operands[int(counter)])
-            added = body.origin(body.instructions[body.root].operands[int(counter)])
-            step = _constant(body, added.operands[1]) if added.opcode == "add" else None
+            first = _constant(parent, parent.instructions[loop.operands[0]].operands[int(counter)])
+            increment = body.origin(body.instructions[body.root].operands[int(counter)])
+            step = _constant(body, increment.operands[1]) if increment.opcode == "add" else None
             if first is not None and step is not None:
                 return -((first - last) // step)
     if unknown is None:
-        raise ValueError(f"the loop {loop.name} does not say how often it runs")
+        raise ValueError(f"the loop {loop.name} has no known trip count")
     return unknown
 
 
-def _constant(inside: Computation, name: str) -> int | None:
-    found = inside.origin(name)
+def _constant(computation: Computation, name: str) -> int | None:
+    found = computation.origin(name)
     return int(found.text.split(")")[0]) if found.opcode == "constant" else None

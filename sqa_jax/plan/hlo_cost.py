@@ -1,33 +1,33 @@
-"""What a compiled program does on one chip: operations, memory traffic, time, communication.
+"""Cost analysis of a compiled program on one chip: FLOPs, memory traffic, time, communication.
 
-`Compiled.cost_analysis()` counts the body of a loop once, however often it runs; here every instruction counts as
-often as the loops around it run. Otherwise the rules are those of XLA's own analysis: a multiply-add is two
-operations; of a sliced operand only the slice is read; an update in place writes only the update. Arrays count as
-they lie in memory, padded to whole tiles.
+`Compiled.cost_analysis()` counts the body of a loop once, however often it runs; here every instruction is multiplied
+by the trip counts of the loops around it. Otherwise the rules are those of XLA's HloCostAnalysis: a multiply-add is
+two FLOPs; of a sliced operand only the slice is read; an in-place update writes only the update. Arrays count with
+their padding to whole tiles.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Int
 
 from sqa_jax.parallel.chips import Chip
 from sqa_jax.plan.hlo import Array, Computation, Instruction, Program, trip_count
+from sqa_jax.plan.hlo_flops import KERNEL, kernel_flops, product_flops
+from sqa_jax.plan.replica_groups import replica_groups
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
-# Instructions that move nothing, or whose traffic is counted where they start.
-_FREE = {
+# Instructions without memory traffic, or whose traffic is counted at their start.
+_NO_TRAFFIC = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call", "conditional", "after-all",
     "partition-id", "replica-id", "copy-done", "slice-done", "async-start", "async-update", "async-done",
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
-_KERNEL = 'custom_call_target="tpu_custom_call"'  # Pallas: XLA does not see into it
-_KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}  # of matrices, for each block of scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Collective:
     Attributes:
       kind: one of `COLLECTIVES`.
       payload: bytes of the whole array: the gathered, the reduced, or the exchanged one.
-      groups: [groups, n] devices that act together, as places in the mesh.
-      overlapped: it runs while the core computes.
-      count: how often a step runs it.
+      groups: replica groups, as indices into the mesh's devices.
+      overlapped: it runs concurrently with computation.
+      count: executions in one step.
     """
 
     kind: str
     payload: float
-    groups: np.ndarray
+    groups: Int[np.ndarray, "groups n"]
     overlapped: bool
     count: int
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one run, by the ring algorithms (Thakur et al. 2005, section 4)."""
+        """Bytes that each device sends in one execution, by the ring algorithms (Thakur et al. 2005, section 4)."""
         n = self.groups.shape[1]
         if self.kind == "collective-permute":
             return self.payload
@@ -59,15 +59,15 @@ class Collective:
 
 @dataclasses.dataclass
 class HloCost:
-    """Totals of one run on one chip.
+    """Totals of one execution on one chip.
 
     Attributes:
       flops: of matrix products.
-      traffic: bytes between HBM and core.
-      busy: seconds of all instructions one after the other. Each takes the longest of: the compiler's own estimate
-        (matrix products: its classic cost model, the only one that it marks as valid), its traffic to HBM, and its
-        traffic to VMEM. Copies and collectives that run beside the core are not among them.
-      uncounted: kernels whose operations are not known.
+      traffic: bytes between HBM and the core.
+      busy: seconds of all instructions run serially. Each takes the maximum of: the compiler's estimate (for matrix
+        products: its classic cost model, the only one that it marks as valid), its HBM traffic, and its VMEM traffic,
+        over the bandwidths. Asynchronous copies and collectives are not included.
+      uncounted: kernels whose FLOPs are unknown.
       collectives: all of them.
     """
 
@@ -79,216 +79,182 @@ class HloCost:
 
 
 def count(program: Program, chip: Chip, devices: int, unknown_trips: int | None = None) -> HloCost:
-    """The work of a program on each of the `devices` that it was compiled for.
+    """The cost of a program on each of the `devices` that it was compiled for.
 
     Args:
-      unknown_trips: runs of loops that end when the data say so.
+      unknown_trips: iterations of loops whose condition depends on data.
 
     Raises:
-      ValueError: the length of a loop, or a group of devices, is written in a way that is not known.
+      ValueError: a trip count or a replica group is written in an unknown form.
     """
-    work = HloCost()
-    _count(program, program.entry, 1, chip, devices, unknown_trips, work)
-    return work
+    counter = _Counter(program, chip, devices, unknown_trips)
+    counter.add_computation(program.entry, 1)
+    return counter.cost
 
 
-def _count(
-    program: Program, name: str, times: int, chip: Chip, devices: int, unknown: int | None, work: HloCost
-) -> None:
-    inside = program.computations[name]
-    channels: set[str] = set()  # a collective that is spread over several fusions has one channel
-    for own in inside.instructions.values():
-        if own.opcode == "while":
-            runs = times * trip_count(program, inside, own, unknown)
-            _count(program, own.attribute(r"body=%([^\s,]+)"), runs, chip, devices, unknown, work)
-        elif own.opcode in ("call", "async-start"):
-            _count(program, own.called, times, chip, devices, unknown, work)
-        elif own.opcode == "conditional":
-            # Each branch counts, as any may be taken.
-            named = re.findall(r"branch_computations=\{[^}]*\}|(?:true|false)_computation=[^\s,]+", own.text)
-            for branch in re.findall(r"%([^\s,}]+)", " ".join(named)):
-                _count(program, branch, times, chip, devices, unknown, work)
+class _Counter:
+    """Walks a program's computations and adds up their cost."""
 
+    def __init__(self, program: Program, chip: Chip, devices: int, unknown_trips: int | None):
+        self.program, self.chip, self.devices, self.unknown_trips = program, chip, devices, unknown_trips
+        self.cost = HloCost()
+
+    def add_computation(self, name: str, times: int) -> None:
+        computation = self.program.computations[name]
+        channels: set[str] = set()  # a collective that is spread over several fusions has one channel
+        for instruction in computation.instructions.values():
+            for called, runs in self._called(computation, instruction):
+                self.add_computation(called, runs * times)
+            self._add_instruction(computation, instruction, times, channels)
+
+    def _called(self, parent: Computation, instruction: Instruction) -> Iterator[tuple[str, int]]:
+        """Computations that an instruction runs, each with how often."""
+        if instruction.opcode == "while":
+            yield (
+                instruction.computation_name("body"),
+                trip_count(self.program, parent, instruction, self.unknown_trips),
+            )
+        elif instruction.opcode in ("call", "async-start"):
+            yield instruction.called, 1
+        elif instruction.opcode == "conditional":
+            # Every branch counts, as any may be taken.
+            branches = re.findall(r"branch_computations=\{[^}]*\}|(?:true|false)_computation=[^\s,]+", instruction.text)
+            for branch in re.findall(r"%([^\s,}]+)", " ".join(branches)):
+                yield branch, 1
+
+    def _add_instruction(
+        self, computation: Computation, instruction: Instruction, times: int, channels: set[str]
+    ) -> None:
+        cost, chip = self.cost, self.chip
         flops = 0.0
-        for where, one in _with_fused(program, inside, own):
-            if one.opcode in ("dot", "convolution"):
-                flops += _product_flops(where, one)
-            kind = one.opcode.removesuffix("-start")
-            channel = one.attribute(r"channel_id=(\d+)") or one.name
+        for parent, fused in _with_fused(self.program, computation, instruction):
+            if fused.opcode in ("dot", "convolution"):
+                flops += product_flops(parent, fused)
+            kind = fused.opcode.removesuffix("-start")
+            channel = fused.attribute(r"channel_id=(\d+)") or fused.name
             if kind in COLLECTIVES and channel not in channels:
                 channels.add(channel)
-                beside = one.opcode.endswith("-start") or where is not inside
-                work.collectives.append(_collective(kind, where, one, beside, times, devices))
-                work.traffic += times * sum(array.held for array in _operands(where, one) + one.arrays if array.main)
-        seconds = _estimated_cycles(own) / chip.clock
-        if _KERNEL in own.text:
-            flops, padded = _kernel_flops(inside, own, chip.mxu_width)
+                overlapped = fused.opcode.endswith("-start") or parent is not computation
+                cost.collectives.append(_collective(kind, parent, fused, overlapped, times, self.devices))
+                cost.traffic += times * sum(
+                    array.padded_bytes for array in _operands(parent, fused) + fused.arrays if array.in_hbm
+                )
+        seconds = _estimated_cycles(instruction) / chip.clock
+        if KERNEL in instruction.text:
+            flops, padded = kernel_flops(computation, instruction, chip.mxu_width)
             seconds = padded / chip.flops
             if not flops:
-                work.uncounted.add(own.name.split(".")[0])
-        main = core = 0.0
-        for in_main, size in _memory_traffic(program, inside, own):
-            main, core = (main + size, core) if in_main else (main, core + size)
-        if not own.opcode.endswith("-start"):
-            work.busy += times * max(seconds, main / chip.bandwidth, core / chip.vmem_bandwidth)
-        work.flops += times * flops
-        work.traffic += times * main
+                cost.uncounted.add(instruction.name.split(".")[0])
+        hbm = vmem = 0.0
+        for in_hbm, size in _memory_traffic(self.program, computation, instruction):
+            hbm, vmem = (hbm + size, vmem) if in_hbm else (hbm, vmem + size)
+        if not instruction.opcode.endswith("-start"):
+            cost.busy += times * max(seconds, hbm / chip.bandwidth, vmem / chip.vmem_bandwidth)
+        cost.flops += times * flops
+        cost.traffic += times * hbm
 
 
-def _estimated_cycles(own: Instruction) -> int:
-    match = re.search(r'"estimated_cycles":"(\d+)".*?"cost_model_type":"COST_MODEL_TYPE_(\w+)"', own.text)
+def _estimated_cycles(instruction: Instruction) -> int:
+    match = re.search(r'"estimated_cycles":"(\d+)".*?"cost_model_type":"COST_MODEL_TYPE_(\w+)"', instruction.text)
     return int(match[1]) if match and match[2] != "INVALID" else 0
 
 
-def _with_fused(program: Program, inside: Computation, own: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """An instruction, and those that are fused into it, each with its computation."""
-    yield inside, own
-    if own.opcode == "fusion":
-        fused = program.computations[own.called]
-        for one in fused.instructions.values():
-            yield from _with_fused(program, fused, one)
+def _with_fused(
+    program: Program, parent: Computation, instruction: Instruction
+) -> Iterator[tuple[Computation, Instruction]]:
+    """An instruction and those fused into it, each with the computation that contains it."""
+    yield parent, instruction
+    if instruction.opcode == "fusion":
+        computation = program.computations[instruction.called]
+        for fused in computation.instructions.values():
+            yield from _with_fused(program, computation, fused)
 
 
-def _product_flops(inside: Computation, own: Instruction) -> float:
-    """Operations of a matrix product, which TPUs write as a convolution."""
-    left, right = (inside.instructions[name].arrays[0].shape for name in own.operands[:2])
-    out = own.arrays[0].shape
-    if own.opcode == "dot":
-        contracted = own.attribute(r"lhs_contracting_dims=\{([\d,]*)\}").split(",")
-        return 2.0 * math.prod(out) * math.prod(left[int(k)] for k in contracted if k)
-    lhs, rhs, result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", own.text).groups()
-    window = dict(re.findall(r"(\w+)=([\w\-x]+)", own.attribute(r"window=\{([^}]*)\}") or ""))
-    total = 2.0 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")]
-    for place, label in enumerate(filter(str.isdigit, result)):
-        stride, low, spread, dilate = (
-            int(window[name].split("x")[place].split("_")[0]) if name in window else default
-            for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
-        )
-        # Pairs of output and kernel places that meet an input: a batch is a dimension where only one of them does.
-        size, inputs = right[rhs.index(label)], left[lhs.index(label)]
-        position = stride * np.arange(out[result.index(label)])[:, None] + dilate * np.arange(size) - low
-        total *= ((position % spread == 0) & (position >= 0) & (position <= (inputs - 1) * spread)).sum()
-    return float(total)
-
-
-def _memory_traffic(program: Program, inside: Computation, own: Instruction) -> Iterator[tuple[bool, float]]:
+def _memory_traffic(
+    program: Program, computation: Computation, instruction: Instruction
+) -> Iterator[tuple[bool, float]]:
     """What an instruction reads and writes: (in HBM?, bytes)."""
-    if own.opcode in _FREE or _communicates(own):
+    if instruction.opcode in _NO_TRAFFIC or _is_collective(instruction):
         return
-    if own.opcode == "custom-call" and _KERNEL not in own.text:
-        return  # other calls only tell the compiler something
-    if own.opcode == "fusion":
-        yield from _moved_by_fusion(program, program.computations[own.called])
+    if instruction.opcode == "custom-call" and KERNEL not in instruction.text:
+        return  # other custom calls are annotations for the compiler
+    if instruction.opcode == "fusion":
+        yield from _fusion_traffic(program, program.computations[instruction.called])
         return
-    if own.opcode.endswith("-start"):  # of a copy or slice; its result is destination and source, or source and slice
-        size = min(array.held for array in own.arrays[:2])
-        yield from ((array.main, size) for array in own.arrays[:2])
+    if instruction.opcode.endswith(
+        "-start"
+    ):  # of a copy or slice: its result is (destination, source) or (source, slice)
+        size = min(array.padded_bytes for array in instruction.arrays[:2])
+        yield from ((array.in_hbm, size) for array in instruction.arrays[:2])
         return
-    operands = _operands(inside, own)
-    if own.opcode in _SLICES:
-        yield operands[0].main, own.arrays[0].held
-        yield own.arrays[0].main, own.arrays[0].held
-    elif own.opcode == "dynamic-update-slice":
-        yield operands[1].main, operands[1].held
-        yield own.arrays[0].main, operands[1].held
+    operands = _operands(computation, instruction)
+    if instruction.opcode in _SLICES:
+        result = instruction.arrays[0]
+        yield operands[0].in_hbm, result.padded_bytes
+        yield result.in_hbm, result.padded_bytes
+    elif instruction.opcode == "dynamic-update-slice":
+        yield operands[1].in_hbm, operands[1].padded_bytes
+        yield instruction.arrays[0].in_hbm, operands[1].padded_bytes
     else:
-        yield from ((array.main, array.held) for array in [*operands, *own.arrays])
+        yield from ((array.in_hbm, array.padded_bytes) for array in [*operands, *instruction.arrays])
 
 
-def _moved_by_fusion(program: Program, fused: Computation) -> Iterator[tuple[bool, float]]:
-    read = _read_by_fusion(program, fused)
-    for one in fused.instructions.values():
-        if one.opcode == "parameter":
-            yield one.arrays[0].main, read.get(one.name, 0.0)
+def _fusion_traffic(program: Program, fused: Computation) -> Iterator[tuple[bool, float]]:
+    read = _bytes_read(program, fused)
+    for instruction in fused.instructions.values():
+        if instruction.opcode == "parameter":
+            yield instruction.arrays[0].in_hbm, read.get(instruction.name, 0.0)
     root = fused.instructions[fused.root]
     for name in root.operands if root.opcode == "tuple" else (root.name,):
-        written, made = fused.instructions[name].arrays[0], fused.origin(name)
-        if made.opcode == "dynamic-update-slice":
-            yield written.main, fused.instructions[made.operands[1]].arrays[0].held
-        elif made.opcode != "parameter" and not _communicates(made):
-            yield written.main, written.held
+        result, producer = fused.instructions[name].arrays[0], fused.origin(name)
+        if producer.opcode == "dynamic-update-slice":
+            yield result.in_hbm, fused.instructions[producer.operands[1]].arrays[0].padded_bytes
+        elif producer.opcode != "parameter" and not _is_collective(producer):
+            yield result.in_hbm, result.padded_bytes
 
 
-def _read_by_fusion(program: Program, fused: Computation) -> dict[str, float]:
-    """Of each parameter, by name, the bytes that are read."""
+def _bytes_read(program: Program, fused: Computation) -> dict[str, float]:
+    """Bytes that a fused computation reads of each parameter, by name."""
     read: dict[str, float] = {}
-    for one in fused.instructions.values():
-        if one.opcode in ("bitcast", "tuple") or _communicates(one):
+    for instruction in fused.instructions.values():
+        if instruction.opcode in ("bitcast", "tuple") or _is_collective(instruction):
             continue
-        inner = program.computations[one.called] if one.opcode == "fusion" else None
-        reads = list(_by_number(inner, _read_by_fusion(program, inner))) if inner else []
-        for place, name in enumerate(one.operands):
-            made = fused.origin(name)
-            whole = sum(array.held for array in made.arrays)
+        inner = program.computations[instruction.called] if instruction.opcode == "fusion" else None
+        inner_reads = list(_in_parameter_order(inner, _bytes_read(program, inner))) if inner else []
+        for index, name in enumerate(instruction.operands):
+            producer = fused.origin(name)
+            whole = sum(array.padded_bytes for array in producer.arrays)
             if inner:
-                size = reads[place]
-            elif place == 0 and one.opcode in _SLICES:
-                size = one.arrays[0].held
-            elif place == 0 and one.opcode == "dynamic-update-slice":
+                size = inner_reads[index]
+            elif index == 0 and instruction.opcode in _SLICES:
+                size = instruction.arrays[0].padded_bytes
+            elif index == 0 and instruction.opcode == "dynamic-update-slice":
                 size = 0.0  # updated in place
             else:
                 size = whole
-            read[made.name] = min(whole, read.get(made.name, 0.0) + size)
+            read[producer.name] = min(whole, read.get(producer.name, 0.0) + size)
     return read
 
 
-def _by_number(fused: Computation, values: dict[str, float]) -> Iterator[float]:
-    """Values of parameters in the order of their numbers."""
-    parameters = [one for one in fused.instructions.values() if one.opcode == "parameter"]
-    for one in sorted(parameters, key=lambda one: int(one.text.split(")")[0])):
-        yield values.get(one.name, 0.0)
+def _in_parameter_order(fused: Computation, values: dict[str, float]) -> Iterator[float]:
+    """Values by parameter name, in the order of the parameters' numbers."""
+    parameters = [each for each in fused.instructions.values() if each.opcode == "parameter"]
+    for parameter in sorted(parameters, key=lambda each: int(each.text.split(")")[0])):
+        yield values.get(parameter.name, 0.0)
 
 
-def _operands(inside: Computation, own: Instruction) -> tuple[Array, ...]:
-    return tuple(array for name in own.operands for array in inside.instructions[name].arrays)
+def _operands(computation: Computation, instruction: Instruction) -> tuple[Array, ...]:
+    return tuple(array for name in instruction.operands for array in computation.instructions[name].arrays)
 
 
-def _communicates(own: Instruction) -> bool:
-    return own.opcode.removesuffix("-done").removesuffix("-start") in COLLECTIVES
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-done").removesuffix("-start") in COLLECTIVES
 
 
-def _collective(kind: str, inside: Computation, own: Instruction, beside: bool, times: int, devices: int) -> Collective:
-    groups = _groups(own, devices)
-    payload = sum(array.bytes for array in _operands(inside, own))
+def _collective(
+    kind: str, computation: Computation, instruction: Instruction, overlapped: bool, times: int, devices: int
+) -> Collective:
+    groups = replica_groups(instruction, devices)
+    payload = sum(array.bytes for array in _operands(computation, instruction))
     payload *= groups.shape[1] if kind == "all-gather" else 1
-    return Collective(kind, payload, groups, beside, times)
-
-
-def _groups(own: Instruction, devices: int) -> np.ndarray:
-    """The devices of each group, [groups, n], from any of the forms in which HLO writes them."""
-    if pairs := own.attribute(r"source_target_pairs=\{(\{.*?\})\}"):
-        return np.array(re.findall(r"\{(\d+),(\d+)\}", pairs), int)
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", own.text):
-        sizes = {name: int(size) for name, size in re.findall(r"('\w+')=(\d+)", match[1])}
-        chosen = match[2].split(",")
-        if set(chosen) <= set(sizes) and "device_ids" not in match[1]:
-            places = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-            places = np.moveaxis(places, [list(sizes).index(name) for name in chosen], range(-len(chosen), 0))
-            return places.reshape(-1, math.prod(sizes[name] for name in chosen))
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", own.text):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
-        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
-    if match := re.search(r"replica_groups=\{(\{.*?\})\}", own.text):
-        return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
-    if "replica_groups={}" in own.text:
-        return np.arange(devices)[None]
-    raise ValueError(f"{own.name}: its groups of devices are written in a way that is not known: {own.text[:300]}")
-
-
-def _kernel_flops(inside: Computation, own: Instruction, width: int) -> tuple[float, float]:
-    """Splash attention's operations: of whole blocks on or below the diagonal.
-
-    Returns:
-      The operations; and those of which the matrix units take the time: they work on `width` places of a head at
-      once, however narrow it is. Zeros for an unknown kernel.
-    """
-    products = next((n for name, n in _KERNEL_PRODUCTS.items() if name in own.name), 0)
-    sizes = [re.search(rf'\\"{name}(?:_dkv)?\\": (\d+)', own.text) for name in ("block_q", "block_kv")]
-    if not products or None in sizes:
-        return 0.0, 0.0
-    rows, columns = (int(match[1]) for match in sizes)
-    arrays = (inside.instructions[name].arrays[0] for name in own.operands)
-    *batch, length, head = next(array.shape for array in arrays if array.type in ("bf16", "f32"))  # the queries
-    blocks = sum(-(-(start + rows) // columns) for start in range(0, length, rows))
-    flops = 2.0 * products * math.prod(batch) * head * blocks * rows * columns
-    return flops, flops * -(-head // width) * width / head
+    return Collective(kind, payload, groups, overlapped, times)

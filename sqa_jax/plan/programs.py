@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sqa_jax import adapters
 from sqa_jax.batches.batch import Batch
@@ -154,6 +155,13 @@ def _param_shapes(config: Any, student: StudentConfig, mesh: Mesh) -> tuple[Any,
 
 def _size(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def with_mesh(config: Any, data: int, fsdp: int, tensor: int) -> Any:
+    """An unlocked copy of a configuration with another mesh."""
+    copied: Any = ConfigDict(config.to_dict())
+    copied.mesh.update(data=data, fsdp=fsdp, tensor=tensor)
+    return copied
 
 
 def bytes_on_chip(tree: Any, mesh: Mesh) -> int:

@@ -53,8 +53,8 @@ def _measurements(row: dict[str, Any]) -> list[tuple[str, str]]:
         ("time", f"{duration(seconds['estimate'], 1)} by the compiler's cost model"),
         ("at best", f"{duration(seconds['roofline'], 1)}: {seconds['binds']} binds; compute {duration(seconds['compute'], 1)}, memory "
          f"{duration(seconds['memory'], 1)}, communication {duration(seconds['communication'], 1)}"),
-        ("work of a chip", f"{row['flops'] / 1e12:.2f} TFLOP, {row['traffic'] / 1e9:.1f} GB to and from memory"),
-        ("utilization", f"{percent['estimate']} of the peak in model operations (at best {percent['roofline']})"),
+        ("cost of a chip", f"{row['flops'] / 1e12:.2f} TFLOP, {row['traffic'] / 1e9:.1f} GB to and from memory"),
+        ("utilization", f"{percent['estimate']} model FLOPs utilization (at best {percent['roofline']})"),
         ("speed", f"{row['tokens_per_second']:,.0f} tokens/s"),
     ]  # fmt: skip
     if row["uncounted_kernels"]:
@@ -63,7 +63,7 @@ def _measurements(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _communication(row: dict[str, Any]) -> str:
-    header = ["collective", "over", "count", "payload MB", "sent MB", "time", "beside compute"]
+    header = ["collective", "over", "count", "payload MB", "sent MB", "time", "overlapped"]
     cells = [
         [c["kind"], c["over"], f"{c['count']:,}", f"{c['payload'] / 1e6:.1f}", f"{c['sent'] / 1e6:.1f}",
          duration(c["seconds"], 1), "yes" if c["overlapped"] else "no"]

@@ -1,33 +1,36 @@
-"""Anything that speaks OpenAI's chat protocol: GPT models, or an open multimodal model on a local server."""
+"""Client for the OpenAI chat completions API: GPT models, or an open multimodal model on a local server."""
 
 from __future__ import annotations
 
 import base64
+from typing import Any
 
 from sqa_jax.errors import UserError
 from sqa_jax.teach.prompts import encoded_image
-from sqa_jax.teach.teacher import Refused, Reply, Request, Transient, http_failure, network_failure, read_key
+from sqa_jax.teach.teacher import RefusedError, Reply, Request, TransientError, http_error, network_error, read_api_key
 
 
 class OpenAICompatible:
-    """Args:
+    """A `RemoteTeacher`.
+
+    Args:
       config: the whole configuration.
 
     Raises:
-      UserError: there is no key, or the package is not installed.
+      UserError: there is no API key, or the package is not installed.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: Any):
         settings = config.teach
         self.model = settings.model
         self.identity = {"model": self.model}
-        self._temperature, self._most = settings.temperature, settings.max_output_tokens
         # Another server never gets OpenAI's key by default; most local ones need none.
-        needs_none = settings.endpoint and not settings.key_env
-        self._key = "none" if needs_none else read_key(settings.key_env or "OPENAI_API_KEY")
-        self._secret = "" if needs_none else self._key
-        # Reasoning models and newer ones know only the second name, other servers often only the first.
-        self._limit = "max_tokens" if settings.endpoint else "max_completion_tokens"
+        keyless = settings.endpoint and not settings.key_env
+        key = "none" if keyless else read_api_key(settings.key_env or "OPENAI_API_KEY")
+        self._secret = "" if keyless else key
+        # Newer OpenAI models only accept the second name, other servers often only the first.
+        limit = "max_tokens" if settings.endpoint else "max_completion_tokens"
+        self._options: dict[str, Any] = {"temperature": settings.temperature, limit: settings.max_output_tokens}
         try:
             import openai
         except ImportError:
@@ -35,42 +38,41 @@ class OpenAICompatible:
                 "config.teach.client is openai, which needs the package openai: pip install -e '.[teachers]'"
             ) from None
         self._client = openai.OpenAI(
-            api_key=self._key,
+            api_key=key,
             base_url=settings.endpoint or "https://api.openai.com/v1",
             timeout=settings.timeout,
-            max_retries=0,  # the client's own retries would hide attempts from the ledger and the rate limit
+            max_retries=0,  # retries inside the client would bypass the ledger and the rate limit
         )
 
     def ask(self, request: Request) -> Reply:
-        """Sends one request, once. Raises `Transient` or `Refused`."""
+        """Sends one request, once. Raises `TransientError` or `RefusedError`."""
         from openai import APIStatusError
 
-        content: str | list = request.prompt
+        content: Any = request.prompt
         if request.image is not None:
             mime, encoded = encoded_image(request.image)
             url = f"data:{mime};base64,{base64.b64encode(encoded).decode()}"
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": request.prompt}]
-        failure: Transient | Refused
+        failure: TransientError | RefusedError
         try:
             response = self._client.chat.completions.create(
                 model=self.model,
                 messages=[{"role": "user", "content": content}],
-                temperature=self._temperature,
-                **{self._limit: self._most},
+                **self._options,
             )
-            if not response.choices:  # a body that is not the protocol's becomes an object without content
+            if not response.choices:  # a body in another format becomes an object without content
                 raise ValueError("the reply has no choices")
             return _reply(response)
         except APIStatusError as error:
-            failure = http_failure(
+            failure = http_error(
                 error.status_code, error.response.text, error.response.headers, self.model, self._secret
             )
-        except Exception as error:  # from the network, from the parser of the body: no usable reply came
-            failure = network_failure(error, self._secret)
-        raise failure  # outside the handler: the client's exceptions hold the request, and with it the key
+        except Exception as error:  # network or parse errors: no usable reply
+            failure = network_error(error, self._secret)
+        raise failure  # outside the handler: the client's exceptions refer to the request, which contains the key
 
 
-def _reply(response) -> Reply:
+def _reply(response: Any) -> Reply:
     choice, usage = response.choices[0], response.usage
     text, refusal = choice.message.content or "", getattr(choice.message, "refusal", None)
     blocked = bool(refusal) or choice.finish_reason == "content_filter"

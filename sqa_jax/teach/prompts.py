@@ -1,4 +1,4 @@
-"""What a teacher is asked: one function makes the prompt, one the hash of everything that decides the reply."""
+"""Teacher prompts, and the request hash over everything that determines the reply."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from sqa_jax.data.image import ImageFile
 from sqa_jax.data.problem import Problem
+from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.errors import UserError
 from sqa_jax.files import sha256_json
 from sqa_jax.prompts.formats import SETTINGS, Format, sections
 from sqa_jax.teach.teacher import Request
 
 REPLIES = ("json", "text")
-_NUMBERS = "0123456789"  # options are numbered (0), (1), … as in the benchmark's recorded replies
+_NUMBERS = "0123456789"  # options are numbered (0), (1), … as in the recorded replies of the benchmark
 
 _INSTRUCTIONS = {
     "json": (
@@ -31,29 +32,29 @@ _INSTRUCTIONS = {
 }
 
 
-def prompt(problem: Problem, setting: str, reply: str, caption: bool) -> str:
-    """The text of one question for a teacher.
+def teacher_prompt(problem: Problem, setting: str, reply: str, caption: bool) -> str:
+    """The text prompt of one question.
 
     Args:
-      setting: what it shows: QTCH, QTCHL, QTCHLS or QTCHS.
+      setting: fields included: QTCH, QTCHL, QTCHLS or QTCHS.
       reply: "json" asks for reasoning, answer and solution; "text" for reasoning, then the answer.
-      caption: show the image's caption.
+      caption: include the image's caption.
     """
     parts = sections(problem, Format(setting, "A"), caption, _NUMBERS)
     return "\n".join([_INSTRUCTIONS[reply], "", *(label + text for _, label, text in parts)])
 
 
-def make_requests(problems: Sequence[Problem], settings, identity: Mapping[str, Any]) -> list[Request]:
-    """The requests of all questions and samples, question by question.
+def make_requests(problems: Sequence[Problem], settings: Any, identity: Mapping[str, Any]) -> list[Request]:
+    """The requests for all questions and samples, question by question.
 
-    Every image is read once, so that a missing one is noticed before anything is paid.
+    Every image is read once, so that a missing one is found before anything is paid.
 
     Args:
       settings: `config.teach`.
-      identity: what decides the replies besides, from the teacher.
+      identity: `Teacher.identity`.
 
     Raises:
-      UserError: the setting or the reply form is not known, or an image is missing or damaged.
+      UserError: the setting or the reply format is unknown, or an image is missing or corrupt.
     """
     if settings.setting not in SETTINGS:
         raise UserError(f"config.teach.setting is {settings.setting!r}; choose one of {', '.join(SETTINGS)}")
@@ -61,28 +62,26 @@ def make_requests(problems: Sequence[Problem], settings, identity: Mapping[str, 
         raise UserError(f"config.teach.reply is {settings.reply!r}; choose json or text")
     requests = []
     for problem in problems:
-        text = prompt(problem, settings.setting, settings.reply, settings.caption)
+        text = teacher_prompt(problem, settings.setting, settings.reply, settings.caption)
         image = problem.image if settings.image else None
-        decides = {
+        hashed = {
             "prompt": text, "temperature": settings.temperature, "json": settings.reply == "json",
             "image": hashlib.sha256(encoded_image(image)[1]).hexdigest() if image else None, **identity,
         }  # fmt: skip
-        # Not config.teach.max_output_tokens: a whole reply is the same under a higher limit, and one that was cut
-        # off is asked again by its status. Raising the limit must not pay for everything twice.
+        # Without config.teach.max_output_tokens: a complete reply is the same under a higher limit, and a truncated one
+        # is selected by its status. Raising the limit must not pay for everything twice.
         for sample in range(settings.samples):
             requests.append(
-                Request(
-                    sha256_json({**decides, "pid": problem.pid, "sample": sample}), problem.pid, sample, text, image
-                )
+                Request(sha256_json({**hashed, "pid": problem.pid, "sample": sample}), problem.pid, sample, text, image)
             )
     return requests
 
 
 def encoded_image(image: ImageFile) -> tuple[str, bytes]:
-    """(MIME type, bytes) of an image in a form that every service takes: its own, or PNG.
+    """(MIME type, bytes) of an image in a format that every service accepts; others are converted to PNG.
 
     Raises:
-      UserError: the file is missing or is not an image.
+      UserError: the file is missing or not an image.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -103,9 +102,9 @@ def encoded_image(image: ImageFile) -> tuple[str, bytes]:
     return "image/png", converted.getvalue()
 
 
-def asked(problem, record) -> str:
-    """About what a teacher was asked, for replies whose tokens were not counted."""
-    return prompt(
+def prompt_of_record(problem: Problem, record: TeacherRecord) -> str:
+    """The approximate prompt of a recorded reply, for estimating its tokens if none were counted."""
+    return teacher_prompt(
         problem,
         record.setting if record.setting.startswith("QTCH") else "QTCH",
         "json" if record.solution else "text",

@@ -1,10 +1,10 @@
-"""Existing models on the same questions: recorded replies, a baseline that counts words, and chance."""
+"""Baselines on the same questions: recorded replies of existing models, the bag-of-words baseline, and chance."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sqa_jax.batches.config_data import config_records
 from sqa_jax.data.problem import Problem
@@ -17,27 +17,27 @@ from sqa_jax.teach.prompts import prompt_of_record
 
 
 def existing_models(config, problems: ProblemSet) -> list[dict[str, Any]]:
-    """A row for each file, model and setting of `config.study.benchmark`, on the questions that it was asked.
+    """Accuracy and cost of each file, model and setting of `config.study.benchmark`, on the questions it replied to.
 
     Returns:
-      {system, setting, form, metrics, low, high, cost, records}; `records` are those that were scored.
+      {system, setting, form, metrics, low, high, cost, records}; `records` are the scored ones.
     """
-    everything = problems.all()
+    by_pid = problems.all()
     groups: dict[tuple[str, str, str], list[TeacherRecord]] = collections.defaultdict(list)
     for file in config.study.benchmark:
-        named = config.copy_and_resolve_references()
-        named.data.teacher = (file,)
-        for record in config_records(named, problems):
+        file_config = config.copy_and_resolve_references()
+        file_config.data.teacher = (file,)
+        for record in config_records(file_config, problems):
             if record.sample == 0:
                 groups[file, record.model, record.setting].append(record)
     rows = []
     for (_, model, setting), records in groups.items():
-        order = [everything[record.pid] for record in records]
+        order = [by_pid[record.pid] for record in records]
         predictions = {record.pid: record.answer for record in records}
         interval = accuracy_interval(correctness(order, predictions, model))
         rows.append(
             {
-                "system": model, "setting": setting, "form": form_of(records), "metrics": score(order, predictions, model),
+                "system": model, "setting": setting, "form": reply_format(records), "metrics": score(order, predictions, model),
                 "low": interval.low, "high": interval.high,
                 "cost": teacher_cost(zip(order, records, strict=True), config.teach.prices, prompt_of_record),
                 "records": records,
@@ -46,19 +46,19 @@ def existing_models(config, problems: ProblemSet) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["system"], row["setting"], row["form"]))
 
 
-def form_of(records: Sequence[TeacherRecord]) -> str:
-    """ "JSON" or "text": what most replies of one file are; an empty reply does not show what was asked for."""
+def reply_format(records: Sequence[TeacherRecord]) -> Literal["JSON", "text"]:
+    """The format of most replies; a single reply may be empty or malformed."""
     objects = sum(record.raw.lstrip().startswith(("{", "```json")) for record in records)
     return "JSON" if 2 * objects > len(records) else "text"
 
 
-def word_counts(train: Sequence[Problem], test: Sequence[Problem]) -> list[bool]:
-    """Which test questions the bag-of-words baseline answers rightly."""
+def bag_of_words_correctness(train: Sequence[Problem], test: Sequence[Problem]) -> list[bool]:
+    """Whether the bag-of-words baseline answers each test question correctly."""
     from sqa_jax.metrics.bag_of_words import predict
 
     return correctness(test, predict(train, test), "bag of words")
 
 
 def chance(problems: Sequence[Problem]) -> float:
-    """Expected accuracy of choosing at random."""
+    """Expected accuracy of a uniformly random choice, as a fraction."""
     return sum(1 / len(problem.choices) for problem in problems) / len(problems)

@@ -1,8 +1,9 @@
-"""Recorded replies, as if they were asked for now."""
+"""A teacher that replays recorded replies."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
 
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.data.teacher_records import read_replies
@@ -12,33 +13,33 @@ from sqa_jax.teach.teacher import Reply, Request
 
 
 class Replay:
-    """The replies of `config.teach.replay` that are of `config.teach.model` and `config.teach.setting`.
+    """A `LocalTeacher`: the replies in `config.teach.replay` of `config.teach.model` and `config.teach.setting`.
 
     Attributes:
-      outside: replies to questions that the data has, but not the chosen split.
+      other_splits: number of replies to questions of other splits than the chosen one.
 
     Args:
       config: the whole configuration.
       problems: the data.
 
     Raises:
-      UserError: a file is missing or damaged, has replies to questions that are not in the data or two to one
-        question, or there is none of this model, setting and split.
+      UserError: a file is missing or corrupt, replies to questions that are not in the data, or replies twice to a
+        question; or there is no reply of this model, setting and split.
     """
 
-    price = None
+    price: float | None = None
 
-    def __init__(self, config, problems: ProblemSet):
+    def __init__(self, config: Any, problems: ProblemSet):
         settings = config.teach
         if not settings.replay:
             raise UserError("config.teach.replay is empty; name files of recorded replies (JSONL), or 'sample'")
         rows = [(path, row) for path in settings.replay for row in _read(path)]
-        self.model = _the_model(settings.model, sorted({row["model"] for _, row in rows}))
+        self.model = _choose_model(settings.model, sorted({row["model"] for _, row in rows}))
         wanted = [(p, row) for p, row in rows if (row["model"], row["setting"]) == (self.model, settings.setting)]
         if not wanted:
-            there = ", ".join(sorted({f"{row['model']} {row['setting']}" for _, row in rows})) or "nothing"
+            available = ", ".join(sorted({f"{row['model']} {row['setting']}" for _, row in rows})) or "nothing"
             raise UserError(
-                f"config.teach.replay: no reply of {self.model} in setting {settings.setting}; the files hold {there}"
+                f"config.teach.replay: no reply of {self.model} in setting {settings.setting}; the files hold {available}"
             )
         known, split = problems.all(), {problem.pid for problem in problems.split(settings.split)}
         if unknown := [(path, row) for path, row in wanted if row["pid"] not in known]:
@@ -47,8 +48,8 @@ class Replay:
                 f"{path}: {len(unknown)} replies are to questions that {problems.name} does not have, such as "
                 f"{row['pid']}; name the data that they were recorded for, or remove them"
             )
-        self.outside = sum(row["pid"] not in split for _, row in wanted)
-        if self.outside == len(wanted):
+        self.other_splits = sum(row["pid"] not in split for _, row in wanted)
+        if self.other_splits == len(wanted):
             raise UserError(
                 f"config.teach.replay: all {len(wanted)} replies of {self.model}, {settings.setting}, are to other splits than "
                 f"{settings.split!r}; choose another --config.teach.split"
@@ -63,10 +64,10 @@ class Replay:
                     'the files at a time, or number the replies with "sample"'
                 )
             self._rows[key], origins[key] = row, path
-        self.identity = {"recorded": sha256_json([row for _, row in wanted])}
+        self.identity: Mapping[str, Any] = {"recorded": sha256_json([row for _, row in wanted])}
 
     def ask_all(self, requests: Sequence[Request]) -> Generator[list[tuple[Request, Reply]], None, None]:
-        """Yields all recorded replies at once; questions without one are left out."""
+        """Yields all recorded replies in one chunk; questions without one are left out."""
         found = [(request, self._rows.get((request.pid, request.sample))) for request in requests]
         yield [(request, _reply(row)) for request, row in found if row is not None]
 
@@ -79,13 +80,13 @@ def _read(path: str) -> list[dict]:
     return [{**row, "sample": 0} for row in sample.teacher_replies(sample.generate())]
 
 
-def _the_model(asked: str, models: list[str]) -> str:
-    if asked in models:
-        return asked
-    if not asked and len(models) == 1:
+def _choose_model(model: str, models: list[str]) -> str:
+    if model in models:
+        return model
+    if not model and len(models) == 1:
         return models[0]
-    what = "config.teach.model is empty" if not asked else f"config.teach.model is {asked!r}"
-    raise UserError(f"{what}; the recorded replies are of {', '.join(models) or 'no model'}: choose one")
+    given = "config.teach.model is empty" if not model else f"config.teach.model is {model!r}"
+    raise UserError(f"{given}; the recorded replies are of {', '.join(models) or 'no model'}: choose one")
 
 
 def _reply(row: dict) -> Reply:

@@ -1,4 +1,4 @@
-"""What every teacher is, to the loop that asks it: requests in, replies out, and three kinds of failure."""
+"""The interface of a teacher: requests, replies, transient and permanent errors, and how HTTP errors map to them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import time
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sqa_jax.data.image import ImageFile
 from sqa_jax.errors import UserError
@@ -16,12 +16,12 @@ from sqa_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question as it is put to a teacher.
+    """One prompt for a teacher.
 
     Attributes:
-      hash: of everything that decides the reply; the ledger's key.
-      sample: which of several replies to the same prompt.
-      image: to be sent with the prompt, or None.
+      hash: of everything that determines the reply; the ledger's key.
+      sample: index among several replies to the same prompt.
+      image: sent with the prompt, or None.
     """
 
     hash: str
@@ -33,11 +33,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """A teacher's reply.
 
     Attributes:
-      status: "ok", "cut_off" or "blocked", as the service said; what the text is worth is read later.
-      output_tokens: all that is paid as output, with what the model thought unseen.
+      status: "ok", "cut_off" or "blocked", as the service reported; the text itself is parsed later.
+      output_tokens: all tokens billed as output, hidden reasoning tokens included.
     """
 
     status: str
@@ -46,12 +46,12 @@ class Reply:
     output_tokens: int | None = None
 
 
-class Transient(Exception):
-    """A failure that may pass: too many requests, a server's error, a cut connection.
+class TransientError(Exception):
+    """A failure that is worth a retry: rate limit, server error, dropped connection.
 
     Attributes:
-      retry_after: seconds that the service asked to wait, 0 where it did not say.
-      maybe_paid: the service may have answered, and charged for it, although no reply arrived.
+      retry_after: seconds that the service asked to wait, 0 if it did not say.
+      maybe_paid: the service may have generated, and charged for, a reply that never arrived.
     """
 
     def __init__(self, message: str, retry_after: float = 0.0, maybe_paid: bool = False):
@@ -59,46 +59,57 @@ class Transient(Exception):
         self.retry_after, self.maybe_paid = retry_after, maybe_paid
 
 
-class Refused(Exception):
-    """The service will not answer this, however often it is asked.
+class RefusedError(Exception):
+    """A permanent failure: retrying this request is pointless.
 
     Attributes:
-      every: it will refuse every question (a wrong key, an unknown model), not only this one.
+      every_request: it affects every request (a wrong key, an unknown model), not only this one.
     """
 
-    def __init__(self, message: str, every: bool):
+    def __init__(self, message: str, every_request: bool):
         super().__init__(message)
-        self.every = every
+        self.every_request = every_request
 
 
-class RemoteTeacher(Protocol):
-    """A service that is asked one question at a time, from several threads."""
+class Teacher(Protocol):
+    """What every teacher has."""
 
-    model: str
-    identity: Mapping[str, Any]  # what decides the replies besides the prompt and `config.teach`
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What determines the replies besides the prompt and `config.teach`."""
+        ...
+
+
+class RemoteTeacher(Teacher, Protocol):
+    """A service that is sent one request at a time, from several threads."""
 
     def ask(self, request: Request) -> Reply:
-        """Raises `Transient` or `Refused`; neither holds the key."""
+        """Raises `TransientError` or `RefusedError`; neither contains the key."""
         ...
 
 
-class LocalTeacher(Protocol):
-    """A teacher in this process, that costs nothing and takes its own order."""
+@runtime_checkable
+class LocalTeacher(Teacher, Protocol):
+    """A teacher in this process, free of charge, which processes requests in its own order."""
 
-    model: str
-    identity: Mapping[str, Any]
-    price: float | None  # of a reply in US dollars, None where it is not known
+    @property
+    def price(self) -> float | None:
+        """US dollars of a reply, None if unknown."""
+        ...
 
     def ask_all(self, requests: Sequence[Request]) -> Generator[list[tuple[Request, Reply]], None, None]:
-        """Yields the replies in pieces, as they come; a request that it knows nothing of is left out."""
+        """Yields the replies in chunks, as they are generated; requests that it cannot answer are left out."""
         ...
 
 
-def read_key(name: str) -> str:
-    """The key in an environment variable.
+def read_api_key(name: str) -> str:
+    """The API key in an environment variable.
 
     Raises:
-      UserError: it is not set, or what is there cannot be a key. The message never shows it.
+      UserError: it is not set, or its value cannot be a key. The message never shows the value.
     """
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):
         raise UserError(
@@ -113,8 +124,8 @@ def read_key(name: str) -> str:
     return key
 
 
-def scrub(text: str, *secrets: str) -> str:
-    """The text in one line, without the secrets, and without half surrogate pairs, which no file takes."""
+def redact(text: str, *secrets: str) -> str:
+    """The text on one line, with the secrets masked and lone surrogates replaced, which no file can store."""
     text = text.encode("utf-8", "replace").decode()
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
@@ -122,7 +133,7 @@ def scrub(text: str, *secrets: str) -> str:
 
 
 def retry_after(headers: Mapping[str, str], body: str) -> float:
-    """Seconds that a service asks to wait: its Retry-After header (seconds or a date), or Google's retryDelay."""
+    """Seconds that a service asks to wait: the Retry-After header (seconds or a date), or Google's retryDelay."""
     value = headers.get("Retry-After") or headers.get("retry-after") or ""
     if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
         return float(value)
@@ -135,34 +146,36 @@ def retry_after(headers: Mapping[str, str], body: str) -> float:
     return float(match[1]) if match else 0.0
 
 
-def http_failure(code: int, body: str, headers: Mapping[str, str], model: str, secret: str) -> Transient | Refused:
-    """What an HTTP error means.
+def http_error(
+    code: int, body: str, headers: Mapping[str, str], model: str, secret: str
+) -> TransientError | RefusedError:
+    """Classifies an HTTP error response.
 
     Args:
-      body: the service's words; shown shortened and without `secret`.
+      body: of the response; shown shortened and with `secret` masked.
     """
-    said = f"HTTP {code}: {scrub(body, secret)[:300]}"
+    shown = f"HTTP {code}: {redact(body, secret)[:300]}"
     quota = code == 402 or "insufficient_quota" in body
     if (code in (408, 425, 429) or code >= 500) and not quota:
-        # At 408 and 504 somebody stopped waiting, which says nothing of what the model went on to do.
-        return Transient(said, retry_after(headers, body), maybe_paid=code in (408, 504))
+        # 408 and 504 are timeouts: the model may have gone on generating.
+        return TransientError(shown, retry_after(headers, body), maybe_paid=code in (408, 504))
     if quota:
-        return Refused(f"the account has no credit left ({said}); add some and run the same command again", True)
+        return RefusedError(f"the account has no credit left ({shown}); add some and run the same command again", True)
     if code in (401, 403) or re.search(r"api[_ ]key", body, re.IGNORECASE):
-        return Refused(f"the key is not accepted ({said}); export a valid key, or one that may use {model}", True)
+        return RefusedError(f"the key is not accepted ({shown}); export a valid key, or one that may use {model}", True)
     if code == 404:
-        return Refused(
-            f"model {model!r} is not there ({said}); check config.teach.model and config.teach.endpoint", True
+        return RefusedError(
+            f"model {model!r} is not there ({shown}); check config.teach.model and config.teach.endpoint", True
         )
-    return Refused(f"the service refuses the request ({said})", False)
+    return RefusedError(f"the service refuses the request ({shown})", False)
 
 
-def network_failure(error: BaseException, secret: str) -> Transient:
-    """What a failure without an HTTP status means: only one to connect surely cost nothing."""
+def network_error(error: BaseException, secret: str) -> TransientError:
+    """Classifies a failure without an HTTP status: only failures to connect are certainly free of charge."""
     unsent = {"ConnectError", "ConnectTimeout", "NewConnectionError", "NameResolutionError", "ConnectTimeoutError"}
     chain: list[BaseException] = [error]
     for link in chain:
-        following = [getattr(link, name, None) for name in ("reason", "__cause__", "__context__")]
-        chain += [e for e in (*following, *link.args) if isinstance(e, BaseException) and e not in chain]
+        causes = [getattr(link, name, None) for name in ("reason", "__cause__", "__context__")]
+        chain += [e for e in (*causes, *link.args) if isinstance(e, BaseException) and e not in chain]
     names = {type(link).__name__ for link in chain}
-    return Transient(f"{type(error).__name__}: {scrub(str(error), secret)[:300]}", maybe_paid=not names & unsent)
+    return TransientError(f"{type(error).__name__}: {redact(str(error), secret)[:300]}", maybe_paid=not names & unsent)

@@ -11,7 +11,7 @@ import pytest
 
 from sqa_jax.errors import UserError
 from sqa_jax.signals import StopSignal
-from sqa_jax.teach.__main__ import teach
+from sqa_jax.teach.collect import teach
 from sqa_jax.teach.genai import GenAI
 from tests.support.teacher_server import (
     KEY,

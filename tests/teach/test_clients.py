@@ -12,7 +12,7 @@ from PIL import Image
 
 from sqa_jax.errors import UserError
 from sqa_jax.prompts.formats import SETTINGS
-from sqa_jax.teach.__main__ import teach
+from sqa_jax.teach.collect import teach
 from tests.support.teacher_server import (
     CLIENTS,
     KEY,

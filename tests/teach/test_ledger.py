@@ -23,8 +23,8 @@ from hypothesis.stateful import (
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
-from sqa_jax.teach.__main__ import teach
 from sqa_jax.teach.budget import Budget, Prices
+from sqa_jax.teach.collect import teach
 from sqa_jax.teach.ledger import Ledger, Outcome
 from sqa_jax.teach.prompts import make_requests
 from sqa_jax.teach.teacher import Reply, Request
@@ -64,8 +64,8 @@ def test_whatever_the_order_the_budget_is_never_exceeded(limit, spent, steps):
             price = math.floor(part * amount * (1 << 20)) / (1 << 20)
             budget.settle(amount, price)
             paid += price
-        assert budget.spent == paid and budget.held == sum(held) and budget.idle == (not held)
-        assert budget.spent + budget.held <= max(limit, spent)
+        assert budget.spent == paid and budget.reserved == sum(held) and budget.idle == (not held)
+        assert budget.spent + budget.reserved <= max(limit, spent)
 
 
 @settings(deadline=None)
@@ -82,10 +82,10 @@ def test_no_reply_within_the_limits_costs_more_than_was_reserved(prompt, image, 
     used = data.draw(st.integers(0, len(prompt.encode()) + image * teach_settings.image_tokens))
     written = data.draw(st.integers(0, most))
     table = Prices(teach_settings)
-    reserved = table.most(request)
+    reserved = table.upper_bound(request)
     price = table.of(Reply("ok", "", used, written), reserved)
     assert price == pytest.approx((used * prices[0] + written * prices[1]) / 1e6) and price <= reserved * (1 + 1e-12)
-    assert table.most(request) == reserved and table.free == (prices == (0, 0))
+    assert table.upper_bound(request) == reserved and table.free == (prices == (0, 0))
     assert table.of(Reply("ok", ""), reserved) == reserved
 
 
@@ -94,9 +94,9 @@ def test_a_service_dearer_than_can_be_is_believed():
     teach_settings = default().teach
     teach_settings.model, teach_settings.prices = "teacher-1", PRICES
     table, request = Prices(teach_settings), requests(1)[0]
-    reserved = table.most(request)
+    reserved = table.upper_bound(request)
     price = table.of(Reply("ok", "", 0, round(2 * reserved * 1e5)), reserved)
-    assert price == pytest.approx(2 * reserved, rel=1e-3) and table.most(request) == pytest.approx(price)
+    assert price == pytest.approx(2 * reserved, rel=1e-3) and table.upper_bound(request) == pytest.approx(price)
 
 
 @pytest.mark.parametrize("row", [["m", 1, 1], ("m", 1), ("m", -1, 1), ("m", "1", 1), ("m", math.nan, 1)])
@@ -122,7 +122,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(target=sent, which=st.integers(0, 4), price=money)
     def send(self, which, price):
-        (attempt,) = self.ledger.begin([requests(5)[which]], [price])
+        (attempt,) = self.ledger.record_attempts([requests(5)[which]], [price])
         self.states[attempt] = ("sent", price)
         return attempt, which, price
 
@@ -130,7 +130,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def answer(self, one, text, part):
         attempt, which, reserved = one
         if self.states[attempt][0] == "sent":
-            self.ledger.end([Outcome(attempt, Reply("ok", text, 1, 1), part * reserved)])
+            self.ledger.record_outcomes([Outcome(attempt, Reply("ok", text, 1, 1), part * reserved)])
             self.states[attempt] = ("answered", part * reserved)
             self.replies.setdefault(f"h{which}", []).append((attempt, text))
 
@@ -138,7 +138,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def fail(self, one, lost):
         attempt, _, reserved = one
         if self.states[attempt][0] == "sent":
-            self.ledger.end([Outcome(attempt, error="x", maybe_paid=lost)])
+            self.ledger.record_outcomes([Outcome(attempt, error="x", maybe_paid=lost)])
             self.states[attempt] = ("lost", reserved) if lost else ("free", 0.0)
 
     @rule()
@@ -177,11 +177,11 @@ def test_a_full_disk_loses_nothing_that_was_kept(tmp_path):
     """One line says so; what was committed before is there, and the ledger goes on when there is room."""
     path = tmp_path / "ledger.sqlite"
     with Ledger(path) as ledger:
-        first, second = ledger.begin(requests(2), [0.5, 0.25])
-        ledger.end([Outcome(first, Reply("ok", "kept", 1, 1), 0.5)])
+        first, second = ledger.record_attempts(requests(2), [0.5, 0.25])
+        ledger.record_outcomes([Outcome(first, Reply("ok", "kept", 1, 1), 0.5)])
         ledger._db.execute("PRAGMA max_page_count=1")  # SQLite takes what it has for the least
         with pytest.raises(UserError, match="the disk is full; free some space"):
-            ledger.end([Outcome(second, Reply("ok", "x" * 100_000, 1, 1), 0.25)])
+            ledger.record_outcomes([Outcome(second, Reply("ok", "x" * 100_000, 1, 1), 0.25)])
     with Ledger(path) as ledger:
         assert [row["raw"] for row in ledger.replies()] == ["kept"] and ledger.spent() == (0.5, 0.25)
 
@@ -189,7 +189,7 @@ def test_a_full_disk_loses_nothing_that_was_kept(tmp_path):
 def test_a_full_disk_in_the_middle_of_a_run(tmp_path, monkeypatch):
     """The run stops in one line; with room again, it asks only for what is missing."""
     monkeypatch.setenv(KEY_ENV, KEY)
-    end, ends = Ledger.end, []
+    end, ends = Ledger.record_outcomes, []
 
     def full(self, outcomes, batch=None):
         ends.append(outcomes)
@@ -202,7 +202,7 @@ def test_a_full_disk_in_the_middle_of_a_run(tmp_path, monkeypatch):
     with TeacherServer() as server:
         config = teach_config(data, server, "openai", concurrency=1)
         with monkeypatch.context() as patch, pytest.raises(UserError, match="disk is full"):
-            patch.setattr(Ledger, "end", full)
+            patch.setattr(Ledger, "record_outcomes", full)
             teach(config, str(tmp_path / "run"))
         assert server.asked == ["q0", "q1"]
         summary = teach(config, str(tmp_path / "run"))
@@ -237,14 +237,14 @@ def test_a_ledger_that_cannot_be_used_is_not_kept_locked(tmp_path):
 
 def test_settings_are_the_ledgers_own_as_soon_as_something_was_paid(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        ledger.claim({"a": 1, "b": 0.0})
-        (attempt,) = ledger.begin(requests(1), [0.5])
-        ledger.end([Outcome(attempt, error="no such model")])
-        ledger.claim({"a": 2, "b": 0.0})
-        ledger.begin(requests(1), [0.5])
-        ledger.claim({"a": 2, "b": 0})
+        ledger.bind_settings({"a": 1, "b": 0.0})
+        (attempt,) = ledger.record_attempts(requests(1), [0.5])
+        ledger.record_outcomes([Outcome(attempt, error="no such model")])
+        ledger.bind_settings({"a": 2, "b": 0.0})
+        ledger.record_attempts(requests(1), [0.5])
+        ledger.bind_settings({"a": 2, "b": 0})
         with pytest.raises(UserError, match="a was 2 and is 3"):
-            ledger.claim({"a": 3, "b": 0})
+            ledger.bind_settings({"a": 3, "b": 0})
 
 
 def test_a_hash_is_of_everything_that_decides_the_reply():
@@ -277,7 +277,7 @@ def test_the_database_is_one_that_survives_a_power_cut(tmp_path):
     """Each commit is flushed to the disk; another program can read it meanwhile."""
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2
-        ledger.begin(requests(1), [0.5])
+        ledger.record_attempts(requests(1), [0.5])
         assert [row["state"] for row in read_attempts(tmp_path)] == ["sent"]
         with sqlite3.connect(tmp_path / "ledger.sqlite") as other:
             assert other.execute("PRAGMA integrity_check").fetchone() == ("ok",)

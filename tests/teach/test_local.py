@@ -14,7 +14,7 @@ from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import SHAPES
 from sqa_jax.models.vision.registry import vision_family
-from sqa_jax.teach.__main__ import teach
+from sqa_jax.teach.collect import teach
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.student import StudentTeacher
 from tests.support.teacher_server import (
@@ -170,14 +170,14 @@ def test_a_student_is_asked_without_key_or_money(data, tmp_path, monkeypatch):
         return ask_all(self, requests)
 
     monkeypatch.setattr(StudentTeacher, "ask_all", watched)
-    keep = Ledger.keep
+    keep = Ledger.record_replies
 
     def killed(self, replies, price):
         keep(self, replies, price)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Ledger, "keep", killed)
+        patch.setattr(Ledger, "record_replies", killed)
         teach(student_config(data, limit=4), str(tmp_path / "run"))
     kept = {row["pid"] for row in read_attempts(tmp_path / "run")}
     summary = teach(student_config(data, limit=4), str(tmp_path / "run"))
@@ -202,19 +202,19 @@ def test_a_student_that_sees_is_shown_the_images(tmp_path, capsys):
         assert (summary["missing"], set(rows[image])) == (
             (1, {f"q{k}" for k in range(5)}) if image else (0, {f"q{k}" for k in range(6)})
         )
-    assert "1 of 3 questions' pictures cannot be used" in capsys.readouterr().err
+    assert "1 of 3 questions' images cannot be used" in capsys.readouterr().err
     longer = {pid: row["prompt_tokens"] - rows[False][pid]["prompt_tokens"] for pid, row in rows[True].items()}
     vision = SHAPES["qwen2-vl-tiny"].vision
     for k in (1, 3):
-        picture = vision_family(vision).picture(vision, Image.new("RGB", (3 + k, 5)))
-        assert longer[f"q{k}"] == len(picture.pieces) * vision.features_of_piece + 2 > 2  # between two marks
+        picture = vision_family(vision).preprocess_image(vision, Image.new("RGB", (3 + k, 5)))
+        assert longer[f"q{k}"] == len(picture.pieces) * vision.features_per_piece + 2 > 2  # between two marks
         assert rows[True][f"q{k}"]["raw"] != rows[False][f"q{k}"]["raw"]
     for k in (0, 2, 4):
         assert longer[f"q{k}"] == 0 and rows[True][f"q{k}"]["raw"] == rows[False][f"q{k}"]["raw"]
 
 
 def test_a_student_says_what_it_cannot(data, tmp_path):
-    with pytest.raises(UserError, match="random:tiny sees no images; set --config.teach.image=False"):
+    with pytest.raises(UserError, match="random:tiny has no vision encoder; set --config.teach.image=False"):
         teach(student_config(data, image=True), str(tmp_path / "run"))
     with pytest.raises(UserError, match="config.teach.model is empty"):
         teach(student_config(data, model=""), str(tmp_path / "run"))

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.signals import StopSignal
-from sqa_jax.teach.__main__ import teach
+from sqa_jax.teach.collect import teach
 from sqa_jax.teach.ledger import Ledger
 from sqa_jax.teach.run import backoff
-from sqa_jax.teach.teacher import Transient, retry_after
+from sqa_jax.teach.teacher import TransientError, retry_after
 from tests.support.teacher_server import (
     KEY,
     KEY_ENV,
@@ -111,7 +111,7 @@ def test_waits_double_and_are_never_shorter_than_asked_for(attempt, asked, first
     teach_settings.backoff = first
     state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
     state.attempt_number = attempt
-    state.set_exception((Transient, Transient("x", asked), None))
+    state.set_exception((TransientError, TransientError("x", asked), None))
     assert asked <= backoff(teach_settings)(state) <= asked + min(60.0, first * 2.0 ** (attempt - 1)) + 1e-9
 
 
