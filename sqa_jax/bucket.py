@@ -16,7 +16,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sqa_jax.errors import UserError
 
@@ -60,17 +60,17 @@ def bucket_path(path: Any) -> Path:
     Raises:
       UserError: what talks to buckets is not installed.
     """
-    import fsspec
     from etils import epath
+    from fsspec import config as fsspec_config
 
     try:
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path}: buckets need `pip install -e '.[gcs]'` ({error})") from None
     # Others write there too, so what was listed before says nothing now. Before the first connection, which keeps it.
-    fsspec.config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": REQUEST_SECONDS}
+    fsspec_config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": REQUEST_SECONDS}
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # the exception says it once
-    return epath.Path(path)
+    return cast(Path, epath.Path(path))  # it has pathlib's methods, without being a subclass
 
 
 def bucket_name(path: Any) -> str:

@@ -45,7 +45,8 @@ def _start_processes() -> None:
     """Joins the other processes, where the command line names a coordinator."""
     if "coordinator" not in flags.FLAGS:
         return
-    group = processes.Group(*(flags.FLAGS[name].value for name in processes.Group._fields))
+    values: dict[str, Any] = {name: flags.FLAGS[name].value for name in processes.Group._fields}
+    group = processes.Group(**values)
     if group.coordinator:
         processes.check(group)
         supervise(group)
@@ -106,9 +107,10 @@ def _parse(argv: list[str]) -> None:
     if "config" in flags.FLAGS:
         # The flags of overrides are made from sys.argv.
         sys.argv = argv = config_aliases.current_arguments(argv)
-        if given_config(argv) is None:
-            argv = [argv[0], f"--config={_defaults['config']}", *argv[1:]]
-        known = _keys(_load_config(given_config(argv)))
+        if (file := given_config(argv)) is None:
+            file = _defaults["config"]
+            argv = [argv[0], f"--config={file}", *argv[1:]]
+        known = _keys(_load_config(file))
         for arg in argv[1:]:
             if (match := re.match(r"--?config\.([^=]+)", arg)) and match[1] not in known:
                 raise UserError(f"--config.{match[1]}: unknown setting; {_nearest(match[1], known)}")

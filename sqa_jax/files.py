@@ -56,7 +56,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise UserError(f"{path}: the disk is full; free some space or choose another place") from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose a place you may write to") from error
+            raise UserError(
+                f"{path}: cannot be written ({os.strerror(number)}); choose a place you may write to"
+            ) from error
         raise
 
 

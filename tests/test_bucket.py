@@ -16,10 +16,10 @@ import pytest
 
 from sqa_jax import bucket
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
+from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.files import archive, as_path, atomic_write, local_path, open_log, read_json, read_jsonl, write_json
 from sqa_jax.runtime import build_runtime
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 from sqa_jax.training.workdir import bind_config, open_workdir
 from tests.support.bucket_server import BucketServer
 from tests.test_train import last_adapter, same, tiny_config
@@ -192,8 +192,8 @@ def test_without_gcsfs_it_says_what_to_install(monkeypatch):
 
 def test_what_must_be_on_a_disk_is_refused_elsewhere():
     from sqa_jax.config import default
-    from sqa_jax.study.__main__ import study
-    from sqa_jax.teach.__main__ import teach
+    from sqa_jax.study.run import run_study as study
+    from sqa_jax.teach.collect import teach
 
     with pytest.raises(UserError, match="s3://bucket/x: gs:// is the only store that is known"):
         open_workdir("s3://bucket/x")

@@ -14,7 +14,7 @@ import transformers
 
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.export import export
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 from tests.conftest import ROOT
 from tests.support.peft_pair import Pair, their_logits
 from tests.test_export import asked, card_of, ran

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from configs.test import get_config
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
-from sqa_jax.train import train
+from sqa_jax.evaluation.evaluate import evaluate
+from sqa_jax.training.loop import train
 
 
 def tiny_config(tmp_path, **change):

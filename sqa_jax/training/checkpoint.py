@@ -105,6 +105,28 @@ class Checkpoints:
         self._best.close()
 
 
+class BestCheckpoint:
+    """Keeps the adapter with the lowest validation loss.
+
+    Args:
+      loss: the lowest so far; None before the first validation.
+
+    Attributes:
+      loss: as the argument, kept up to date.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, loss: float | None):
+        self._checkpoints, self.loss = checkpoints, loss
+
+    def update(self, step: int, loss: float, adapter: Any) -> bool:
+        """Starts to save the adapter if its validation loss is the lowest so far, and says whether it is."""
+        if self.loss is not None and loss >= self.loss:
+            return False
+        self.loss = loss
+        self._checkpoints.save_best(step, adapter)
+        return True
+
+
 def abstract(tree: Any, placed: Any) -> Any:
     """Shapes and types of a tree, with the shardings of another: what `restore` wants."""
     return jax.tree.map(

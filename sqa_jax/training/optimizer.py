@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import jax
+import numpy as np
 import optax
 
 from sqa_jax.errors import UserError
@@ -35,6 +36,11 @@ def make_schedule(settings, steps: int) -> optax.Schedule:
         raise UserError(f"config.optimizer.schedule is {settings.schedule!r}; choose cosine, linear or constant")
     # The first step is not wasted on a rate of zero: warm-up reaches the peak at step `warmup`.
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), decay], [warmup])
+
+
+def learning_rates(settings, steps: int) -> np.ndarray:
+    """The learning rate of every step of a run, [steps] float32; step k of 1 … `steps` is at index k - 1."""
+    return np.asarray(jax.jit(jax.vmap(make_schedule(settings, steps)))(np.arange(steps)))
 
 
 def make_optimizer(settings, steps: int) -> optax.GradientTransformation:

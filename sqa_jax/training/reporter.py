@@ -76,7 +76,7 @@ class Reporter:
         """Puts scalars of a step into the files."""
         if self._speaks:
             with disk_errors(self._path):
-                row = {"step": step, **{name: round(float(value), 6) for name, value in metrics.items()}}
+                row = {"step": step, **{name: _rounded(name, float(value)) for name, value in metrics.items()}}
                 self._log.write(json.dumps(row) + "\n")
                 self._events.write(step, metrics)
 
@@ -133,6 +133,11 @@ class _Events:
         if self._temporary:
             self._object.flush()
             self._temporary.cleanup()
+
+
+def _rounded(name: str, value: float) -> float:
+    """Six decimals; of a learning rate, which may be tiny, six digits."""
+    return float(f"{value:.6g}") if name == "learning_rate" else round(value, 6)
 
 
 def _step_of(line: str) -> float:

@@ -1,20 +1,66 @@
-"""The adapter of a finished run, or of PEFT's files, in its shards."""
+"""Train states and adapters from checkpoints, restored into their shards."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from sqa_jax import adapters
 from sqa_jax.adapters.peft_read import PeftAdapter
 from sqa_jax.errors import UserError
+from sqa_jax.models.param_spec import ParamTree
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.runtime import Runtime
 from sqa_jax.training.checkpoint import Checkpoints, abstract
 from sqa_jax.training.optimizer import make_optimizer
-from sqa_jax.training.step import init_state
+from sqa_jax.training.step import TrainState, init_state
+
+
+class Position(NamedTuple):
+    """Where an interrupted run goes on, besides its train state.
+
+    Attributes:
+      loader: the loader's state.
+      best_loss: the lowest validation loss so far, None before the first validation.
+    """
+
+    loader: dict[str, Any]
+    best_loss: float | None
+
+
+def init_or_restore(
+    config,
+    runtime: Runtime,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    peft: PeftAdapter | None = None,
+) -> tuple[TrainState, Position | None]:
+    """The last checkpoint's train state, or a new one: sharded over the mesh either way.
+
+    Args:
+      peft: the adapter to start from, in place of a newly initialized one.
+
+    Returns:
+      (state, position); the position of a new run is None.
+    """
+    student = runtime.student
+    tree = None if peft is None else peft.tree
+    prompt = adapters.prompt_text_tokens(config.adapter, student.tokenizer)
+
+    def new_state(base: ParamTree, tree: ParamTree | None) -> TrainState:
+        adapter = tree or adapters.init_adapter(config.adapter, student.config, base, config.seed, prompt)
+        return init_state(adapter, optimizer)
+
+    shapes = jax.eval_shape(new_state, student.params, tree)
+    placed = shardings(shapes, runtime.mesh)
+    restored = checkpoints.restore(abstract(shapes, placed))
+    if restored is None:
+        return jax.jit(new_state, out_shardings=placed)(student.params, tree), None
+    state, extra = restored
+    return state, Position(extra["loader"], extra["best_loss"])
 
 
 def check_checkpoint(config, root: Path) -> None:

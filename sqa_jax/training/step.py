@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from sqa_jax.batches.batch import Batch
-from sqa_jax.models.api import Module
+from sqa_jax.models.api import StudentModel
 from sqa_jax.parallel.mesh import batch_sharding, replicated
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.training.loss import row_losses
@@ -35,7 +35,7 @@ def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrainSt
     return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter))
 
 
-def make_step(settings, decoder: Module, optimizer: optax.GradientTransformation, seed: int) -> Callable:
+def make_step(settings, decoder: StudentModel, optimizer: optax.GradientTransformation, seed: int) -> Callable:
     """`step(state, base, batch) -> (state, metrics)`.
 
     The batch's arrays are [A, B, …]: A micro-batches. Gradients of *summed* losses are added up over them and

@@ -34,6 +34,7 @@ _FREE = (
     "train.eval_every",
     "train.save_every",
     "train.stop_after",
+    "train.profile_steps",
     "eval.",
     "mesh.",
     "study.",

@@ -1,12 +1,9 @@
-"""The agent: conversations in a batch, policies and what they cost, traces that teach, and the command."""
+"""The agent: episodes in a batch, policies and their cost, traces to learn from, and the command."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +12,7 @@ from sqa_jax.agent import explore
 from sqa_jax.agent.__main__ import agent, config_with_adapter, show, write_traces
 from sqa_jax.agent.evidence import calls_by_records
 from sqa_jax.agent.loop import Agent
-from sqa_jax.agent.policies import Constrained, Free, Plan, at_random, decide
+from sqa_jax.agent.policies import Constrained, Free, Plan, decide, random_plan
 from sqa_jax.agent.summary import pareto
 from sqa_jax.agent.tools import Tool, make_tools
 from sqa_jax.batches.config_data import load_config_problems
@@ -25,12 +22,12 @@ from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl
 from sqa_jax.models.flops import forward_flops
-from sqa_jax.prompts.tool_dialogue import ToolSpec
+from sqa_jax.prompts.tool_calls import ToolSpec
 from sqa_jax.runtime import build_runtime
 from sqa_jax.training.loop import train
-from tests.conftest import ROOT
+from tests.support.verbs import run_verb
 
-CALCULATOR = "test_agent:calculator"
+CALCULATOR = "tests.agent.test_agent:calculator"
 
 
 def calculator(config, problems):
@@ -67,39 +64,41 @@ def answered(config, runtime, problems, policy):
     return rows
 
 
-def told(row):
+def calls_of(row):
     return [turn["tool"] for turn in row["turns"] if "tool" in turn]
 
 
-def test_a_batch_says_what_each_question_alone_says(runtime, problems):
-    """At different turns, in other rows, in parts: the same decisions, likelihoods and costs."""
+def test_a_batch_answers_as_each_question_alone(runtime, problems):
+    """At different turns, in other slots, in chunks: the same decisions, likelihoods and costs."""
     thresholds = dict.fromkeys(("describe_image", "retrieve"), float("inf"))
     first = [row["turns"][0]["margins"] for row in answered(small(), runtime, problems, Constrained(thresholds))]
-    thresholds = {name: float(np.median([own[name] for own in first])) for name in thresholds}
+    thresholds = {name: float(np.median([margins[name] for margins in first])) for name in thresholds}
     together = answered(small(), runtime, problems, Constrained(thresholds))
     alone = answered(small(batch=1), runtime, problems[:4], Constrained(thresholds))
     for ours, theirs in zip(together, alone, strict=False):
-        assert told(ours) == told(theirs) and ours["answer"] == theirs["answer"] and ours["read"] == theirs["read"]
+        assert (
+            calls_of(ours) == calls_of(theirs) and ours["answer"] == theirs["answer"] and ours["read"] == theirs["read"]
+        )
         for a, b in zip(ours["turns"], theirs["turns"], strict=True):
             np.testing.assert_allclose(a.get("answers", []), b.get("answers", []), atol=2e-3)
-    assert len({tuple(told(row)) for row in together}) > 1
+    assert len({tuple(calls_of(row)) for row in together}) > 1
 
 
-def test_never_calling_is_likelihood_evaluation_behind_the_same_prompt(runtime, problems):
-    """What is weighed is what `inference.likelihood` weighs, of the same ids."""
+def test_never_calling_is_multiple_choice_scoring_of_the_same_prompt(runtime, problems):
+    """The scores are those of `inference.likelihood` for the same ids."""
     from sqa_jax.inference.likelihood import LikelihoodScorer, MultipleChoice
 
     config = small()
-    own = Agent(config, runtime, make_tools(config, load_config_problems(config)))
+    agent_ = Agent(config, runtime, make_tools(config, load_config_problems(config)))
     policy = Plan(lambda p: ())
-    rows = {row["index"]: row for row in own(policy, {}, runtime.student.params, problems)}
+    rows = {row["index"]: row for row in agent_(policy, {}, runtime.student.params, problems)}
     choices = [
-        MultipleChoice(one.tokens, own.dialogue.answers(p))
-        for p, one in zip(problems, own.dialogue.openings(problems), strict=True)
+        MultipleChoice(one.tokens, agent_.dialogue.encode_answers(p))
+        for p, one in zip(problems, agent_.dialogue.encode_questions(problems), strict=True)
     ]
     scorer = LikelihoodScorer(config.adapter, runtime.decoder, runtime.mesh, 1024, 4)
     for index, log_probs in scorer({}, runtime.student.params, choices):
-        sums = np.asarray([own.sum() for own in log_probs])
+        sums = np.asarray([option.sum() for option in log_probs])
         np.testing.assert_allclose(rows[index]["turns"][0]["answers"], sums, atol=2e-3)
 
 
@@ -107,10 +106,12 @@ def test_plans_are_followed_and_results_are_in_the_context(runtime, problems):
     rows = answered(small(), runtime, problems, Plan(lambda p: ("describe_image", "retrieve")))
     never = answered(small(), runtime, problems, Plan(lambda p: ()))
     for row, bare, problem in zip(rows, never, problems, strict=True):
-        assert told(row) == ["describe_image", "retrieve"] == row["calls"]
-        seen = problem.caption if problem.image else ""
-        assert [t["result"] for t in row["turns"] if "tool" in t] == [seen, problem.lecture]
-        assert row["read"] >= bare["read"] + len(problem.lecture.encode()) + len(seen.encode())  # a tokenizer of bytes
+        assert calls_of(row) == ["describe_image", "retrieve"] == row["calls"]
+        caption = problem.caption if problem.image else ""
+        assert [t["result"] for t in row["turns"] if "tool" in t] == [caption, problem.lecture]
+        assert row["read"] >= bare["read"] + len(problem.lecture.encode()) + len(
+            caption.encode()
+        )  # a tokenizer of bytes
         assert row["flops"] > bare["flops"]
 
 
@@ -122,16 +123,16 @@ def test_no_more_calls_than_allowed_and_none_twice(runtime, problems):
 
 
 def test_a_simulated_policy_is_the_policy_itself(runtime, problems):
-    """What calibration computes from all orders of calls is what a run does."""
+    """What calibration computes from all orders of calls is what an episode does."""
     records = {p.pid: [] for p in problems}
     for order in explore.orders(["describe_image", "retrieve"], 2):
-        rows = answered(small(), runtime, problems, Plan(lambda p, order=order: order, weigh=True))
+        rows = answered(small(), runtime, problems, Plan(lambda p, order=order: order, score=True))
         for p, row in zip(problems, rows, strict=True):
             records[p.pid].append(row)
-    states = {pid: explore.states_of(own) for pid, own in records.items()}
-    assert all(set(own) == {(), ("describe_image",), ("retrieve",), ("describe_image", "retrieve"), ("retrieve", "describe_image")} for own in states.values())  # fmt: skip
+    states = {pid: explore.states_of(rows) for pid, rows in records.items()}
+    assert all(set(found) == {(), ("describe_image",), ("retrieve",), ("describe_image", "retrieve"), ("retrieve", "describe_image")} for found in states.values())  # fmt: skip
     chosen = explore.calibrate(problems, states, ["describe_image", "retrieve"])
-    margins = sorted(own[()].margins["retrieve"] for own in states.values())
+    margins = sorted(found[()].margins["retrieve"] for found in states.values())
     for thresholds in (chosen.thresholds, {"describe_image": float("inf"), "retrieve": (margins[5] + margins[6]) / 2}):
         rows = answered(small(), runtime, problems, Constrained(thresholds))
         for p, row in zip(problems, rows, strict=True):
@@ -142,31 +143,33 @@ def test_a_simulated_policy_is_the_policy_itself(runtime, problems):
 
 
 def test_operations_are_counted_token_by_token(runtime, problems):
-    """A brute-force count of one conversation: each token sees all before it, and itself."""
+    """A brute-force count of one episode: each token attends to all before it, and to itself."""
     config = small()
-    own = Agent(config, runtime, make_tools(config, load_config_problems(config)))
+    agent_ = Agent(config, runtime, make_tools(config, load_config_problems(config)))
     policy = Plan(lambda p: ("retrieve",))
-    (row,) = own(policy, {}, runtime.student.params, problems[:1])
-    (opening,) = own.dialogue.openings(problems[:1])
-    call = own.dialogue.call(own._tools["retrieve"].call_for(problems[0]))
-    result, _ = own.dialogue.result(problems[0].lecture, 10_000)
-    trunk, options = len(opening.tokens) + len(call) + len(result), [len(o) for o in own.dialogue.answers(problems[0])]
-    seen = list(range(1, trunk + 1)) + [trunk + k for size in options for k in range(1, size)]
-    assert row["read"] == trunk and row["branched"] == len(seen) - trunk and row["scored"] == sum(options)
-    expected = forward_flops(runtime.student.config, len(seen), float(np.mean(seen)), sum(options))
+    (row,) = agent_(policy, {}, runtime.student.params, problems[:1])
+    (opening,) = agent_.dialogue.encode_questions(problems[:1])
+    call = agent_.dialogue.encode_call(agent_.tools["retrieve"].call_for(problems[0]))
+    result, _ = agent_.dialogue.encode_result(problems[0].lecture, 10_000)
+    trunk, options = (
+        len(opening.tokens) + len(call) + len(result),
+        [len(o) for o in agent_.dialogue.encode_answers(problems[0])],
+    )
+    attended = list(range(1, trunk + 1)) + [trunk + k for size in options for k in range(1, size)]
+    assert row["read"] == trunk and row["branched"] == len(attended) - trunk and row["scored"] == sum(options)
+    expected = forward_flops(runtime.student.config, len(attended), float(np.mean(attended)), sum(options))
     assert row["flops"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_third_tool_needs_no_other_file(runtime, problems, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+def test_a_third_tool_needs_no_other_file(runtime, problems):
     config = small(tools=("describe_image", "retrieve", CALCULATOR), most_calls=3)
     rows = answered(
         config, runtime, problems[:3], Constrained(dict.fromkeys(("describe_image", "retrieve", "calculate"), -1e9))
     )
-    assert all(len(told(row)) == 3 and "calculate" in told(row) for row in rows)
+    assert all(len(calls_of(row)) == 3 and "calculate" in calls_of(row) for row in rows)
 
 
-# Students that write what a test says.
+# Students that generate a given script.
 
 SCRIPTS = {
     "calls for ever": (["describe_image()"] * 9, {"calls": 1, "status": "forced", "error": "cannot be called again"}),
@@ -180,7 +183,7 @@ SCRIPTS = {
         ["Action: describe_image() Result: a cat Answer: The answer is {first}.", "Answer: The answer is {last}."],
         {"calls": 1, "status": "ok"},
     ),
-    "mends a mistake": (
+    "corrects a mistake": (
         ["hm", "retrieve(x)", "The answer is {last}."],
         {"calls": 1, "status": "ok", "error": "neither"},
     ),
@@ -188,35 +191,30 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_whatever_a_student_writes_every_question_is_answered(runtime, problems, name):
+def test_every_question_is_answered_whatever_a_student_generates(runtime, problems, name):
     script, expected = SCRIPTS[name]
     config = small(max_new_tokens=100)
-    own = Agent(config, runtime, make_tools(config, load_config_problems(config)))
+    agent_ = Agent(config, runtime, make_tools(config, load_config_problems(config)))
     policy = Free()
     turn_of = {}
 
-    def write(begun, pause):
-        texts, talk_of = {}, own._conversations
-        for row in begun:
-            first, *_, last = current(row).choices
-            place = turn_of[row] = turn_of.get(row, -1) + 1
-            text = script[min(place, len(script) - 1)].format(first=first, last=last)
-            texts[row] = runtime.student.tokenizer(text, add_special_tokens=False)["input_ids"]
-            held = talk_of._own[row]
-            talk_of._own[row] = held._replace(length=held.length + 1 + len(texts[row]))
+    def decode(first_tokens, pause_at):
+        texts, slots = {}, agent_.slots
+        for slot in first_tokens:
+            first, *_, last = asked[question_of[slot]].choices
+            turn = turn_of[slot] = turn_of.get(slot, -1) + 1
+            text = script[min(turn, len(script) - 1)].format(first=first, last=last)
+            texts[slot] = runtime.student.tokenizer(text, add_special_tokens=False)["input_ids"]
+            state = slots._slots[slot]
+            slots._slots[slot] = state._replace(length=state.length + 1 + len(texts[slot]))
         return texts
 
     asked = problems[:3]
-    rows_of = {}
-
-    def current(row):
-        return asked[rows_of[row]]
-
-    opened = iter(range(len(asked)))
-    open_row = own._conversations.open
-    own._conversations.open = lambda row: (rows_of.__setitem__(row, next(opened)), open_row(row))
-    own._conversations.write = write
-    found = sorted(own(policy, {}, runtime.student.params, asked), key=lambda row: row["index"])
+    question_of, numbers = {}, iter(range(len(asked)))
+    reset = agent_.slots.reset
+    agent_.slots.reset = lambda slot: (question_of.__setitem__(slot, next(numbers)), reset(slot))
+    agent_.slots.decode = decode
+    found = sorted(agent_(policy, {}, runtime.student.params, asked), key=lambda row: row["index"])
     for row, problem in zip(found, asked, strict=True):
         assert len(row["calls"]) == expected["calls"] and row["status"] == expected["status"]
         if expected["status"] == "ok":
@@ -227,7 +225,7 @@ def test_whatever_a_student_writes_every_question_is_answered(runtime, problems,
             assert not row["mistakes"]
 
 
-def test_free_text_of_a_real_loop_ends(runtime, problems):
+def test_free_text_ends(runtime, problems):
     rows = answered(small(), runtime, problems, Free())
     assert all(
         row["written"] > 0 and 0 <= row["answer"] < len(p.choices) for row, p in zip(rows, problems, strict=True)
@@ -240,7 +238,7 @@ def test_results_too_long_for_the_context_are_shortened_and_counted(runtime, pro
     rows = answered(config, runtime, long, Plan(lambda p: ("retrieve", "describe_image")))
     for row in rows:
         assert row["shortened"]["retrieve"] > 3000 and row["read"] <= 760
-        assert told(row) == ["retrieve"]  # no room for more
+        assert calls_of(row) == ["retrieve"]  # no room for more
 
 
 def test_failing_tools_leave_a_status(runtime, problems, monkeypatch):
@@ -250,8 +248,8 @@ def test_failing_tools_leave_a_status(runtime, problems, monkeypatch):
         raise RuntimeError("no network")
 
     tools["retrieve"] = dataclasses.replace(tools["retrieve"], run=broken)
-    own, policy = Agent(small(), runtime, tools), Plan(lambda p: ("retrieve",))
-    for row in own(policy, {}, runtime.student.params, problems[:3]):
+    agent_, policy = Agent(small(), runtime, tools), Plan(lambda p: ("retrieve",))
+    for row in agent_(policy, {}, runtime.student.params, problems[:3]):
         assert row["status"] == "tool failed" and "no network" in row["turns"][0]["result"]
 
 
@@ -267,13 +265,13 @@ def test_decisions_by_threshold():
 
 
 def test_random_plans_keep_their_rates(problems):
-    tools_of = at_random({"a": 0.25, "b": 1.0}, seed=0)
+    tools_of = random_plan({"a": 0.25, "b": 1.0}, seed=0)
     plans = [tools_of(dataclasses.replace(problems[0], pid=str(k))) for k in range(2000)]
     assert np.mean(["a" in plan for plan in plans]) == pytest.approx(0.25, abs=0.03)
     assert all("b" in plan for plan in plans) and tools_of(problems[0]) == tools_of(problems[0])
 
 
-def test_useful_calls_by_records(problems):
+def test_useful_calls_by_a_teacher_s_replies(problems):
     problem = dataclasses.replace(problems[0], image=None, lecture="L", answer=0)
 
     def reply(setting, answer):
@@ -291,8 +289,8 @@ def test_the_pareto_front():
     assert pareto(systems, models) == ["a", "c", "m"]
 
 
-def test_the_whole_life(tmp_path):
-    """Policies, a stop half-way, the report, traces, a training on them, and the trained student."""
+def test_policies_report_traces_training_and_the_trained_student(tmp_path):
+    """A run of all policies, one stopped half-way, a training on its traces, and a run of the trained student."""
     config = small(tmp_path)
     results = agent(config, str(tmp_path / "agent"), "test")
     names = [row["policy"] for row in results["systems"]]
@@ -311,7 +309,7 @@ def test_the_whole_life(tmp_path):
     with pytest.raises(UserError, match="no such question"):
         show(config, str(tmp_path / "agent"), "test", "nobody")
 
-    # A killed run has a partial file; what is in it is not asked again.
+    # A killed run leaves a partial file; the questions in it are not asked again.
     whole = (folder / "always" / "predictions.jsonl").read_text()
     metrics = json.loads((folder / "always" / "metrics.json").read_text())
     partial = folder / "always" / f"partial-{metrics['fingerprint'][:16]}.jsonl"
@@ -337,7 +335,7 @@ def test_the_whole_life(tmp_path):
     assert found["adapter"] == str(tmp_path / "lora")
 
 
-def test_rows_learned_from_are_the_ids_of_the_conversation(runtime, tmp_path):
+def test_training_rows_are_the_ids_of_the_dialogue(runtime, tmp_path):
     """Training prompt == inference prompt, turn by turn."""
     config = small(tmp_path)
     config.data.train_limit, config.agent.evidence = 6, "records"
@@ -345,25 +343,25 @@ def test_rows_learned_from_are_the_ids_of_the_conversation(runtime, tmp_path):
     problems = load_config_problems(config)
     dataset, _ = build_or_reuse(config, runtime.student.tokenizer, problems)
     tokens, prompt_lengths, _, pids = dataset.columns()
-    own = Agent(config, runtime, make_tools(config, problems))
+    agent_ = Agent(config, runtime, make_tools(config, problems))
     known = problems.all()
     calls = 0
     for pid in dict.fromkeys(pids):
         rows = [(t.tolist(), int(n)) for t, n, p in zip(tokens, prompt_lengths, pids, strict=True) if p == pid]
-        (opening,) = own.dialogue.openings([known[pid]])
+        (opening,) = agent_.dialogue.encode_questions([known[pid]])
         said = list(opening.tokens)
         assert len(rows) <= 3
         for row, length in rows[:-1]:
-            assert row[:length] == said and row[-1] == own.dialogue.end_of_call()
-            call = own.dialogue.read(runtime.student.tokenizer.decode(row[length:-1]), known[pid]).call
-            assert row[length:-1] == own.dialogue.call(call)
+            assert row[:length] == said and row[-1] == agent_.dialogue.call_end_token()
+            call = agent_.dialogue.parse(runtime.student.tokenizer.decode(row[length:-1]), known[pid]).call
+            assert row[length:-1] == agent_.dialogue.encode_call(call)
             text = known[pid].caption if call.tool == "describe_image" else known[pid].lecture
-            said += row[length:-1] + own.dialogue.result(text, 10_000)[0]
+            said += row[length:-1] + agent_.dialogue.encode_result(text, 10_000)[0]
             calls += 1
         row, length = rows[-1]
         assert row[:length] == said
         assert row[length:] == [
-            *own.dialogue.answers(known[pid])[known[pid].answer],
+            *agent_.dialogue.encode_answers(known[pid])[known[pid].answer],
             runtime.student.tokenizer.eos_token_id,
         ]
     assert calls > 3
@@ -402,19 +400,10 @@ def test_traces_that_cannot_be_learned(tmp_path, runtime):
 
 
 def test_the_command_says_what_it_wrote_and_what_is_wrong(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "sqa_jax.agent",
-        "--config",
-        "configs/agent.py",
-        "--config.student.path=random:tiny",
-    ]
+    command = ["--config", "configs/agent.py", "--config.student.path=random:tiny"]
     flags = ["--config.agent.context=1400", "--config.recipe.max_prompt=700", "--config.eval.limit=3", "--config.agent.policies=('never',)"]  # fmt: skip
-    done = subprocess.run([*command, *flags, "--split=val", "--workdir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})  # fmt: skip
+    done = run_verb("agent", *command, *flags, "--split=val", "--workdir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "never" in done.stdout and (tmp_path / "val" / "never" / "metrics.json").exists()
-    done = subprocess.run(
-        [*command, "--show=1"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""}
-    )
+    done = run_verb("agent", *command, "--show=1")
     assert done.returncode == 2 and "--workdir is needed" in done.stderr

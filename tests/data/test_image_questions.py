@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from configs.pictures import get_config
+from configs.image_questions import get_config
 from sqa_jax.data.sample import image_questions, scenes
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
+from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.metrics.bag_of_words import predict
 from sqa_jax.metrics.intervals import mcnemar
 from sqa_jax.metrics.leaderboard import read_predictions, score
 from sqa_jax.runtime import build_runtime
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 
-SOURCES = ("pictures", "pictures-shifted")
+SOURCES = ("image-questions", "image-questions-shifted")
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -92,11 +92,11 @@ def test_are_the_same_each_time():
 
 
 def test_dropped_images_leave_the_rest():
-    seeing, blind = (load_problems("pictures", images=images) for images in ("ignore", "drop"))
+    seeing, blind = (load_problems("image-questions", images=images) for images in ("ignore", "drop"))
     assert [dataclasses.replace(p, image=None) for p in seeing.split("test")] == list(blind.split("test"))
     assert seeing.fingerprint != blind.fingerprint
     with pytest.raises(UserError, match="ignore, check or drop"):
-        load_problems("pictures", images="hide")
+        load_problems("image-questions", images="hide")
 
 
 @pytest.fixture(scope="module")

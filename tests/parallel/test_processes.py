@@ -18,13 +18,13 @@ import pytest
 
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.errors import UserError
-from sqa_jax.evaluate import evaluate
+from sqa_jax.evaluation.evaluate import evaluate
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.processes import Group, check
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.parallel.supervisor import explain
 from sqa_jax.runtime import Runtime, make_decoder
-from sqa_jax.train import train
+from sqa_jax.training.loop import train
 from tests.test_train import command, last_adapter, tiny_config, wait_for_step
 from tests.training.test_step import METHODS, on_one_device  # noqa: F401 (a fixture)
 
@@ -206,7 +206,7 @@ def losses(workdir) -> list[float]:
     "changes",
     [
         {"student.path": "random:paligemma-tiny", "adapter.methods": ("prompt", "lora")},
-        {"student.path": "random:qwen2-vl-tiny", "adapter.methods": ("lora",), "adapter.lora.tower": True},
+        {"student.path": "random:qwen2-vl-tiny", "adapter.methods": ("lora",), "adapter.lora.vision_encoder": True},
     ],
     ids=["features", "tower"],
 )
@@ -215,7 +215,7 @@ def test_students_that_see_train_as_one(changes, tmp_path):
     config = tiny_config(
         tmp_path,
         **{
-            "data.source": "pictures", "recipe.format": "QM-A", "train.row_length": 256, "train.batch_rows": 4,
+            "data.source": "image-questions", "recipe.format": "QM-A", "train.row_length": 256, "train.batch_rows": 4,
             "train.steps": 4, "train.eval_every": 0, "train.save_every": 0, "train.log_every": 1, "eval.batch_rows": 4,
             "optimizer.learning_rate": 1e-2, "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, **changes,
         },

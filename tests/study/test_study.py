@@ -29,7 +29,7 @@ def questions(tmp_path_factory) -> Path:
     made, root = sample.generate(), tmp_path_factory.mktemp("questions")
     splits = {split: made.splits[split][:count] for split, count in (("train", 16), ("val", 4), ("test", 24))}
     kept = {pid for pids in splits.values() for pid in pids}
-    problems = {pid: {k: v for k, v in made.problems[pid].items() if k not in ("picture", "image")} for pid in kept}
+    problems = {pid: {k: v for k, v in made.problems[pid].items() if k not in ("drawing", "image")} for pid in kept}
     (root / "problems.json").write_text(json.dumps(problems))
     (root / "pid_splits.json").write_text(json.dumps(splits))
     replies = [reply for reply in sample.teacher_replies(made) if reply["pid"] in kept]
@@ -193,8 +193,8 @@ def test_the_same_command_only_makes_the_report(grown, monkeypatch):
     root, config, results = grown
     before, report = tree(root / "runs"), (root / "report.md").read_text()
     (root / "report.md").unlink()
-    monkeypatch.setattr("sqa_jax.train.train", forbid)
-    monkeypatch.setattr("sqa_jax.evaluate.evaluate", forbid)
+    monkeypatch.setattr("sqa_jax.training.loop.train", forbid)
+    monkeypatch.setattr("sqa_jax.evaluation.evaluate.evaluate", forbid)
     assert study(config, str(root), "the command") == results
     assert tree(root / "runs") == before and (root / "report.md").read_text() == report
 
@@ -214,7 +214,7 @@ def test_the_same_command_only_makes_the_report(grown, monkeypatch):
 def test_other_settings_in_the_same_place_are_refused(whole, small, monkeypatch, change, words):
     root, _, _ = whole
     before = tree(root)
-    monkeypatch.setattr("sqa_jax.train.train", forbid)
+    monkeypatch.setattr("sqa_jax.training.loop.train", forbid)
     with pytest.raises(UserError, match=rf"was made with other settings \({words}.*choose another --workdir") as caught:
         study(small(**change), str(root))
     assert "\n" not in str(caught.value) and tree(root) == before
@@ -225,8 +225,8 @@ def test_settings_that_change_no_result_are_free(whole, small, questions, monkey
     root, _, results = whole
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes((questions / "replies.jsonl").read_bytes())
-    monkeypatch.setattr("sqa_jax.train.train", forbid)
-    monkeypatch.setattr("sqa_jax.evaluate.evaluate", forbid)
+    monkeypatch.setattr("sqa_jax.training.loop.train", forbid)
+    monkeypatch.setattr("sqa_jax.evaluation.evaluate.evaluate", forbid)
     config = small(data__teacher=(str(copy),), data__cache=str(tmp_path), train__save_every=7, train__stop_after=3)
     assert study(config, str(root), "the command")["systems"] == results["systems"]
 
@@ -252,8 +252,8 @@ def losses(folder):
 
 def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, tmp_path, monkeypatch):
     """SIGTERM in training, a kill in evaluation, an error in another evaluation: nothing is done twice or lost."""
-    import sqa_jax.evaluate
-    from sqa_jax.inference import answer
+    import sqa_jax.evaluation.evaluate
+    from sqa_jax.inference.answer import make_answerer
     from sqa_jax.training.reporter import Reporter
 
     beside, _, expected = whole
@@ -276,9 +276,9 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
         study(small(study__arms=("golden",), study__explanations=0, optimizer__b1=0.8), str(tmp_path))
 
     # Killed when five questions are answered.
-    def killed(config, runtime, pictures, answers=answer.answers):
+    def killed(config, runtime, images, make=make_answerer):
         def some(*arguments):
-            for count, one in enumerate(answers(config, runtime, pictures)(*arguments)):
+            for count, one in enumerate(make(config, runtime, images)(*arguments)):
                 if count == 5:
                     raise KeyboardInterrupt
                 yield one
@@ -286,19 +286,19 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
         return some
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(answer, "answers", killed)
+        patch.setattr(sqa_jax.evaluation.evaluate, "make_answerer", killed)
         study(config, str(tmp_path))
     (partial,) = (golden / "eval" / "test").glob("partial-*.jsonl")
     assert len(read(partial)) == 5
 
     # Another run's evaluation fails: it is reported, and what was tested with it is not.
-    def broken(config, workdir, runtime, evaluate=sqa_jax.evaluate.evaluate):
+    def broken(config, workdir, runtime, evaluate=sqa_jax.evaluation.evaluate.evaluate):
         if "teacher_answer" in workdir:
             raise RuntimeError("the device is\non fire")
         return evaluate(config, workdir, runtime)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sqa_jax.evaluate, "evaluate", broken)
+        patch.setattr(sqa_jax.evaluation.evaluate, "evaluate", broken)
         results = study(config, str(tmp_path))
     assert (golden / "metrics.jsonl").read_text() == trained, "what was trained is not trained again"
     assert [run["status"] for run in results["runs"]] == ["finished", "failed"]
@@ -332,7 +332,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
 
 def test_a_failing_arm_is_reported_and_tried_again(whole, small, tmp_path, monkeypatch):
     """An arm whose learning rate blows up: the rest is neither run again nor lost, and its hypothesis says why."""
-    import sqa_jax.train
+    import sqa_jax.training.loop
 
     root, _, before = whole
     shutil.copytree(root, tmp_path / "study")
@@ -343,11 +343,11 @@ def test_a_failing_arm_is_reported_and_tried_again(whole, small, tmp_path, monke
     )
     asked = []
 
-    def counted(config, workdir, runtime, train=sqa_jax.train.train):
+    def counted(config, workdir, runtime, train=sqa_jax.training.loop.train):
         asked.append(config.recipe.arm)
         return train(config, workdir, runtime)
 
-    monkeypatch.setattr("sqa_jax.train.train", counted)
+    monkeypatch.setattr("sqa_jax.training.loop.train", counted)
     for start in (1, 2):
         results = study(config, str(tmp_path / "study"))
         assert asked == ["mistakes"] * start
