@@ -37,8 +37,21 @@ def pytest_addoption(parser):
     group.addoption("--remake", action="store_true", help="with --reference: write tests/references anew")
 
 
+# The files that take longest, in this order: workers that start with them end together.
+SLOWEST_FIRST = (
+    "study/test_study.py",
+    "parallel/test_processes.py",
+    "test_train.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
-    """`--reference` runs what compares with outside libraries; without it, what needs one is left out."""
+    """`--reference` runs what compares with outside libraries; without it, what needs one is left out.
+
+    The tests of a file share what its fixtures make, so they are one group of `--dist=loadgroup`, unless a test says
+    otherwise with `@pytest.mark.xdist_group`.
+    """
     live = config.getoption("--reference")
 
     def wanted(item) -> bool:
@@ -46,7 +59,12 @@ def pytest_collection_modifyitems(config, items):
         return needs_library or "reference" in item.fixturenames if live else not needs_library
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
-    items[:] = [item for item in items if wanted(item)]
+    rank = {file: k for k, file in enumerate(SLOWEST_FIRST)}
+    files = {item: item.path.relative_to(ROOT / "tests").as_posix() for item in items}
+    items[:] = sorted(filter(wanted, items), key=lambda item: rank.get(files[item], len(rank)))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(files[item]))
 
 
 @pytest.fixture(scope="session")
