@@ -209,7 +209,7 @@ class LikelihoodScorer:
         decoder_tokens = round_up(max(sum(predicting[k] for k in row) for row in rows), _TARGETS_MULTIPLE)
         features = 0
         if self.images is not None:
-            count = self.images.count
+            count = self.images.count_features
             features = self.images.padded_capacity(max(sum(count(sequences[k].tokens) for k in row) for row in rows))
         self._sizes = _Plan([], T, M, max(before.decoder_tokens, decoder_tokens), max(before.features, features))
         return self._sizes._replace(rows=rows)

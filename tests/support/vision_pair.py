@@ -1,65 +1,62 @@
-"""Tiny students that see, in transformers and here, with the same random weights; and pictures for them."""
+"""Tiny vision-language models as transformers reads them and as ours, with the same random weights; and images for them."""
 
 from __future__ import annotations
 
 import functools
 import io
+import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import transformers
 from PIL import Image
 
 from sqa_jax.checkpoints.load import Student, load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
-from sqa_jax.data.images import ImageStore, load_pictures
-from sqa_jax.data.problem import ImageFile, Problem
+from sqa_jax.data.image import ImageFile
+from sqa_jax.data.images import ImageStore, load_images
+from sqa_jax.data.problem import Problem
 from sqa_jax.models.vision.registry import FAMILIES
+from tests.support.torch_models import torch_model, write_checkpoint
 
-VOCABULARY = 304  # rows of the embedding tables: bytes, and the tokens that show pictures
+if TYPE_CHECKING:
+    import torch
+
 _TEXT = {
     "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 12, "vocab_size": VOCABULARY, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 2,
+    "head_dim": 12, "vocab_size": 304, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 2,
 }  # fmt: skip
-_TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "patch_size": 14,
-}
+_SIGLIP = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14,
+}  # fmt: skip
 
 
-def _paligemma(kind: str, **own):
-    text = {"model_type": kind, **_TEXT, **own}
-    tower = {"model_type": "siglip_vision_model", **_TOWER, "image_size": 42, "vision_use_head": False}
-    config = transformers.PaliGemmaConfig(
-        text_config=text, vision_config=tower, projection_dim=48, hidden_size=48, image_token_index=260
-    )
-    return transformers.PaliGemmaForConditionalGeneration(config)
+def _paligemma(kind: str, **options) -> transformers.PretrainedConfig:
+    return transformers.PaliGemmaConfig(
+        text_config={"model_type": kind, **_TEXT, **options},
+        vision_config={"model_type": "siglip_vision_model", **_SIGLIP, "image_size": 42, "vision_use_head": False},
+        projection_dim=48, hidden_size=48, image_token_index=260,
+    )  # fmt: skip
 
 
-def _smolvlm():
-    config = transformers.SmolVLMConfig(
-        text_config={"model_type": "llama", **_TEXT}, vision_config={**_TOWER, "image_size": 56}, image_token_id=260,
+def _smolvlm() -> transformers.PretrainedConfig:
+    return transformers.SmolVLMConfig(
+        text_config={"model_type": "llama", **_TEXT}, vision_config={**_SIGLIP, "image_size": 56}, image_token_id=260,
         scale_factor=2, tie_word_embeddings=False,
     )  # fmt: skip
-    return transformers.SmolVLMForConditionalGeneration(config)
 
 
-def _qwen2_vl():
+def _qwen2_vl() -> transformers.PretrainedConfig:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
-    tower = {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 48, "mlp_ratio": 2}
-    config = transformers.Qwen2VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope}, vision_config=tower, image_token_id=260, vision_start_token_id=261,
-        video_token_id=263,
-        vision_end_token_id=262,
+    return transformers.Qwen2VLConfig(
+        text_config={**_TEXT, "rope_parameters": rope},
+        vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 48, "mlp_ratio": 2},
+        image_token_id=260, vision_start_token_id=261, vision_end_token_id=262, video_token_id=263,
     )  # fmt: skip
-    return transformers.Qwen2VLForConditionalGeneration(config)
 
 
-MODELS = {
+CONFIGS = {
     "paligemma": functools.partial(_paligemma, "gemma"),
     "paligemma2": functools.partial(_paligemma, "gemma2", query_pre_attn_scalar=12, sliding_window=16),
     "smolvlm": _smolvlm,
@@ -68,55 +65,80 @@ MODELS = {
 
 
 class VisionPair:
-    """A tiny model in PyTorch, and ours of the files that it saved."""
+    """A checkpoint of a tiny model, ours of it, and transformers' in PyTorch, which is loaded where it is asked for."""
 
     def __init__(self, family: str, directory: Path):
-        torch.manual_seed(0)
-        self.family, self.model = family, MODELS[family]().eval()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                # Far from their start, so that a wrong norm, bias or scale is seen; but embeddings, which are the output
-                # layer, too, stay small, or greedy texts repeat one token.
-                parameter += (0.01 if "embed_tokens" in name else 0.2) * torch.randn_like(parameter)
-        self.path = directory / family
-        self.model.save_pretrained(self.path)
-        module = FAMILIES[self.model.config.model_type]
-        words = byte_tokenizer(module.from_hf(self.model.config.to_dict(), {}, "tiny"))
-        words.save_pretrained(self.path)
+        config = CONFIGS[family]()
+        self.family, self.path = family, write_checkpoint(directory / family, config)
+        vision = FAMILIES[config.model_type].from_hf(config.to_dict(), {}, "tiny")
+        byte_tokenizer(vision).save_pretrained(self.path)
         self.student: Student = load_student(str(self.path))
 
-    def pictures(self, cache: Path, *sizes: tuple[int, int]) -> ImageStore:
-        """Random pictures of these widths and heights, of questions "0", "1", …"""
+    @functools.cached_property
+    def model(self) -> torch.nn.Module:
+        return torch_model(self.path)
+
+    def images(self, cache: Path, *sizes: tuple[int, int]) -> ImageStore:
+        """Random images of these widths and heights, of questions "0", "1", …"""
         config = self.student.config
-        return load_pictures(
+        return load_images(
             cache, config.vision, config.vocab_size, [problem(str(k), png(k, size)) for k, size in enumerate(sizes)]
         )
 
-    def theirs(self, ids: list[int], pictures: ImageStore, prompt: int) -> dict[str, torch.Tensor]:
+    def model_inputs(self, ids: list[int], images: ImageStore, prompt: int) -> dict[str, torch.Tensor]:
         """Arguments of the PyTorch model for ids as we have them, of which the first `prompt` are a prompt."""
-        vision = self.student.config.vision
-        _, numbers = pictures.by_row(np.asarray(ids))
+        import torch
+
+        return {name: torch.tensor(array) for name, array in self._arrays(ids, images, prompt).items()}
+
+    def _arrays(self, ids: list[int], images: ImageStore, prompt: int) -> dict[str, np.ndarray]:
+        vision: Any = self.student.config.vision
+        _, numbers = images.renumber_by_row(np.asarray(ids))
         # As they come in the text.
-        features = [token - pictures.vocabulary for token in ids if token >= pictures.vocabulary]
-        order = list(dict.fromkeys(np.searchsorted(pictures.firsts, features, side="right") - 1))
+        features = [token - images.vocab_size for token in ids if token >= images.vocab_size]
+        order = list(dict.fromkeys(np.searchsorted(images.feature_offsets, features, side="right") - 1))
         assert sorted(order) == numbers
-        tokens = torch.tensor([[vision.image_token if token >= pictures.vocabulary else token for token in ids]])
-        made = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        tokens = np.array([[vision.image_token if token >= images.vocab_size else token for token in ids]])
+        arrays = {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
         if self.family.startswith("paligemma"):
-            made["token_type_ids"] = (torch.arange(len(ids)) >= prompt).long()[None]
+            arrays["token_type_ids"] = (np.arange(len(ids)) >= prompt).astype(int)[None]
         if self.family == "qwen2_vl":
-            made["mm_token_type_ids"] = (tokens == vision.image_token).long()
+            arrays["mm_token_type_ids"] = (tokens == vision.image_token).astype(int)
         if not order:
-            return made
-        pieces = [np.asarray(pictures.pieces_of(number), np.float32) for number in order]
+            return arrays
+        pieces = [np.asarray(images.pieces_of(number), np.float32) for number in order]
         if self.family == "qwen2_vl":
             mean, std = (np.float32(x)[:, None, None] for x in (vision.pixels.mean, vision.pixels.std))
-            shown = [(own.reshape(-1, 3, 1, 196) / 255 - mean) / std for own in pieces]
-            patches = np.concatenate([np.repeat(own, 2, axis=2).reshape(len(own), -1) for own in shown])
-            grid = [[1, *pictures.sizes[number][1:]] for number in order]
-            return {**made, "pixel_values": torch.tensor(patches), "image_grid_thw": torch.tensor(np.asarray(grid))}
-        tiles = torch.tensor(np.concatenate(pieces) / 127.5 - 1).permute(0, 3, 1, 2)
-        return {**made, "pixel_values": tiles[None] if self.family == "smolvlm" else tiles}
+            normalized = [(blocks.reshape(-1, 3, 1, 196) / 255 - mean) / std for blocks in pieces]
+            patches = np.concatenate([np.repeat(blocks, 2, axis=2).reshape(len(blocks), -1) for blocks in normalized])
+            grid = np.array([[1, *images.sizes[number][1:]] for number in order])
+            return {**arrays, "pixel_values": patches.astype(np.float32), "image_grid_thw": grid}
+        tiles = (np.concatenate(pieces) / 127.5 - 1).transpose(0, 3, 1, 2).astype(np.float32)
+        return {**arrays, "pixel_values": tiles[None] if self.family == "smolvlm" else tiles}
+
+    def logits(
+        self, ids: list[int], images: ImageStore, prompt: int, model: Any = None, **inputs: torch.Tensor
+    ) -> np.ndarray:
+        """PyTorch's logits [T, V] of `model`, the bare one by default; `inputs` are added to its arguments."""
+        import torch
+
+        with torch.no_grad():
+            arguments = {**self.model_inputs(ids, images, prompt), **inputs}
+            return (self.model if model is None else model)(**arguments).logits[0].numpy()
+
+
+def random_array(name: str, shape: tuple[int, ...], spread: float) -> np.ndarray:
+    """Normally distributed float32 numbers: for a name always the same, in both libraries."""
+    return np.random.default_rng([1, zlib.crc32(name.encode())]).normal(0, spread, shape).astype(np.float32)
+
+
+def as_bytes(text: str) -> np.ndarray:
+    """A text as an array, as references are kept."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def as_text(array: np.ndarray) -> str:
+    return array.tobytes().decode()
 
 
 def png(seed: int, size: tuple[int, int]) -> bytes:
@@ -127,5 +149,5 @@ def png(seed: int, size: tuple[int, int]) -> bytes:
 
 
 def problem(pid: str, content: bytes | None) -> Problem:
-    image = None if content is None else ImageFile(f"picture {pid}", lambda: content)
+    image = None if content is None else ImageFile(f"image {pid}", lambda: content)
     return Problem(pid, "What is it?", ("a", "b"), 0, image=image)
