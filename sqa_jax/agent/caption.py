@@ -1,4 +1,4 @@
-"""The caption tool: says what a question's image shows, as the data's captions have it."""
+"""The caption tool: describes a question's image by the caption that the data holds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from sqa_jax.agent.tools import Request, Tool
 from sqa_jax.data.sources import ProblemSet
-from sqa_jax.prompts.tool_dialogue import ToolSpec
+from sqa_jax.prompts.tool_calls import ToolSpec
 
 
-def tool(config, problems: ProblemSet) -> Tool:
+def tool(config, problem_set: ProblemSet) -> Tool:
+    """The tool `describe_image`."""
+
     def run(requests: Sequence[Request]) -> list[str]:
         return [request.problem.caption if request.problem.image else "" for request in requests]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from sqa_jax.data.problem import Problem
-from sqa_jax.prompts.tool_dialogue import Call
+from sqa_jax.prompts.tool_calls import Call
 
 
 @dataclasses.dataclass

@@ -17,7 +17,8 @@ from sqa_jax.inference.decode_slots import DecodeSlots
 from sqa_jax.models.flops import forward_flops
 from sqa_jax.models.param_spec import ParamTree
 from sqa_jax.models.soft_tokens import NO_SOFT_PROMPT
-from sqa_jax.prompts.tool_dialogue import Call, Dialogue
+from sqa_jax.prompts.tool_calls import Call
+from sqa_jax.prompts.tool_dialogue import Dialogue
 from sqa_jax.runtime import Runtime
 
 
@@ -52,7 +53,7 @@ class Agent:
         self.soft_prompt = soft_prompt_tokens(config.adapter)
         self.dialogue = Dialogue(student.tokenizer, config.recipe, [tool.spec for tool in tools.values()])
         self.slots = DecodeSlots(
-            config.adapter, runtime.decoder, runtime.mesh, settings.batch, settings.context, self.dialogue.ends,
+            config.adapter, runtime.decoder, runtime.mesh, settings.batch, settings.context, self.dialogue.stop_tokens,
             settings.max_new_tokens,
         )  # fmt: skip
 
@@ -75,8 +76,8 @@ class _Rollout:
     def __init__(self, agent: Agent, policy: Policy, adapter: ParamTree, base: ParamTree, problems: Sequence[Problem]):
         self._settings, self._student, self._tools = agent.settings, agent.student, agent.tools
         self._dialogue, self._slots, self._policy, self._problems = agent.dialogue, agent.slots, policy, problems
-        self._openings = self._dialogue.openings(problems)
-        self._answers = [self._dialogue.answers(problem) for problem in problems]
+        self._openings = self._dialogue.encode_questions(problems)
+        self._answers = [self._dialogue.encode_answers(problem) for problem in problems]
         for problem, opening, answers in zip(problems, self._openings, self._answers, strict=True):
             reserved = self._reserved(answers)
             if not opening.fits or len(opening.tokens) + reserved > self._settings.context:
@@ -126,7 +127,7 @@ class _Rollout:
 
     def _reserved(self, answers: Sequence[Sequence[int]]) -> int:
         """Tokens of the context kept free for scoring actions and answers, and for generating."""
-        return self._dialogue.reserve(answers) + self._settings.max_new_tokens * self._policy.generates
+        return self._dialogue.scoring_tokens(answers) + self._settings.max_new_tokens * self._policy.generates
 
     def _tokens_for_tool(self, slot: int, episode: Episode) -> int:
         """Tokens that a tool's turn may take, call included."""
@@ -139,7 +140,8 @@ class _Rollout:
             return []
         names = [name for name in self._tools if name not in episode.called]
         sizes = [
-            len(self._dialogue.call(self._tools[name].call_for(episode.problem))) + self._dialogue.around_result
+            len(self._dialogue.encode_call(self._tools[name].call_for(episode.problem)))
+            + self._dialogue.result_overhead
             for name in names
         ]
         return [name for name, size in zip(names, sizes, strict=True) if size < self._tokens_for_tool(slot, episode)]
@@ -156,7 +158,7 @@ class _Rollout:
         if self._policy.generates and not self._is_forced(episode) and self._tokens_for_tool(slot, episode) > 0:
             episode.request, episode.first_token, tokens = "text", tokens[-1], tokens[:-1]
         elif self._policy.scores and legal:
-            episode.request, options = "decision", [*self._dialogue.heads(legal), *answers]
+            episode.request, options = "decision", [*self._dialogue.action_prefixes(legal), *answers]
         elif (name := self._policy.next(Turn(episode.problem, episode.called, tuple(legal), {}))) is not None:
             return self._tools[name].call_for(episode.problem)
         else:
@@ -200,7 +202,7 @@ class _Rollout:
         length = episode.length
         episode.count_generated(len(ids))
         text = self._student.tokenizer.decode(ids, skip_special_tokens=True)
-        said = self._dialogue.read(text, episode.problem)
+        said = self._dialogue.parse(text, episode.problem)
         if said.answer is not None:
             episode.turns.append({"said": text})
             self._answered[slot] = said.answer
@@ -217,7 +219,7 @@ class _Rollout:
             return
         episode.mistakes.append(error)
         limit = max(0, self._tokens_for_tool(slot, episode))
-        episode.pending, _ = self._dialogue.result(self._dialogue.describe_error(error), limit)
+        episode.pending, _ = self._dialogue.encode_result(self._dialogue.describe_error(error), limit)
         episode.turns.append({"said": text, "error": error})
         self._due.add(slot)
 
@@ -239,8 +241,8 @@ class _Rollout:
 
     def _append_result(self, slot: int, episode: Episode, call: Call, result: Result) -> None:
         # A call that the student generated is in the cache already.
-        episode.pending = episode.pending + ([] if self._policy.generates else self._dialogue.call(call))
-        shown, left_out = self._dialogue.result(result.text, self._tokens_for_tool(slot, episode))
+        episode.pending = episode.pending + ([] if self._policy.generates else self._dialogue.encode_call(call))
+        shown, left_out = self._dialogue.encode_result(result.text, self._tokens_for_tool(slot, episode))
         episode.pending = episode.pending + shown
         episode.calls.append(call)
         if left_out:

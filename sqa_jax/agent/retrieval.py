@@ -1,7 +1,7 @@
-"""The retrieval tool: a lecture for a query, the question's own (oracle) or the best match of BM25 (real).
+"""The retrieval tool: a lecture for a query, the question's gold lecture (oracle) or the best match of BM25.
 
-The index holds the distinct lectures of the training split only, so what it finds for a test question is what a
-library would: it may be wrong, and of some questions it does not hold the lecture at all.
+The index holds the distinct lectures of the training split only. For a test question it may return a wrong lecture,
+and the gold lecture may be missing from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sqa_jax.agent.tools import Request, Tool
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
-from sqa_jax.prompts.tool_dialogue import ToolSpec
+from sqa_jax.prompts.tool_calls import ToolSpec
 
 KINDS = ("oracle", "bm25")
 
@@ -42,22 +42,22 @@ class Index:
         return bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
 
     def search(self, queries: Sequence[str], count: int = 1) -> list[list[str]]:
-        """The best `count` lectures for each query, best first; fewer where no word of it occurs in more."""
+        """The best `count` lectures for each query, best first; fewer where fewer share a word with it."""
         count = min(count, len(self.lectures))
         found, scores = self._index.retrieve(self._tokens(queries), k=count, show_progress=False)
         return [
-            [self.lectures[k] for k, score in zip(row, own, strict=True) if score > 0]
-            for row, own in zip(found, scores, strict=True)
+            [self.lectures[k] for k, score in zip(indices, row_scores, strict=True) if score > 0]
+            for indices, row_scores in zip(found, scores, strict=True)
         ]
 
 
 def query_of(problem: Problem) -> str:
-    """What is searched for where a policy chooses among whole actions: the question in its own words, and its choices."""
+    """The query where a policy chooses among whole actions: the question and its choices."""
     return " ".join([problem.question, *problem.choices])
 
 
 def recall(index: Index, problems: Sequence[Problem], depths: Sequence[int] = (1, 3, 5, 10)) -> dict[str, float | int]:
-    """How often a question's own lecture is among the first k, in percent of the questions that have one.
+    """Recall@k: how often a question's gold lecture is among the first k, in percent of the questions that have one.
 
     Returns:
       {"n", "in_index": percent whose lecture is in the index at all, "recall@k"}.
@@ -67,18 +67,22 @@ def recall(index: Index, problems: Sequence[Problem], depths: Sequence[int] = (1
         return {"n": 0}
     known = set(index.lectures)
     ranked = index.search([query_of(problem) for problem in asked], max(depths))
-    own = [problem.lecture.strip() for problem in asked]
-    shares = {f"recall@{k}": sum(lecture in row[:k] for lecture, row in zip(own, ranked, strict=True)) for k in depths}
-    counts = {"in_index": sum(lecture in known for lecture in own), **shares}
+    gold = [problem.lecture.strip() for problem in asked]
+    shares = {f"recall@{k}": sum(lecture in row[:k] for lecture, row in zip(gold, ranked, strict=True)) for k in depths}
+    counts = {"in_index": sum(lecture in known for lecture in gold), **shares}
     return {"n": len(asked), **{name: round(100 * count / len(asked), 2) for name, count in counts.items()}}
 
 
-def tool(config, problems: ProblemSet) -> Tool:
-    """Raises `UserError` where `config.agent.retrieval` is not known."""
+def tool(config, problem_set: ProblemSet) -> Tool:
+    """The tool `retrieve`.
+
+    Raises:
+      UserError: `config.agent.retrieval` is not known.
+    """
     kind = config.agent.retrieval
     if kind not in KINDS:
         raise UserError(f"config.agent.retrieval is {kind!r}; choose one of {', '.join(KINDS)}")
-    index = Index(problems.split(config.data.train_split)) if kind == "bm25" else None
+    index = Index(problem_set.split(config.data.train_split)) if kind == "bm25" else None
 
     def run(requests: Sequence[Request]) -> list[str]:
         if index is None:

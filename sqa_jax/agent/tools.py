@@ -1,4 +1,4 @@
-"""Tools: what a student may call, and calling them so that a bad one does no harm."""
+"""Tools: their registry, and calls that isolate failures and time-outs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import NamedTuple
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
-from sqa_jax.prompts.tool_dialogue import Call, ToolSpec
+from sqa_jax.prompts.tool_calls import Call, ToolSpec
 
-MOST_CHARACTERS = 20_000  # of a result; the rest is not even tokenized
+MAX_CHARACTERS = 20_000  # of a result; the rest is not even tokenized
 
 
 class Request(NamedTuple):
@@ -29,9 +29,9 @@ class Tool:
     """A tool.
 
     Attributes:
-      spec: what a student is told of it.
-      run: (requests) → a result each, in order; "" where there is nothing to say.
-      argument_for: of a question, the argument that a policy gives which chooses among whole actions.
+      spec: name, description and parameters, as the student's prompt shows them.
+      run: (requests) → a result each, in order; "" for an empty result.
+      argument_for: (question) → the argument of a call, where a policy chooses among whole actions.
     """
 
     spec: ToolSpec
@@ -39,15 +39,15 @@ class Tool:
     argument_for: Callable[[Problem], str] = lambda problem: problem.question
 
     def call_for(self, problem: Problem) -> Call:
-        """The call that a policy makes which chooses among whole actions, on one line."""
+        """The call where a policy chooses among whole actions; its argument is one line."""
         return Call(self.spec.name, " ".join(self.argument_for(problem).split()) if self.spec.argument else "")
 
 
 class Result(NamedTuple):
-    """What came of a call.
+    """Result of a call.
 
     Attributes:
-      text: what the student is shown.
+      text: what is appended to the student's context.
       status: "ok", "empty", "failed" or "timed out".
     """
 
@@ -62,11 +62,11 @@ BUILT_IN: dict[str, str] = {
 }
 
 
-def make_tools(config, problems: ProblemSet) -> dict[str, Tool]:
-    """The tools of `config.agent.tools`, by the names that they give themselves.
+def make_tools(config, problem_set: ProblemSet) -> dict[str, Tool]:
+    """The tools of `config.agent.tools`, by the names in their specs.
 
     Raises:
-      UserError: one cannot be found or made, or two have one name.
+      UserError: one cannot be found or built, or two have the same name.
     """
     tools: dict[str, Tool] = {}
     for entry in config.agent.tools:
@@ -78,7 +78,7 @@ def make_tools(config, problems: ProblemSet) -> dict[str, Tool]:
                 f"config.agent.tools: {entry!r} is not a tool ({error}); choose of {', '.join(BUILT_IN)}, or name a "
                 "function as module:function"
             ) from None
-        tool = make(config, problems)
+        tool = make(config, problem_set)
         if len(tool.spec.parameters.get("properties", {})) > 1:
             raise UserError(f"config.agent.tools: {entry!r} takes several arguments; a tool takes one text, or nothing")
         if tools.setdefault(tool.spec.name, tool) is not tool:
@@ -87,28 +87,28 @@ def make_tools(config, problems: ProblemSet) -> dict[str, Tool]:
 
 
 def call_tools(tools: dict[str, Tool], calls: Sequence[tuple[Problem, Call]], timeout: float) -> list[Result]:
-    """Calls each tool once for all its calls; where that fails, once for each, so that one spoils only its own.
+    """Executes calls, each tool once for all of its calls; where that fails, once for each, to isolate the failure.
 
     Args:
       timeout: seconds that a tool may take, for all its calls and then for each of them.
     """
-    results: list[Result | None] = [None] * len(calls)
+    results: dict[int, Result] = {}
     for name in dict.fromkeys(call.tool for _, call in calls):
-        places = [k for k, (_, call) in enumerate(calls) if call.tool == name]
-        requests = [Request(calls[k][0], calls[k][1].argument) for k in places]
-        made = _run(tools[name], requests, timeout)
-        if isinstance(made, Result) and len(requests) > 1:
+        indices = [k for k, (_, call) in enumerate(calls) if call.tool == name]
+        requests = [Request(calls[k][0], calls[k][1].argument) for k in indices]
+        outcome = _run(tools[name], requests, timeout)
+        if isinstance(outcome, Result) and len(requests) > 1:
             singles = [_run(tools[name], [request], timeout) for request in requests]
-            made = [one if isinstance(one, Result) else one[0] for one in singles]
-        elif isinstance(made, Result):
-            made = [made]
-        for k, result in zip(places, made, strict=True):
+            outcome = [single if isinstance(single, Result) else single[0] for single in singles]
+        elif isinstance(outcome, Result):
+            outcome = [outcome]
+        for k, result in zip(indices, outcome, strict=True):
             results[k] = result
-    return results
+    return [results[k] for k in range(len(calls))]
 
 
 def _run(tool: Tool, requests: Sequence[Request], timeout: float) -> list[Result] | Result:
-    """The results, or the one result that says what went wrong."""
+    """The results, or one result that describes the failure."""
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:
@@ -127,4 +127,4 @@ def _run(tool: Tool, requests: Sequence[Request], timeout: float) -> list[Result
         return Result(f"Error: {' '.join(str(error).split())[:200] or type(error).__name__}", "failed")
     if len(texts) != len(requests) or not all(isinstance(text, str) for text in texts):
         return Result("Error: the tool did not give one text a call", "failed")
-    return [Result(text[:MOST_CHARACTERS], "ok" if text.strip() else "empty") for text in texts]
+    return [Result(text[:MAX_CHARACTERS], "ok" if text.strip() else "empty") for text in texts]

@@ -115,7 +115,10 @@ def pack_dataset(
     if not columns.tokens:
         raise UserError(f"{dataset.path}: no training sequence; see its manifest.json for what was dropped and why")
     return pack_sequences(
-        [soft_prompt.put(*row) for row in zip(columns.tokens, columns.image_ends.tolist(), strict=True)],
+        [
+            soft_prompt.put(ids.tolist(), int(image_end))
+            for ids, image_end in zip(columns.tokens, columns.image_ends, strict=True)
+        ],
         columns.prompt_lengths + soft_prompt.count,
         columns.pids,
         config.train.row_length,

@@ -1,8 +1,8 @@
-"""Which option a reply chooses.
+"""Parsing of the option that a reply chooses.
 
 The rules, in order; the first that finds an option decides:
 
-1. a JSON field "answer" (also in a cut-off or malformed object); where there is one, no other rule is asked;
+1. a JSON field "answer" (also in a cut-off or malformed object); if there is one, no other rule applies;
 2. a statement: "the answer is …", "Answer: …", "the correct option would be …"; the last one that names an
    option, since reasoning may try several before it concludes; "is not …" is no statement;
 3. the reply's first line *is* an option, its mark, or its mark and text: "B", "(1) minute", "**attract**";
@@ -11,9 +11,9 @@ The rules, in order; the first that finds an option decides:
 5. a reply that is marked up in one place only: "**(2) cinnamon**";
 6. only one option's text or bracketed mark occurs in the reply at all.
 
-Within a found place, a mark in brackets or before a text is the option's number, except that a text that is
-another option's wins over a mark that contradicts it. A bare number or letter that is itself an option's text
-is that text. Among texts, the longest that matches wins. Nothing clear is None, never a guess.
+Where a rule applies, a mark in brackets or before a text is the option's number, but the text of another option wins
+over a mark that contradicts it. A bare number or letter that is itself an option's text is that text. Of several texts that match, the
+longest wins. An unclear reply gives None, never a guess.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DECORATION = " \t\n*_`\"'“”‘’#>"
 
 
 def parse_answer(text: str, choices: Sequence[str], *, numbering: Numbering = "letters") -> int | None:
-    """The 0-based index of the option that a reply chooses, or None where it is not clear.
+    """The 0-based index of the option that a reply chooses, or None where that is unclear.
 
     Args:
       text: the reply.
@@ -84,7 +84,7 @@ class _Parser:
                 # A number in a field is the option's number, unless there is no such option.
                 found = self._index(str(number))
                 return found if found is not None else self._exact(str(value))
-            if (found := self.place(str(value))) is not None:
+            if (found := self.option_at(str(value))) is not None:
                 return found
         return None
 
@@ -92,20 +92,20 @@ class _Parser:
         found = None
         for match in _STATEMENT.finditer(text):
             rest = text[match.end() :]
-            if not re.match(r"[\s*_]*(?:not|neither|n't)\b", rest) and (answer := self.place(rest)) is not None:
+            if not re.match(r"[\s*_]*(?:not|neither|n't)\b", rest) and (answer := self.option_at(rest)) is not None:
                 found = answer
         return found
 
     def whole_line(self, text: str) -> int | None:
         line = next((line for line in text.splitlines() if line.strip()), "")
-        return self.place(line, whole=True)
+        return self.option_at(line, whole=True)
 
     def assertion(self, text: str) -> int | None:
-        places = (self.place(text[match.end() :]) for match in _ASSERTION.finditer(text))
-        return next((answer for answer in places if answer is not None), None)
+        answers = (self.option_at(text[match.end() :]) for match in _ASSERTION.finditer(text))
+        return next((answer for answer in answers if answer is not None), None)
 
     def emphasis(self, text: str) -> int | None:
-        return _single(self.place(bold, whole=True) for bold in re.findall(r"\*\*(.+?)\*\*", text, re.DOTALL))
+        return _single(self.option_at(bold, whole=True) for bold in re.findall(r"\*\*(.+?)\*\*", text, re.DOTALL))
 
     def only_mention(self, text: str) -> int | None:
         marks = [self._index(mark) for mark in re.findall(r"\(([A-Ja-j]|\d)\)", text)]
@@ -115,26 +115,26 @@ class _Parser:
         for k in self.by_length:
             if self.texts[k] and re.search(rf"(?<!\w){re.escape(self.texts[k])}(?!\w)", normal):
                 found.add(k)
-                # What is left can no longer hold a shorter option that is a part of this one.
+                # The rest can no longer contain a shorter option that is part of this one.
                 normal = normal.replace(self.texts[k], " ")
         return found.pop() if len(found) == 1 else None
 
-    def place(self, rest: str, whole: bool = False) -> int | None:
-        """The option that stands at the beginning of `rest`; with `whole`, nothing else may stand there."""
+    def option_at(self, rest: str, whole: bool = False) -> int | None:
+        """The option that `rest` begins with; with `whole`, it must be all of `rest`."""
         rest = rest.lstrip(_DECORATION)
         match = _MARK.match(rest)
         marked = self._index(match[1] or match[2]) if match else None
         if match is None:
             return self._text(rest, whole)
-        bracketed, behind = match[1] is not None, rest[match.end() :].lstrip(_DECORATION)
+        bracketed, after = match[1] is not None, rest[match.end() :].lstrip(_DECORATION)
         if not bracketed and (exact := self._text(rest, whole)) is not None:
             return exact
-        if behind.startswith("(") and behind.rstrip(_DECORATION + ".").endswith(")"):  # "1 (repel)"
-            behind = behind.rstrip(_DECORATION + ".")[1:-1]
-        named = self._text(behind, whole) if behind.strip() else None
+        if after.startswith("(") and after.rstrip(_DECORATION + ".").endswith(")"):  # "1 (repel)"
+            after = after.rstrip(_DECORATION + ".")[1:-1]
+        named = self._text(after, whole) if after.strip() else None
         if named is not None:
             return named
-        if whole and _normal(behind):
+        if whole and _normal(after):
             return None
         return marked
 
@@ -151,7 +151,7 @@ class _Parser:
         return self.texts.index(_normal(value)) if _normal(value) in self.texts else None
 
     def _index(self, mark: str) -> int | None:
-        """A letter or a number as the prompt numbered the options. Letters are understood always."""
+        """The index of a letter, or of a number in the prompt's numbering; letters are always understood."""
         if mark.isdigit():
             index = int(mark) - (self.numbering != "zero")
         else:
@@ -165,6 +165,6 @@ def _single(answers: Iterator[int | None]) -> int | None:
 
 
 def _normal(text: str) -> str:
-    """Lower case, one blank for white space, no decoration and no closing full stop."""
+    """Lower case, single spaces, no decoration and no final full stop."""
     text = re.sub(r"[*_`\"“”]|(?<!\w)['‘’]|['‘’](?!\w)", "", text.lower().replace("’", "'"))
     return re.sub(r"\s+", " ", text).strip().rstrip(".").strip()

@@ -1,8 +1,8 @@
-"""A chain of thought out of a free-text reply: the argument alone, in running text, without its verdict.
+"""Extraction of a chain of thought from a free-text reply: the argument as plain text, without its verdict.
 
-Teachers answer first and argue afterwards, in a chat's manner: "The answer is **(1) metaphor**. Here's why: …
-Let me know if …". As supervision that is to reason *before* it answers, the verdict in front must go (the
-recipe states the answer at the end), and so must the manner.
+Teachers answer first and argue afterwards, in chat style: "The answer is **(1) metaphor**. Here's why: …
+Let me know if …". A student is to reason *before* it answers, so the leading verdict is removed (the recipe states the
+answer at the end), and so are the phrases of a chat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _STATEMENT = (
 )
 _OPENING = re.compile(rf"{_STATEMENT}|\(?\d\)|option \(?\d", re.IGNORECASE)
 _CLOSING = re.compile(rf"{_STATEMENT}|\(\d\)\W*$", re.IGNORECASE)
-_MANNER = re.compile(
+_CHAT_PHRASES = re.compile(
     r"here(?:'|’)?s (?:why|how|a breakdown|the (?:explanation|reasoning))[^\n:.]*[:.]|let me know\b[^\n]*|^\s*(?:explanation|reasoning|solution|answer):",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -24,13 +24,13 @@ _SENTENCE = re.compile(r"[^\n]+?(?:[.!?](?=\s|$)|(?=\n)|$)")
 def chain_of_thought(reply: str) -> str:
     """The argument of a free-text reply as one paragraph; "" where it is a verdict only.
 
-    The first sentence goes where it is the verdict, and so does the last; markup, list signs, numbers of options
-    in front of their text and phrases of courtesy go everywhere.
+    Removes the first and the last sentence where they are the verdict, and everywhere markup, list markers, the
+    numbers before options, and the phrases of a chat.
     """
     text = re.sub(r"[*_`#]{2,}", "", reply)
     text = re.sub(r"^\s*(?:[*•-]|#+|\d+\.)\s+", "", text, flags=re.MULTILINE)
     text = re.sub(r"(?<!\w)[*_](\w[^*\n]*)[*_](?!\w)", r"\1", text)
-    text = _MANNER.sub("", text)
+    text = _CHAT_PHRASES.sub("", text)
     sentences = [found for match in _SENTENCE.finditer(text) if (found := match[0].strip())]
     if sentences and _OPENING.match(sentences[0]):
         sentences = sentences[1:]

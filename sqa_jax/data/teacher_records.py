@@ -1,4 +1,4 @@
-"""What a teacher said about a question: the raw reply, and what was read out of it."""
+"""A teacher's replies to questions: the raw text, and the answer, reasoning and solution parsed from it."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ _REASONING = re.compile(_FIELD % "reasoning", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class TeacherRecord:
-    """One reply.
+    """One reply of a teacher to one question.
 
     Attributes:
-      setting: what the prompt showed: QTCH, QTCHL, QTCHLS or QTCHS.
-      raw: the reply as it came.
+      setting: parts of the prompt: QTCH, QTCHL, QTCHLS or QTCHS.
+      raw: the reply, verbatim.
       answer: index of the option that it chooses, or None.
-      reasoning: what argues towards the answer (a chain of thought): free text without its verdict, or that field of
-        a JSON reply.
+      reasoning: the chain of thought towards the answer: free text without its verdict, or that field of a JSON reply.
       solution: the explanation of the answer: that field of a JSON reply, "" for free text.
-      status: "ok"; "empty"; "malformed" (neither text nor readable JSON); "unparsed" (readable, but it
-        chooses no option); "cut_off" and "blocked" as the teacher's service said.
+      status: "ok"; "empty"; "malformed" (neither text nor valid JSON); "unparsed" (no option is chosen);
+        "cut_off" and "blocked" as the teacher's service reported.
       price: US dollars, None where unknown.
-      sample: which of several replies to the same prompt, from 0.
+      sample: number of the reply among several samples for one prompt, from 0.
     """
 
     pid: str
@@ -56,12 +55,12 @@ class TeacherRecord:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Which of `KINDS` it holds: "solution" has an explanation field, "reasoning" a chain of thought."""
+        """Those of `KINDS` that it has: "solution" is an explanation field, "reasoning" a chain of thought."""
         return tuple(kind for kind in KINDS if getattr(self, kind))
 
 
 def parse_reply(raw: str, problem: Problem, numbering: Numbering) -> tuple[int | None, str, str, str]:
-    """Reads (answer, reasoning, solution, status) out of a reply, free text or JSON, whole or damaged."""
+    """Parses (answer, reasoning, solution, status) from a reply: free text or JSON, complete or cut off."""
     text = raw.strip()
     if not text:
         return None, "", "", "empty"
@@ -82,14 +81,14 @@ def _unescape(text: str) -> str:
 
 
 def make_records(rows: Iterable[Mapping], problems: Mapping[str, Problem]) -> list[TeacherRecord]:
-    """Records of recorded replies {pid, model, setting, raw}; replies to questions that are not there are left out."""
+    """Records of replies {pid, model, setting, raw}; replies to unknown questions are left out."""
     rows = [row for row in rows if row["pid"] in problems]
     numberings = _numberings(rows, problems)
     records = []
     for row in rows:
         problem = problems[row["pid"]]
         answer, reasoning, solution, status = parse_reply(row["raw"], problem, numberings[row["model"], row["setting"]])
-        known = {
+        usage = {
             key: row[key]
             for key in ("prompt_hash", "prompt_tokens", "output_tokens", "price", "sample")
             if row.get(key) is not None
@@ -99,14 +98,14 @@ def make_records(rows: Iterable[Mapping], problems: Mapping[str, Problem]) -> li
         records.append(
             TeacherRecord(
                 pid=row["pid"], model=row["model"], setting=row["setting"], raw=row["raw"],
-                answer=answer, reasoning=reasoning, solution=solution, status=status, **known,
+                answer=answer, reasoning=reasoning, solution=solution, status=status, **usage,
             )
         )  # fmt: skip
     return records
 
 
 def _numberings(rows: Sequence[Mapping], problems: Mapping[str, Problem]) -> dict[tuple[str, str], Numbering]:
-    """How each (model, setting) numbers options, from replies that give a number *and* the option's text."""
+    """How each (model, setting) numbers options, by the replies that give a number *and* the option's text."""
     votes: dict[tuple[str, str], dict[Numbering, int]] = {}
     for row in rows:
         vote = votes.setdefault((row["model"], row["setting"]), {"letters": 0, "zero": 0, "one": 0})
@@ -127,35 +126,35 @@ def _numberings(rows: Sequence[Mapping], problems: Mapping[str, Problem]) -> dic
 
 
 def load_records(paths: Sequence[str | Path], problems: Mapping[str, Problem]) -> list[TeacherRecord]:
-    """Reads files of replies or of full records (JSONL); a full record is parsed again from its raw reply.
+    """Loads files of replies or of full records (JSONL); a full record is parsed again from its raw reply.
 
     Raises:
       UserError: a file is missing, a line lacks a field, or a file holds two replies for one question (the line is
-        named); or no reply of a file is for a question that is there.
+        named); or no reply of a file is for a known question.
     """
     rows: list[dict[str, Any]] = []
     for path in paths:
-        own = read_replies(path)
-        if own and not any(row["pid"] in problems for row in own):
+        replies = read_replies(path)
+        if replies and not any(row["pid"] in problems for row in replies):
             raise UserError(
-                f"{path}: its {len(own)} replies are for questions that are not in the data (first {own[0]['pid']}); "
+                f"{path}: its {len(replies)} replies are for questions that are not in the data (first {replies[0]['pid']}); "
                 "check config.data.path and config.data.teacher"
             )
-        rows += own
+        rows += replies
     return make_records(rows, problems)
 
 
 def read_replies(path: str | Path) -> list[dict[str, Any]]:
     """The checked rows {pid, model, setting, raw, …} of one file of replies or of full records.
 
-    One file holds one reply for each (pid, model, setting, sample). Several files may hold more: the same model
-    asked for JSON, and for free text.
+    One file holds one reply for each (pid, model, setting, sample). Several files may hold more: replies of one model
+    in JSON and in free text.
 
     Raises:
       UserError: as `load_records`.
     """
     rows: list[dict[str, Any]] = []
-    seen: dict[tuple, int] = {}
+    first_of: dict[tuple, int] = {}
     for number, row in enumerate(read_jsonl(path, "teacher replies"), start=1):
         row = {**row, "pid": str(row.get("pid", "")), "sample": row.get("sample", 0)}
         for key in ("pid", "model", "setting", "raw"):
@@ -165,7 +164,7 @@ def read_replies(path: str | Path) -> list[dict[str, Any]]:
                 )
         if isinstance(row["sample"], bool) or not isinstance(row["sample"], int) or row["sample"] < 0:
             raise UserError(f"{path}: reply {number}: sample {row['sample']!r} is not a number from 0")
-        first = seen.setdefault((row["pid"], row["model"], row["setting"], row["sample"]), number)
+        first = first_of.setdefault((row["pid"], row["model"], row["setting"], row["sample"]), number)
         if first != number:
             raise UserError(
                 f"{path}: replies {first} and {number} are both for question {row['pid']} ({row['model']}, "

@@ -66,8 +66,10 @@ class Encoder:
         self.around = around
         self._before, self._after = self.control(around)
         # SentencePiece vocabularies hold special tokens as ordinary pieces, which plain text must not match either.
-        unknown = tokenizer.unk_token_id
-        self._unknown: dict[int, int] = {} if unknown is None else dict.fromkeys(tokenizer.all_special_ids, unknown)
+        unknown: int | None = tokenizer.unk_token_id
+        self._unknown: dict[int, int] = (
+            {} if unknown is None else {token: unknown for token in tokenizer.all_special_ids}
+        )
 
     def control(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of text in which special tokens are parsed."""
@@ -77,6 +79,7 @@ class Encoder:
         """Ids of text in which special tokens are plain text."""
         if not texts:
             return []
+        encoded: list[list[int]]
         encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [[self._unknown.get(token, token) for token in ids] for ids in encoded]
 

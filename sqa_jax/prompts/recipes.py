@@ -1,14 +1,12 @@
-"""Recipes: from one question, and what the teacher said of it, to what a student reads and writes.
+"""Distillation recipes: training examples (prompt and target) from a question and a teacher's replies to it.
 
-An arm is a row of `ARMS`: whose answer and explanation is the target, and whether the lecture is shown. An arm
-with several sources makes several examples of a question. The hypothesis that each arm belongs to is named as in
-the study's design.
+An arm is a row of `ARMS`: whose answer and explanation is the target, and whether the prompt has the lecture. An arm
+with several sources makes several examples of a question. Comments name the hypotheses of the study's design.
 
-`config.recipe` narrows what a teacher's replies may teach: only those with the right answer
-(`teacher_right_only`: rejection sampling, Yuan et al. 2023, arXiv:2308.01825); several sampled replies a question
-(`samples`), with `vote` only those that agree with their majority (self-consistency, Wang et al. 2023,
-arXiv:2203.11171); only questions of which certain kinds of reply are usable (`require`), so that arms that learn
-from different replies learn from the same questions.
+`config.recipe` filters a teacher's replies: only right answers (`teacher_right_only`: rejection sampling, Yuan et al.
+2023, arXiv:2308.01825); several sampled replies per question (`samples`); with `vote` only those that agree with
+their majority (self-consistency, Wang et al. 2023, arXiv:2203.11171); only questions with usable replies of certain
+kinds (`require`), so that arms that learn from different replies learn from the same questions.
 """
 
 from __future__ import annotations
@@ -23,12 +21,12 @@ from sqa_jax.data.teacher_records import KINDS, TeacherRecord
 from sqa_jax.errors import UserError
 from sqa_jax.prompts.formats import Format, answer_text, render_target
 
-# source of an example → the kind of teacher record that it is made of, None for none
+# source of an example → the kind of teacher record that it needs, None for none
 SOURCES: dict[str, str | None] = {
     "gold": None,  # the data's own answer and solution
     "solution": "solution",  # a teacher's answer and solution
-    "reasoning": "reasoning",  # a teacher's free text that argues towards its answer: a chain of thought
-    "correction": "solution",  # a teacher's answer and solution, whether it is right, and the data's own
+    "reasoning": "reasoning",  # a teacher's chain of thought: free text that argues towards its answer
+    "correction": "solution",  # a teacher's answer and solution, its verdict, and the data's own solution
     "lecture": None,  # the lecture as plain text, without a question
 }
 
@@ -37,11 +35,11 @@ class Example(NamedTuple):
     """One training example.
 
     Attributes:
-      problem: the question as the prompt shows it.
-      format: its prompt and target format; None where there is no prompt and the target is plain text.
+      problem: the question.
+      format: of prompt and target; None where there is no prompt and the target is plain text.
       target: the text to learn, without the end token.
       source: key of `SOURCES`.
-      reply: the teacher's reply that it is made of, None for none.
+      reply: the teacher's reply that the target is from, None for none.
     """
 
     problem: Problem
@@ -53,11 +51,11 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """Whose supervision, in which form.
+    """An arm of the study: whose supervision, in which format.
 
     Attributes:
-      sources: keys of `SOURCES`: one example of a question each (with several samples, one each).
-      lecture: True adds L to the prompt's parts.
+      sources: keys of `SOURCES`; each makes one example of a question (with several samples, one each).
+      lecture: whether L is added to the prompt.
       targets: overrides the target format; "" keeps `config.recipe.format`'s.
     """
 
@@ -67,7 +65,7 @@ class Arm:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of teacher records that it cannot do without."""
+        """The kinds of teacher records that it needs."""
         return tuple(dict.fromkeys(kind for source in self.sources if (kind := SOURCES[source])))
 
 
@@ -107,7 +105,7 @@ def arm_format(recipe) -> Format:
 
 
 def check_recipe(recipe, has_records: bool) -> None:
-    """Checks, before anything is read or tokenized, that an arm can be made.
+    """Checks the recipe before anything is loaded or tokenized.
 
     Raises:
       UserError: a setting is not known, or the arm needs teacher records and there are none.
@@ -126,7 +124,7 @@ def check_recipe(recipe, has_records: bool) -> None:
 
 
 class Unusable(NamedTuple):
-    """A source that makes no example of a question, and why."""
+    """A question of which a source makes no example, and why."""
 
     pid: str
     reason: str
@@ -136,7 +134,7 @@ Records = Mapping[str, Sequence[TeacherRecord]]
 
 
 def examples(problem: Problem, records: Records, recipe) -> list[Example | Unusable]:
-    """What an arm makes of one question.
+    """The examples of one question in an arm.
 
     Args:
       records: {kind of record: this question's records}, in the order they were recorded.
@@ -144,14 +142,16 @@ def examples(problem: Problem, records: Records, recipe) -> list[Example | Unusa
     """
     arm, fmt = arm_of(recipe), arm_format(recipe)
     for kind in recipe.require:
-        if not isinstance(_usable(problem, records, kind, arm, recipe), list):
+        if isinstance(_usable(problem, records, kind, arm, recipe), Unusable):
             return [Unusable(problem.pid, f"config.recipe.require: no usable {kind}")]
     return [example for source in arm.sources for example in _examples(problem, fmt, source, records, arm, recipe)]
 
 
 def _examples(
     problem: Problem, fmt: Format, source: str, records: Records, arm: Arm, recipe
-) -> list[Example | Unusable]:
+) -> Sequence[Example | Unusable]:
+    """The examples of one question from one source."""
+
     def example(answer: int, solution: str, reply: TeacherRecord | None = None) -> Example:
         target = render_target(fmt, problem.choices, answer, problem.lecture, solution, recipe.answer)
         return Example(problem, fmt, target, source, reply)
@@ -161,33 +161,41 @@ def _examples(
     if source == "lecture":
         text = problem.lecture.strip()
         return [Example(problem, None, text, source)] if text else [Unusable(problem.pid, "no lecture")]
-    usable = _usable(problem, records, SOURCES[source], arm, recipe)
+    kind = SOURCES[source]
+    assert kind is not None
+    usable = _usable(problem, records, kind, arm, recipe)
     if isinstance(usable, Unusable):
         return [usable]
     if source == "correction":
         return [example(problem.answer, _correction(problem, reply, recipe.answer), reply) for reply in usable]
-    return [example(reply.answer, getattr(reply, source), reply) for reply in usable]
+    return [example(_answer(reply), getattr(reply, source), reply) for reply in usable]
 
 
-def _correction(problem: Problem, record: TeacherRecord, style: str) -> str:
-    """An attempt, its verdict, and the right solution: what stands before the right answer."""
-    verdict = "right" if record.answer == problem.answer else "wrong"
-    attempt = answer_text(problem.choices, record.answer, style)
-    # Not "The answer is …": that sentence is said once, at the end, where the answer is looked for.
-    return f"First attempt: {attempt}. {record.solution}\nThis is {verdict}.\n{problem.solution}"
+def _answer(reply: TeacherRecord) -> int:
+    """The answer of a reply whose status is "ok"."""
+    assert reply.answer is not None
+    return reply.answer
+
+
+def _correction(problem: Problem, reply: TeacherRecord, style: str) -> str:
+    """An attempt, its verdict, and the right solution: the text before the right answer."""
+    verdict = "right" if reply.answer == problem.answer else "wrong"
+    attempt = answer_text(problem.choices, _answer(reply), style)
+    # Not "The answer is …": that sentence comes once, at the end, where the answer is parsed.
+    return f"First attempt: {attempt}. {reply.solution}\nThis is {verdict}.\n{problem.solution}"
 
 
 def _usable(problem: Problem, records: Records, kind: str, arm: Arm, recipe) -> list[TeacherRecord] | Unusable:
-    """The replies of a kind that may teach, at most `recipe.samples`; those that saw what the prompt shows first."""
-    own = records.get(kind, ())
-    usable = [record for record in own if record.status == "ok" and kind in record.kinds]
+    """The usable replies of a kind, at most `recipe.samples`; replies to prompts with the arm's lecture setting first."""
+    replies = records.get(kind, ())
+    usable = [record for record in replies if record.status == "ok" and kind in record.kinds]
     if not usable:
-        status = own[0].status if own else "no record"
+        status = replies[0].status if replies else "no record"
         return Unusable(problem.pid, f"teacher's {kind}: {'only an answer' if status == 'ok' else status}")
-    # Which replies are left is the same in every arm, so that `recipe.require` keeps the same questions in all.
+    # Which replies remain is the same in every arm, so that `recipe.require` keeps the same questions in all.
     if recipe.vote:
         votes = collections.Counter(record.answer for record in usable)
-        winner = votes.most_common(1)[0][0]  # of equally many the one that was said first
+        winner = votes.most_common(1)[0][0]  # ties go to the answer that was recorded first
         usable = [record for record in usable if record.answer == winner]
     if recipe.teacher_right_only:
         usable = [record for record in usable if record.answer == problem.answer]

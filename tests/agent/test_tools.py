@@ -1,4 +1,4 @@
-"""Tools that fail, hang or say too much; lectures that are looked up."""
+"""Tools that fail, hang or return too much; retrieval of lectures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import bm25s
 import pytest
 
 from sqa_jax.agent import retrieval
-from sqa_jax.agent.tools import MOST_CHARACTERS, Tool, call_tools, make_tools
+from sqa_jax.agent.tools import MAX_CHARACTERS, Tool, call_tools, make_tools
 from sqa_jax.config import default
 from sqa_jax.data.problem import ImageFile, Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.errors import UserError
-from sqa_jax.prompts.tool_dialogue import Call, ToolSpec
+from sqa_jax.prompts.tool_calls import Call, ToolSpec
 
 LECTURES = [
     "Magnets attract iron and nickel.",
@@ -77,7 +77,7 @@ def test_what_is_not_a_text_for_each_call_is_a_failure(said):
 
 def test_a_megabyte_is_cut():
     (result, *_) = called(lambda requests: ["x" * 10**6] * len(requests))
-    assert len(result.text) == MOST_CHARACTERS and result.status == "ok"
+    assert len(result.text) == MAX_CHARACTERS and result.status == "ok"
 
 
 def test_nothing_said_is_empty():

@@ -51,7 +51,7 @@ def test_held_out_questions_ask_about_other_entities():
             row["question"].split()[-1].rstrip("?") for row in rows
         }
 
-    held = {animal for animals in banks.ANIMALS.values() for animal in banks.own(animals, held_out=True)}
+    held = {animal for animals in banks.ANIMALS.values() for animal in banks.split_entries(animals, held_out=True)}
     assert not held & mentioned("train")
     assert len(held & mentioned("test")) > 10
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
 from sqa_jax.data.problem import Problem
-from sqa_jax.prompts.tool_dialogue import NOTHING, Call, Dialogue, ToolSpec
+from sqa_jax.prompts.tool_calls import Call, ToolSpec
+from sqa_jax.prompts.tool_dialogue import NOTHING, Dialogue
 
 QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 TOOLS = [ToolSpec("describe_image", "says what the image shows"), ToolSpec("retrieve", "finds a lecture", QUERY)]
@@ -45,10 +46,10 @@ FORMS = ["plain", "chat", "native"]
 @pytest.mark.parametrize("form", FORMS)
 def test_a_whole_conversation_reads_as_a_person_would_write_it(form):
     made, tokenizer = dialogue(form)
-    (opening,) = made.openings([PROBLEM])
-    result, left_out = made.result("Ice is cold.", 500)
+    (opening,) = made.encode_questions([PROBLEM])
+    result, left_out = made.encode_result("Ice is cold.", 500)
     whole = tokenizer.decode(
-        [*opening.tokens, *made.call(Call("retrieve", "cold things")), *result, *made.answers(PROBLEM)[0]]
+        [*opening.tokens, *made.encode_call(Call("retrieve", "cold things")), *result, *made.encode_answers(PROBLEM)[0]]
     )
     assert left_out == 0 and "an ice cube" not in whole and whole.count("Ice is cold.") == 1
     question = "Question: Which is cold?\nContext: Think.\nOptions: (A) ice (B) fire"
@@ -66,8 +67,8 @@ def test_a_whole_conversation_reads_as_a_person_would_write_it(form):
 
 def test_the_native_form_is_what_the_template_itself_renders():
     made, tokenizer = dialogue("native")
-    (opening,) = made.openings([PROBLEM])
-    ours = [*opening.tokens, *made.call(Call("retrieve", 'a "b"')), *made.result("x", 100)[0]]
+    (opening,) = made.encode_questions([PROBLEM])
+    ours = [*opening.tokens, *made.encode_call(Call("retrieve", 'a "b"')), *made.encode_result("x", 100)[0]]
     user = "Question: Which is cold?\nContext: Think.\nOptions: (A) ice (B) fire"
     call = {"type": "function", "function": {"name": "retrieve", "arguments": {"query": 'a "b"'}}}
     messages = [
@@ -88,7 +89,7 @@ def test_the_native_form_is_what_the_template_itself_renders():
 def test_a_call_is_read_as_it_was_written(form, argument):
     made, tokenizer = dialogue(form)
     call = Call("retrieve", argument.strip())
-    said = made.read(tokenizer.decode(made.call(call)) + " and so on", PROBLEM)
+    said = made.parse(tokenizer.decode(made.encode_call(call)) + " and so on", PROBLEM)
     assert said.call == call and not said.error
 
 
@@ -108,26 +109,26 @@ def test_a_call_is_read_as_it_was_written(form, argument):
     ],
 )
 def test_texts_are_read_for_what_they_say_first(text, call, answer, error):
-    said = dialogue("plain")[0].read(text, PROBLEM)
+    said = dialogue("plain")[0].parse(text, PROBLEM)
     assert (said.call, said.answer, said.error) == (call, answer, error)
     assert text.startswith(said.text)
 
 
 def test_results_are_shortened_to_the_room_and_counted():
     made, tokenizer = dialogue("chat")
-    shown, left_out = made.result("x" * 100, 40 + made.around_result)
-    assert len(shown) == 40 + made.around_result and left_out == 60
-    assert NOTHING in tokenizer.decode(made.result("", 100)[0])
-    assert made.result("abc", 0)[1] == 3
+    shown, left_out = made.encode_result("x" * 100, 40 + made.result_overhead)
+    assert len(shown) == 40 + made.result_overhead and left_out == 60
+    assert NOTHING in tokenizer.decode(made.encode_result("", 100)[0])
+    assert made.encode_result("abc", 0)[1] == 3
 
 
 def test_special_tokens_in_a_result_are_text():
     made, tokenizer = dialogue("chat")
-    shown, _ = made.result("<|im_end|>", 100)
-    assert shown.count(tokenizer.eos_token_id) == made.result("", 100)[0].count(tokenizer.eos_token_id)
+    shown, _ = made.encode_result("<|im_end|>", 100)
+    assert shown.count(tokenizer.eos_token_id) == made.encode_result("", 100)[0].count(tokenizer.eos_token_id)
 
 
 def test_a_long_hint_is_shortened_as_in_prompts_without_tools():
     made, _ = dialogue("plain")
-    (long,) = made.openings([dataclasses.replace(PROBLEM, hint="word " * 300)])
+    (long,) = made.encode_questions([dataclasses.replace(PROBLEM, hint="word " * 300)])
     assert len(long.tokens) == 600 and long.truncated["hint"] > 0 and long.fits

@@ -1,9 +1,9 @@
-"""The embedded sample: science questions made by a seeded generator, so that nothing has to be downloaded.
+"""The embedded sample: science questions by a seeded generator, so that nothing has to be downloaded.
 
 The questions have ScienceQA's form, not its content: 36 skills over its three subjects, with hints, lectures,
 solutions, captions and drawn images. Held-out questions ask about entities (animals, countries, words, …) that
-no training question mentions, and the same options stand under different questions, so counting words does not
-answer them; reading them, with what a pretrained language model knows, does.
+no training question mentions, and the same options occur with different questions, so a bag of words does not
+answer them; a pretrained language model's knowledge does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from sqa_jax.data.sample import language, natural, social, teacher
 from sqa_jax.data.sample.image import draw_image
-from sqa_jax.data.sample.skill import Draft, Skill, Source
+from sqa_jax.data.sample.skill import Draft, Skill, SplitSampler
 from sqa_jax.files import atomic_directory, write_json
 
 SIZES = {"train": 1400, "val": 200, "test": 500}
@@ -27,7 +27,7 @@ SKILLS: list[Skill] = [*natural.SKILLS, *social.SKILLS, *language.SKILLS]
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """The questions in ScienceQA's own form.
+    """The questions in ScienceQA's format.
 
     Attributes:
       problems: {pid: row}; a row with an image also has "drawing", from which `draw` draws it.
@@ -42,15 +42,15 @@ class Sample:
 
 @functools.lru_cache(maxsize=2)
 def generate(seed: int = 0) -> Sample:
-    """Makes the sample: the same for a seed on every machine. No two questions are alike, over all splits."""
+    """The sample of a seed, the same on every machine. No two questions are equal, over all splits."""
     seen: set[tuple] = set()
     made: list[tuple[str, Skill, Draft]] = []
     for split, size in SIZES.items():
-        # A generator of its own for each split and skill: changing one skill leaves the others as they are.
+        # One random generator for each split and skill: changing one skill leaves the others unchanged.
         rngs = [random.Random(f"{seed}/{split}/{skill.name}") for skill in SKILLS]
         for number in range(size):
             skill, rng = SKILLS[number % len(SKILLS)], rngs[number % len(SKILLS)]
-            made.append((split, skill, _new(skill, Source(rng, held_out=split != "train"), seen)))
+            made.append((split, skill, _new(skill, SplitSampler(rng, held_out=split != "train"), seen)))
     rng = random.Random(f"{seed}/order")
     rng.shuffle(made)
     problems, splits, captions = {}, {name: [] for name in SIZES}, {}
@@ -81,10 +81,10 @@ def generate(seed: int = 0) -> Sample:
     return Sample(problems, splits, captions)
 
 
-def _new(skill: Skill, source: Source, seen: set[tuple]) -> Draft:
-    """A draft unlike all before it, whatever the order of its options."""
+def _new(skill: Skill, sampler: SplitSampler, seen: set[tuple]) -> Draft:
+    """A draft that differs from all before it by more than the order of its options."""
     for _ in range(2000):
-        draft = skill.draft(source)
+        draft = skill.draft(sampler)
         key = (draft.question, draft.hint, draft.caption, *sorted((draft.right, *draft.wrong)))
         if len(set(key[3:])) == 1 + len(draft.wrong) and key not in seen:
             seen.add(key)

@@ -1,7 +1,7 @@
-"""The facts and words that the sample's questions are made of.
+"""Banks of facts and words for the sample's questions.
 
-Every bank is split by place: each fourth entry is kept for held-out questions, so a question of the test
-split asks about things that no training question mentions.
+Each fourth entry of a bank is kept for held-out questions, so a question of the test split asks about things that no
+training question mentions.
 """
 
 from __future__ import annotations
@@ -325,6 +325,6 @@ CLIMATE = {
 }  # fmt: skip
 
 
-def own(bank: list, held_out: bool) -> list:
-    """The entries of a bank that training questions may use, or those kept for held-out ones."""
-    return [entry for place, entry in enumerate(bank) if (place % 4 == 3) == held_out]
+def split_entries(bank: list, held_out: bool) -> list:
+    """The entries of a bank for training questions, or those for held-out questions."""
+    return [entry for k, entry in enumerate(bank) if (k % 4 == 3) == held_out]

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from sqa_jax.data.sample import banks
-from sqa_jax.data.sample.skill import Draft, Skill, Source, which_is, which_label
+from sqa_jax.data.sample.skill import Draft, Skill, SplitSampler, which_is, which_label
 
 
-def sentence_kind(source: Source) -> Draft:
+def sentence_kind(sampler: SplitSampler) -> Draft:
     return which_label(
-        source, banks.KINDS, '{name} wrote: "{entry}" What kind of sentence is this?', "The sentence is {label}."
+        sampler, banks.KINDS, '{name} wrote: "{entry}" What kind of sentence is this?', "The sentence is {label}."
     )
 
 
-def tense(source: Source) -> Draft:
-    name, (base, third, past, thing) = source.pick(banks.NAMES), source.pick(banks.VERBS)
+def tense(sampler: SplitSampler) -> Draft:
+    name, (base, third, past, thing) = sampler.pick(banks.NAMES), sampler.pick(banks.VERBS)
     forms = {
         "past tense": f"{name} {past} {thing}.",
         "present tense": f"{name} {third} {thing}.",
         "future tense": f"{name} will {base} {thing}.",
     }
-    label = source.rng.choice(sorted(forms))
-    if source.rng.random() < 0.5:
+    label = sampler.rng.choice(sorted(forms))
+    if sampler.rng.random() < 0.5:
         return Draft(
             f"Which tense does the sentence use? {forms[label]}",
             label,
@@ -36,21 +36,21 @@ def tense(source: Source) -> Draft:
 
 
 def _pairs(
-    source: Source, pairs: list[tuple[str, str]], question: str, solution: str, decoys: list[tuple[str, str]]
+    sampler: SplitSampler, pairs: list[tuple[str, str]], question: str, solution: str, decoys: list[tuple[str, str]]
 ) -> Draft:
     """A word of a pair is asked for, given the other; decoys are other pairs' words."""
-    (one, two), *others = source.some(pairs, 3)
-    if source.rng.random() < 0.5:
+    (one, two), *others = sampler.some(pairs, 3)
+    if sampler.rng.random() < 0.5:
         one, two = two, one
-    wrong = [source.rng.choice(pair) for pair in [*others[:1], source.pick(decoys)]]
+    wrong = [sampler.rng.choice(pair) for pair in [*others[:1], sampler.pick(decoys)]]
     if two in wrong or one in wrong:
         wrong = [pair[0] for pair in others]
     return Draft(question.format(word=one), two, tuple(wrong), solution.format(one=one, two=two))
 
 
-def synonym(source: Source) -> Draft:
+def synonym(sampler: SplitSampler) -> Draft:
     return _pairs(
-        source,
+        sampler,
         banks.SYNONYMS,
         "Which word means nearly the same as {word}?",
         "{one} and {two} are synonyms.",
@@ -58,9 +58,9 @@ def synonym(source: Source) -> Draft:
     )
 
 
-def antonym(source: Source) -> Draft:
+def antonym(sampler: SplitSampler) -> Draft:
     return _pairs(
-        source,
+        sampler,
         banks.ANTONYMS,
         "Which word means the opposite of {word}?",
         "{one} and {two} are antonyms.",
@@ -68,9 +68,9 @@ def antonym(source: Source) -> Draft:
     )
 
 
-def figure_of_speech(source: Source) -> Draft:
+def figure_of_speech(sampler: SplitSampler) -> Draft:
     return which_label(
-        source,
+        sampler,
         banks.FIGURES,
         '{name} wrote: "{entry}" Which figure of speech is this?',
         "The sentence is an example of {label}.",
@@ -78,21 +78,21 @@ def figure_of_speech(source: Source) -> Draft:
     )
 
 
-def part_of_speech(source: Source) -> Draft:
-    return which_is(source, banks.SPEECH, "Which of these words {is_a}?", "The word {entry} is {label}.", 2)
+def part_of_speech(sampler: SplitSampler) -> Draft:
+    return which_is(sampler, banks.SPEECH, "Which of these words {is_a}?", "The word {entry} is {label}.", 2)
 
 
-def completeness(source: Source) -> Draft:
-    rng, label = source.rng, source.rng.choice(sorted(banks.COMPLETE))
-    right = source.pick(banks.COMPLETE[label])
-    wrong = [source.pick(banks.COMPLETE[name]) for name in sorted(banks.COMPLETE) if name != label]
+def completeness(sampler: SplitSampler) -> Draft:
+    rng, label = sampler.rng, sampler.rng.choice(sorted(banks.COMPLETE))
+    right = sampler.pick(banks.COMPLETE[label])
+    wrong = [sampler.pick(banks.COMPLETE[name]) for name in sorted(banks.COMPLETE) if name != label]
     return Draft(f"Which is {label}?", right, tuple(wrong[: rng.choice([1, 2])]), f"This is {label}: {right}")
 
 
-def pronoun(source: Source) -> Draft:
-    one, two, three = source.some(banks.NAMES, 3)
-    thing, other = source.some(banks.ACTIVITIES, 2)
-    asked_first = source.rng.random() < 0.5
+def pronoun(sampler: SplitSampler) -> Draft:
+    one, two, three = sampler.some(banks.NAMES, 3)
+    thing, other = sampler.some(banks.ACTIVITIES, 2)
+    asked_first = sampler.rng.random() < 0.5
     right, wrong = (one, two) if asked_first else (two, one)
     return Draft(
         f"Who wants to {thing if asked_first else other}?", right, (wrong, three), f"The passage says so of {right}.",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from sqa_jax.data.sample import banks
-from sqa_jax.data.sample.skill import Draft, Skill, Source, which_is, which_label, with_article
+from sqa_jax.data.sample.skill import Draft, Skill, SplitSampler, which_is, which_label, with_article
 
 
-def animal_of_class(source: Source) -> Draft:
-    return which_is(source, banks.ANIMALS, "Which of these animals {is_a}?", "{entry}: this animal is {label}.", 2)
+def animal_of_class(sampler: SplitSampler) -> Draft:
+    return which_is(sampler, banks.ANIMALS, "Which of these animals {is_a}?", "{entry}: this animal is {label}.", 2)
 
 
-def class_of_animal(source: Source) -> Draft:
+def class_of_animal(sampler: SplitSampler) -> Draft:
     return which_label(
-        source,
+        sampler,
         banks.ANIMALS,
         "What kind of animal is {a_entry}?",
         "An animal such as {entry} belongs to the group: {label}.",
@@ -20,12 +20,12 @@ def class_of_animal(source: Source) -> Draft:
     )
 
 
-def object_of_material(source: Source) -> Draft:
+def object_of_material(sampler: SplitSampler) -> Draft:
     groups = {f"usually made of {material}": things for material, things in banks.OBJECTS.items()}
-    rng = source.rng
+    rng = sampler.rng
     label = rng.choice(sorted(groups))
-    right = source.pick(groups[label])
-    wrong = [source.pick(groups[name]) for name in rng.sample([n for n in sorted(groups) if n != label], 2)]
+    right = sampler.pick(groups[label])
+    wrong = [sampler.pick(groups[name]) for name in rng.sample([n for n in sorted(groups) if n != label], 2)]
     return Draft(
         f"Which of these is {label}?",
         with_article(right),
@@ -34,38 +34,38 @@ def object_of_material(source: Source) -> Draft:
     )
 
 
-def state_of_matter(source: Source) -> Draft:
+def state_of_matter(sampler: SplitSampler) -> Draft:
     return which_label(
-        source,
+        sampler,
         banks.STATES,
         "{name} thinks of this: {entry}. Is it a solid, a liquid, or a gas?",
         "{entry}: this is a {label}.",
     )
 
 
-def example_of_state(source: Source) -> Draft:
-    return which_is(source, banks.STATES, "Which of these {is_a}?", "{entry} is {label}.", 2)
+def example_of_state(sampler: SplitSampler) -> Draft:
+    return which_is(sampler, banks.STATES, "Which of these {is_a}?", "{entry} is {label}.", 2)
 
 
-def element_kind(source: Source) -> Draft:
-    return which_is(source, banks.ELEMENTS, "Which of these elements {is_a}?", "The element {entry} is {label}.", 2)
+def element_kind(sampler: SplitSampler) -> Draft:
+    return which_is(sampler, banks.ELEMENTS, "Which of these elements {is_a}?", "The element {entry} is {label}.", 2)
 
 
-def conductor(source: Source) -> Draft:
+def conductor(sampler: SplitSampler) -> Draft:
     return which_is(
-        source, banks.CONDUCTORS, "Which of these {is_a} of electricity?", "The {entry} is {label} of electricity.", 2
+        sampler, banks.CONDUCTORS, "Which of these {is_a} of electricity?", "The {entry} is {label} of electricity.", 2
     )
 
 
-def kind_of_change(source: Source) -> Draft:
+def kind_of_change(sampler: SplitSampler) -> Draft:
     return which_label(
-        source, banks.CHANGES, "{name} sees {entry}. What kind of change is this?", "{entry}: this is a {label}."
+        sampler, banks.CHANGES, "{name} sees {entry}. What kind of change is this?", "{entry}: this is a {label}."
     )
 
 
-def kind_of_trait(source: Source) -> Draft:
-    name, label = source.pick(banks.NAMES), source.rng.choice(sorted(banks.TRAITS))
-    trait = source.pick(banks.TRAITS[label])
+def kind_of_trait(sampler: SplitSampler) -> Draft:
+    name, label = sampler.pick(banks.NAMES), sampler.rng.choice(sorted(banks.TRAITS))
+    trait = sampler.pick(banks.TRAITS[label])
     other = "acquired" if label == "inherited" else "inherited"
     return Draft(
         f"{name} {trait}. Is this trait inherited or acquired?", label, (other,),
@@ -73,28 +73,28 @@ def kind_of_trait(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def resource(source: Source) -> Draft:
+def resource(sampler: SplitSampler) -> Draft:
     groups = {f"{kind} resource": things for kind, things in banks.RESOURCES.items()}
-    return which_is(source, groups, "Which of these {is_a}?", "{entry} is {label}.", 1)
+    return which_is(sampler, groups, "Which of these {is_a}?", "{entry} is {label}.", 1)
 
 
-def organ(source: Source) -> Draft:
-    asked, *others = source.some(banks.ORGANS, 3)
+def organ(sampler: SplitSampler) -> Draft:
+    asked, *others = sampler.some(banks.ORGANS, 3)
     name, job = asked
-    if source.rng.random() < 0.5:
+    if sampler.rng.random() < 0.5:
         return Draft(f"Which part of the body {job}?", name, tuple(n for n, _ in others), f"The {name}: it {job}.")
     return Draft(
         f"What is the main job of the {name} in the body?", job, tuple(j for _, j in others), f"The {name}: it {job}."
     )
 
 
-def magnets(source: Source) -> Draft:
-    rng = source.rng
+def magnets(sampler: SplitSampler) -> Draft:
+    rng = sampler.rng
     poles = [rng.choice(["NS", "SN"]) for _ in range(2)]
     facing = poles[0][1], poles[1][0]
     names = {"N": "north", "S": "south"}
     right, wrong = ("attract", "repel") if facing[0] != facing[1] else ("repel", "attract")
-    first, second = source.some(banks.NAMES, 2)
+    first, second = sampler.some(banks.NAMES, 2)
     return Draft(
         f"{first} puts a magnet next to {second}'s magnet. Will the magnets attract or repel each other?", right, (wrong,),
         f"The {names[facing[0]]} pole faces the {names[facing[1]]} pole. {'Different' if right == 'attract' else 'Like'} poles {right}.",
@@ -104,10 +104,10 @@ def magnets(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def thermometer(source: Source) -> Draft:
-    rng = source.rng
+def thermometer(sampler: SplitSampler) -> Draft:
+    rng = sampler.rng
     # Training reads even temperatures, held-out questions odd ones.
-    values = rng.sample(range(-9 if source.held_out else -10, 46, 2), 3)
+    values = rng.sample(range(-9 if sampler.held_out else -10, 46, 2), 3)
     place = rng.choice(["a garden", "a kitchen", "a cellar", "a pond", "a greenhouse", "an attic"])
     right, *wrong = (f"{value}°C" for value in values)
     return Draft(
@@ -116,8 +116,8 @@ def thermometer(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def food_chain(source: Source) -> Draft:
-    rng, chain = source.rng, source.pick(banks.CHAINS)
+def food_chain(sampler: SplitSampler) -> Draft:
+    rng, chain = sampler.rng, sampler.pick(banks.CHAINS)
     roles = ["the producer", "the primary consumer", "the secondary consumer", "the top predator"]
     place = rng.randrange(4)
     wrong = rng.sample([link for k, link in enumerate(chain) if k != place], 2)
@@ -131,8 +131,8 @@ def food_chain(source: Source) -> Draft:
                  drawing={"kind": "chain", "links": list(chain)})  # fmt: skip
 
 
-def experiment(source: Source) -> Draft:
-    name = source.pick(banks.NAMES)
+def experiment(sampler: SplitSampler) -> Draft:
+    name = sampler.pick(banks.NAMES)
     studies = [
         ("grew bean plants", "amount of water", "height of the plants"), ("rolled balls down a ramp", "height of the ramp", "distance the balls rolled"),
         ("dissolved sugar in tea", "temperature of the tea", "time to dissolve"), ("dropped paper planes", "length of the wings", "time in the air"),
@@ -141,8 +141,8 @@ def experiment(source: Source) -> Draft:
         ("tested batteries", "brand of the battery", "hours of light"), ("baked muffins", "oven temperature", "height of the muffins"),
         ("washed shirts", "kind of soap", "size of the stain"), ("bounced balls", "height of the drop", "height of the bounce"),
     ]  # fmt: skip
-    did, changed, measured = source.pick(studies)
-    asked = source.rng.random() < 0.5
+    did, changed, measured = sampler.pick(studies)
+    asked = sampler.rng.random() < 0.5
     right, wrong = (changed, measured) if asked else (measured, changed)
     return Draft(
         f"Which was the {'independent' if asked else 'dependent'} variable in the experiment?", f"the {right}", (f"the {wrong}",),
@@ -151,9 +151,9 @@ def experiment(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def weather_or_climate(source: Source) -> Draft:
+def weather_or_climate(sampler: SplitSampler) -> Draft:
     return which_label(
-        source,
+        sampler,
         banks.CLIMATE,
         '{name} says: "{entry}" Does this describe weather or climate?',
         "The sentence describes {label}.",

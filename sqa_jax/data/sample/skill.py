@@ -1,4 +1,4 @@
-"""What a skill is: a small function that drafts a question, and what ScienceQA would call it."""
+"""Skills: a function that drafts a question, with the labels that ScienceQA would give it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from sqa_jax.data.sample.banks import NAMES, own
+from sqa_jax.data.sample.banks import NAMES, split_entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +29,21 @@ class Draft:
     drawing: dict[str, Any] | None = None
 
 
-class Source:
-    """Randomness and banks for one split: held-out questions draw from entries of their own."""
+class SplitSampler:
+    """Random choices for one split; held-out splits have entries of the banks to themselves."""
 
     def __init__(self, rng: random.Random, held_out: bool):
         self.rng, self.held_out = rng, held_out
 
     def bank(self, entries: list) -> list:
-        return own(entries, self.held_out)
+        return split_entries(entries, self.held_out)
 
     def pick(self, entries: list) -> Any:
-        """One of a bank's entries that this split may use."""
+        """A random entry of a bank that this split may use."""
         return self.rng.choice(self.bank(entries))
 
     def some(self, entries: list, count: int) -> list:
-        """Several different ones."""
+        """Several different entries."""
         return self.rng.sample(self.bank(entries), count)
 
 
@@ -52,9 +52,9 @@ class Skill:
     """A skill with ScienceQA's labels.
 
     Attributes:
-      draft: makes one question.
+      draft: drafts one question.
       grades: first and last school year in which it is asked.
-      lecture: what a pupil should know.
+      lecture: the background knowledge.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Skill:
     category: str
     grades: tuple[int, int]
     lecture: str
-    draft: Callable[[Source], Draft]
+    draft: Callable[[SplitSampler], Draft]
 
 
 def which_is(
-    source: Source, groups: dict[str, list[str]], question: str, solution: str, wrong: int, negate: bool = True
+    sampler: SplitSampler, groups: dict[str, list[str]], question: str, solution: str, wrong: int, negate: bool = True
 ) -> Draft:
-    """ "Which of these is a mammal?", or, now and then, "… is not a mammal?".
+    """ "Which of these is a mammal?", or, rarely, "… is not a mammal?".
 
     Args:
       groups: {label: entries}.
@@ -77,11 +77,11 @@ def which_is(
       solution: with "{entry}" and "{label}".
       wrong: how many wrong options.
     """
-    rng = source.rng
+    rng = sampler.rng
     label = rng.choice(sorted(groups))
     members, others = (
-        source.bank(groups[label]),
-        [e for name in sorted(groups) if name != label for e in source.bank(groups[name])],
+        sampler.bank(groups[label]),
+        [e for name in sorted(groups) if name != label for e in sampler.bank(groups[name])],
     )
     if negate and len(members) >= wrong and rng.random() < 0.15:
         right, rest = rng.choice(others), rng.sample(members, wrong)
@@ -94,20 +94,22 @@ def which_is(
     return Draft(question.format(is_a=is_a), right, tuple(rest), text[0].upper() + text[1:])
 
 
-def which_label(source: Source, groups: dict[str, list[str]], question: str, solution: str, wrong: int = 0) -> Draft:
+def which_label(
+    sampler: SplitSampler, groups: dict[str, list[str]], question: str, solution: str, wrong: int = 0
+) -> Draft:
     """ "What kind of animal is a salmon?": the options are labels; `wrong` 0 shows all of them.
 
     Args:
       question: with "{entry}" or "{a_entry}", and "{name}" where a person's name goes.
     """
-    rng = source.rng
+    rng = sampler.rng
     label = rng.choice(sorted(groups))
-    entry = rng.choice(source.bank(groups[label]))
+    entry = rng.choice(sampler.bank(groups[label]))
     rest = [name for name in sorted(groups) if name != label]
     rest = rng.sample(rest, wrong) if wrong else rest
     text = solution.format(entry=entry, label=label)
     return Draft(
-        question.format(entry=entry, a_entry=with_article(entry), name=source.pick(NAMES)),
+        question.format(entry=entry, a_entry=with_article(entry), name=sampler.pick(NAMES)),
         label,
         tuple(rest),
         text[0].upper() + text[1:],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from sqa_jax.data.sample import banks
-from sqa_jax.data.sample.skill import Draft, Skill, Source, which_is, which_label
+from sqa_jax.data.sample.skill import Draft, Skill, SplitSampler, which_is, which_label
 
 
-def continent(source: Source) -> Draft:
-    rng = source.rng
+def continent(sampler: SplitSampler) -> Draft:
+    rng = sampler.rng
     name = rng.choice(sorted(banks.COUNTRIES))
-    others = [c for n in sorted(banks.COUNTRIES) if n != name for c in source.bank(banks.COUNTRIES[n])]
-    right = source.pick(banks.COUNTRIES[name])
+    others = [c for n in sorted(banks.COUNTRIES) if n != name for c in sampler.bank(banks.COUNTRIES[n])]
+    right = sampler.pick(banks.COUNTRIES[name])
     return Draft(
         f"Which of these countries is in {name}?",
         right,
@@ -19,16 +19,16 @@ def continent(source: Source) -> Draft:
     )
 
 
-def continent_of(source: Source) -> Draft:
+def continent_of(sampler: SplitSampler) -> Draft:
     return which_label(
-        source, banks.COUNTRIES, "On which continent is {entry}?", "{entry} is on the continent {label}.", 2
+        sampler, banks.COUNTRIES, "On which continent is {entry}?", "{entry} is on the continent {label}.", 2
     )
 
 
-def capital(source: Source) -> Draft:
-    asked, *others = source.some(banks.CAPITALS, 4)
+def capital(sampler: SplitSampler) -> Draft:
+    asked, *others = sampler.some(banks.CAPITALS, 4)
     country, city = asked
-    if source.rng.random() < 0.6:
+    if sampler.rng.random() < 0.6:
         return Draft(
             f"What is the capital of {country}?",
             city,
@@ -43,13 +43,13 @@ def capital(source: Source) -> Draft:
     )
 
 
-def landform(source: Source) -> Draft:
-    return which_is(source, banks.PLACES, "Which of these {is_a}?", "{entry} is {label}.", 2)
+def landform(sampler: SplitSampler) -> Draft:
+    return which_is(sampler, banks.PLACES, "Which of these {is_a}?", "{entry} is {label}.", 2)
 
 
-def compass(source: Source) -> Draft:
-    rng = source.rng
-    towns, ranks = source.some(banks.TOWNS, 3), rng.sample(range(5), 3)
+def compass(sampler: SplitSampler) -> Draft:
+    rng = sampler.rng
+    towns, ranks = sampler.some(banks.TOWNS, 3), rng.sample(range(5), 3)
     vertical = rng.random() < 0.5
     high, low = ("north", "south") if vertical else ("east", "west")
     ordered = [town for _, town in sorted(zip(ranks, towns, strict=True), reverse=True)]
@@ -64,9 +64,9 @@ def compass(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def bar_chart(source: Source) -> Draft:
-    rng = source.rng
-    items, counts = source.some(banks.ITEMS, 3), rng.sample(range(2, 13), 3)
+def bar_chart(sampler: SplitSampler) -> Draft:
+    rng = sampler.rng
+    items, counts = sampler.some(banks.ITEMS, 3), rng.sample(range(2, 13), 3)
     shop = rng.choice(["the market", "the school fair", "the corner shop", "the farm stand"])
     bars = list(zip(items, counts, strict=True))
     if rng.random() < 0.5:
@@ -86,12 +86,12 @@ def bar_chart(source: Source) -> Draft:
                  drawing={"kind": "bars", "bars": [list(bar) for bar in bars]})  # fmt: skip
 
 
-def good_or_service(source: Source) -> Draft:
-    return which_is(source, banks.TRADES, "Which of these {is_a}?", "{entry} is {label}.", 1)
+def good_or_service(sampler: SplitSampler) -> Draft:
+    return which_is(sampler, banks.TRADES, "Which of these {is_a}?", "{entry} is {label}.", 1)
 
 
-def supply_and_demand(source: Source) -> Draft:
-    item, rng = source.pick(banks.ITEMS), source.rng
+def supply_and_demand(sampler: SplitSampler) -> Draft:
+    item, rng = sampler.pick(banks.ITEMS), sampler.rng
     events = [
         ("bad weather destroys half of the {x} on the farms", "supply", "decreases"), ("a new machine picks {x} twice as fast", "supply", "increases"),
         ("a famous doctor says that {x} are healthy", "demand", "increases"), ("people hear that some {x} were spoiled", "demand", "decreases"),
@@ -105,27 +105,27 @@ def supply_and_demand(source: Source) -> Draft:
                  f"When {event}, {'sellers offer' if what == 'supply' else 'people want'} {'more' if way == 'increases' else 'fewer'}, so the {what} {way}.")  # fmt: skip
 
 
-def timeline(source: Source) -> Draft:
-    rng = source.rng
-    events, years = source.some(banks.EVENTS, 3), sorted(rng.sample(range(1801, 1990), 3))
+def timeline(sampler: SplitSampler) -> Draft:
+    rng = sampler.rng
+    events, years = sampler.some(banks.EVENTS, 3), sorted(rng.sample(range(1801, 1990), 3))
     ask = rng.choice(["first", "last"])
     right = events[0 if ask == "first" else 2]
     listed = [f"{year}: {event}" for year, event in zip(years, events, strict=True)]
-    town = source.pick(banks.TOWNS)
+    town = sampler.pick(banks.TOWNS)
     return Draft(f"Which of these events in {town} happened {ask}?", right, tuple(e for e in events if e != right),
                  f"On the timeline this is the {ask} event: {right}.", caption=f"A timeline of {town}. " + "; ".join(listed) + ".",
                  drawing={"kind": "timeline", "events": [[y, e] for y, e in zip(years, events, strict=True)]})  # fmt: skip
 
 
-def branch(source: Source) -> Draft:
-    return which_label(source, {f"the {n} branch": b for n, b in banks.BRANCHES.items()}, "{name} reads about the branch of government that {entry}. Which branch is it?",
-                       "It is {label} that {entry}.", source.rng.choice([1, 2]))  # fmt: skip
+def branch(sampler: SplitSampler) -> Draft:
+    return which_label(sampler, {f"the {n} branch": b for n, b in banks.BRANCHES.items()}, "{name} reads about the branch of government that {entry}. Which branch is it?",
+                       "It is {label} that {entry}.", sampler.rng.choice([1, 2]))  # fmt: skip
 
 
-def opportunity_cost(source: Source) -> Draft:
-    name = source.pick(banks.NAMES)
-    chosen, given_up, other = source.some(banks.ACTIVITIES, 3)
-    first, second = source.rng.sample([chosen, given_up], 2)
+def opportunity_cost(sampler: SplitSampler) -> Draft:
+    name = sampler.pick(banks.NAMES)
+    chosen, given_up, other = sampler.some(banks.ACTIVITIES, 3)
+    first, second = sampler.rng.sample([chosen, given_up], 2)
     return Draft(
         f"What does {name} give up by choosing?", f"the chance to {given_up}", (f"the chance to {chosen}", f"the chance to {other}"),
         f"{name} cannot do both. By choosing to {chosen}, {name} gives up the chance to {given_up}.",
@@ -133,11 +133,11 @@ def opportunity_cost(source: Source) -> Draft:
     )  # fmt: skip
 
 
-def trade(source: Source) -> Draft:
-    one, two, three = source.some(banks.NAMES, 3)
-    a, b, c = source.some(banks.ITEMS, 3)
-    who, wants, brought = source.rng.choice([(one, b, a), (two, c, b), (three, a, c)])
-    ask = source.rng.random() < 0.5
+def trade(sampler: SplitSampler) -> Draft:
+    one, two, three = sampler.some(banks.NAMES, 3)
+    a, b, c = sampler.some(banks.ITEMS, 3)
+    who, wants, brought = sampler.rng.choice([(one, b, a), (two, c, b), (three, a, c)])
+    ask = sampler.rng.random() < 0.5
     wrong = [x for x in (a, b, c) if x != (wants if ask else brought)]
     return Draft(
         f"What {'does ' + who + ' want to get' if ask else 'did ' + who + ' bring'}?", wants if ask else brought, tuple(wrong),

@@ -1,7 +1,7 @@
-"""Recorded replies of a *simulated* teacher: made by this file, wrong at a stated rate. No model was asked.
+"""Replies of a *simulated* teacher, wrong at a stated rate. They are generated here; no model was queried.
 
-They have the form of a real teacher's replies, so that everything that reads replies can be run and tested
-without one: free text that argues to an answer (setting QTCH), and JSON with answer and solution (QTCHL), some
+They have the format of a real teacher's replies, so that all that parses replies can be run and tested without one:
+free text that argues to an answer (setting QTCH), and JSON with answer and solution (QTCHL), some
 empty and some malformed. Options are numbered from 0.
 """
 
