@@ -1,4 +1,4 @@
-"""The hypotheses of the study, and what the measurements say of each."""
+"""The hypotheses of the study, and the verdict that a comparison gives on one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Hypothesis:
 
     Attributes:
       sign: +1 where it says that `second` is better, -1 where it says worse.
-      soft: it is about soft prompts on students that see, and about nothing else.
-      images: on questions with an image alone.
+      soft: only about soft prompts on vision-language models.
+      images: only about questions with an image.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Hypothesis:
     soft: bool = False
     images: bool = False
 
-    def concerns(self, sees: bool, adapter: str) -> bool:
-        """Whether it says something of a student that sees or not, adapted by methods such as "prompt+visual"."""
-        return not self.soft or (sees and set(adapter.split("+")) <= SOFT)
+    def applies_to(self, has_vision: bool, adapter: str) -> bool:
+        """Whether it is about such a student, adapted by methods such as "prompt+visual"."""
+        return not self.soft or (has_vision and set(adapter.split("+")) <= SOFT)
 
 
-SOFT = {"prompt", "prefix", "visual"}  # methods that put trained tokens, or what would be their keys, into the input
+SOFT = {"prompt", "prefix", "visual"}  # methods that insert trained tokens, or their keys and values
 
 HYPOTHESES = (
     Hypothesis("H2", "Soft prompts improve a good multimodal model.", "zero_shot", "golden", +1, soft=True),
@@ -77,9 +77,9 @@ HYPOTHESES = (
 
 
 def verdict(hypothesis: Hypothesis, comparison: Comparison, adjusted_p: float) -> tuple[str, str]:
-    """("supported" | "contradicted" | "undecided", why, in words).
+    """("supported" | "contradicted" | "undecided", the measurement in words).
 
-    Decided where the adjusted p-value is below 0.05 and the interval agrees with it that there is a difference.
+    Decided where the adjusted p-value is below 0.05 and the interval excludes zero.
     """
     points, low, high = (100 * x for x in (comparison.difference, comparison.low, comparison.high))
     measured = (
@@ -91,5 +91,5 @@ def verdict(hypothesis: Hypothesis, comparison: Comparison, adjusted_p: float) -
         return ("supported" if agrees else "contradicted"), measured
     return (
         "undecided",
-        f"{measured}; a difference below {100 * comparison.smallest:.1f} points would often go unseen here",
+        f"{measured}; a difference below {100 * comparison.smallest:.1f} points would often go undetected here",
     )

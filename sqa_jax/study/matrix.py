@@ -1,33 +1,29 @@
-"""From the study's configuration to its runs, each with a configuration of its own, all checked before any starts."""
+"""The matrix of runs: from the study's configuration to its runs, and the configuration of each."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from sqa_jax.adapters import METHODS, check_methods
-from sqa_jax.batches.config_data import config_records, training_problems
 from sqa_jax.config import default
-from sqa_jax.data.problem import Problem
-from sqa_jax.data.sources import ProblemSet
-from sqa_jax.data.teacher_records import read_replies, records_by_pid
+from sqa_jax.config_aliases import current_key, current_value
 from sqa_jax.errors import UserError
-from sqa_jax.prompts.recipes import ARMS, Records, Unusable, check_recipe, examples
+from sqa_jax.prompts.recipes import ARMS
 
-# An untrained student, and the recipe arm whose prompt it is given.
+# An untrained student, and the recipe arm whose prompt it gets.
 ZERO_SHOT = {"zero_shot": "golden_answer_only", "zero_shot_lecture": "golden_lecture"}
 NO_ADAPTER = "none"
-# Settings that no override may touch: what is measured, on which questions, and what makes a run the cell that it is.
-_THE_STUDYS = (
+# Settings that no override may change: the questions, the evaluation, and the coordinates of a run in the matrix.
+_FIXED_BY_STUDY = (
     "seed", "student.path", "recipe.arm", "adapter.methods", "data.source", "data.path", "data.splits", "data.images",
     "data.cache", "eval.split", "eval.limit", "eval.folder", "eval.checkpoint", "study.", "teach.", "mesh.",
 )  # fmt: skip
 
 
-class Run(NamedTuple):
+class StudyRun(NamedTuple):
     """One cell of the matrix. An untrained student has the adapter "none" and the study's first seed."""
 
     student: str
@@ -47,21 +43,40 @@ class Run(NamedTuple):
 
 
 def student_name(path: str) -> str:
-    """A student's path as a name for folders and tables: "SmolLM2-135M-Instruct.Q4_1.gguf" → "SmolLM2-135M-Instruct.Q4_1"."""
+    """A student's path as a name for folders and tables: "a/SmolLM2-135M.Q4_1.gguf" → "SmolLM2-135M.Q4_1"."""
     name = re.sub(r"\.(gguf|safetensors)$", "", path.rstrip("/").rpartition("/")[2])
     return re.sub(r"[^\w.\-]+", "-", name)
 
 
-def students(config) -> tuple[str, ...]:
+def student_paths(config) -> tuple[str, ...]:
+    """The paths of the study's students."""
     return tuple(config.study.students) or (config.student.path,)
 
 
-def runs_of(config) -> list[Run]:
-    """All runs, in the order in which they are made: a whole first seed before the second.
+def study_runs(config) -> list[StudyRun]:
+    """All runs in the order of execution: the untrained students, then a whole first seed before the second.
 
     Raises:
-      UserError: an arm, adapter, seed or student is not known or is there twice, or nothing would be trained.
+      UserError: an arm, adapter, seed or student is unknown or repeated, or nothing would be trained.
     """
+    _check_axes(config)
+    _check_design(config.study)
+    study, paths = config.study, student_paths(config)
+    untrained = [
+        StudyRun(path, arm, NO_ADAPTER, study.seeds[0]) for path in paths for arm in study.arms if arm in ZERO_SHOT
+    ]
+    return untrained + [
+        StudyRun(path, arm, adapter, seed)
+        for path in paths
+        for seed in study.seeds
+        for adapter in study.adapters
+        for arm in study.arms
+        if arm in ARMS
+    ]
+
+
+def _check_axes(config) -> None:
+    """Checks the arms, adapters, seeds and students."""
     study = config.study
     for name in ("arms", "adapters", "seeds"):
         values = tuple(study[name])
@@ -81,11 +96,15 @@ def runs_of(config) -> list[Run]:
             f"config.eval.folder is {config.eval.folder!r} and config.eval.checkpoint {config.eval.checkpoint!r}; a study "
             "names the folders itself, and evaluates the best or the last checkpoint"
         )
-    names = [student_name(path) for path in students(config)]
+    names = [student_name(path) for path in student_paths(config)]
     if len(set(names)) != len(names) or "" in names:
         raise UserError(
-            f"config.study.students (or config.student.path) gives the names {names}; each must be one of its own"
+            f"config.study.students (or config.student.path) gives the names {names}; each must be different and not empty"
         )
+
+
+def _check_design(study) -> None:
+    """Checks how runs are compared: resampling, and what arms have in common."""
     seeds = tuple(study.seeds)
     if study.resample == "questions_and_seeds" and len(seeds) < 2:
         raise UserError(
@@ -98,73 +117,61 @@ def runs_of(config) -> list[Run]:
         raise UserError(f"config.study.equal is {study.equal!r}; choose tokens or epochs")
     if study.equal == "tokens" and (study.reference not in study.arms or study.reference in ZERO_SHOT):
         raise UserError(
-            f"config.study.reference is {study.reference!r}, which is no trained arm of config.study.arms; it says how long all "
-            "arms train: choose one of them, or set --config.study.equal=epochs"
+            f"config.study.reference is {study.reference!r}, which is no trained arm of config.study.arms; its training "
+            "tokens set the length of all arms: choose one of them, or set --config.study.equal=epochs"
         )
-    runs = [Run(path, arm, NO_ADAPTER, seeds[0]) for path in students(config) for arm in study.arms if arm in ZERO_SHOT]
-    return runs + [
-        Run(path, arm, adapter, seed)
-        for path in students(config)
-        for seed in seeds
-        for adapter in study.adapters
-        for arm in study.arms
-        if arm in ARMS
-    ]  # fmt: skip
 
 
-def run_config(config, run: Run):
-    """The configuration of one run: the study's, with what the run fixes and the overrides that name it."""
-    own = config.copy_and_resolve_references()
-    own.study, own.teach = (
-        default().study,
-        default().teach,
-    )  # of no matter to a single run, so that a study may grow without making runs anew
-    own.student.path, own.seed = run.student, run.seed
-    own.recipe.arm = ZERO_SHOT.get(run.arm, run.arm)
+def config_of_run(config, run: StudyRun):
+    """The configuration of one run: the study's, with the run's coordinates and the overrides that apply to it."""
+    run_config = config.copy_and_resolve_references()
+    # Irrelevant to a single run: a study may grow without making runs anew.
+    run_config.study, run_config.teach = default().study, default().teach
+    run_config.student.path, run_config.seed = run.student, run.seed
+    run_config.recipe.arm = ZERO_SHOT.get(run.arm, run.arm)
     if run.trained:
-        own.adapter.methods = tuple(run.adapter.split("+"))
+        run_config.adapter.methods = tuple(run.adapter.split("+"))
         if config.study.same_questions:
-            own.recipe.require = tuple(
-                dict.fromkeys(k for arm in config.study.arms if arm in ARMS for k in ARMS[arm].kinds)
-            )
+            kinds = [kind for arm in config.study.arms if arm in ARMS for kind in ARMS[arm].kinds]
+            run_config.recipe.require = tuple(dict.fromkeys(kinds))
     else:
-        own.eval.checkpoint = "none"
+        run_config.eval.checkpoint = "none"
     for selector, key, value in _overrides(config):
         if selector in (run.arm, run.adapter, student_name(run.student)):
-            _override(own, selector, key, value)
-    return own
+            _override(run_config, selector, key, value)
+    return run_config
 
 
 def _overrides(config) -> list[tuple[str, str, object]]:
-    """(selector, key, value) of each "selector key=value"."""
-    known = {*ARMS, *ZERO_SHOT, *METHODS, *config.study.adapters, *map(student_name, students(config))}
-    parsed = []
-    for text in config.study.overrides:
-        match = re.fullmatch(r"(\S+)\s+([\w.]+)=(.+)", text)
-        if not match:
-            raise UserError(
-                f'config.study.overrides: {text!r}: write "which key=value", as in "prefix optimizer.learning_rate=2e-2"'
-            )
-        selector, key, literal = match.groups()
-        if key.startswith(_THE_STUDYS):
-            raise UserError(
-                f"config.study.overrides: {text!r}: {key} is the same for all runs or set by the study itself, or its "
-                "arms could not be compared; set it as --config." + key
-            )
-        if selector not in known:
-            raise UserError(
-                f"config.study.overrides: {text!r}: no arm, adapter or student is called {selector}; there are {', '.join(sorted(known))}"
-            )
-        try:
-            value = ast.literal_eval(literal)
-        except (ValueError, SyntaxError):
-            value = literal
-        if isinstance(value, dict):
-            raise UserError(
-                f"config.study.overrides: {text!r}: name one setting, such as {key}.{next(iter(value), 'x')}"
-            )
-        parsed.append((selector, key, value))
-    return parsed
+    """(selector, key, value) of each "selector key=value" in config.study.overrides."""
+    known = {*ARMS, *ZERO_SHOT, *METHODS, *config.study.adapters, *map(student_name, student_paths(config))}
+    return [_parse_override(text, known) for text in config.study.overrides]
+
+
+def _parse_override(text: str, selectors: set[str]) -> tuple[str, str, object]:
+    match = re.fullmatch(r"(\S+)\s+([\w.]+)=(.+)", text)
+    if not match:
+        raise UserError(
+            f'config.study.overrides: {text!r}: write "which key=value", as in "prefix optimizer.learning_rate=2e-2"'
+        )
+    selector, key, literal = match.groups()
+    key = current_key(key)
+    if key.startswith(_FIXED_BY_STUDY):
+        raise UserError(
+            f"config.study.overrides: {text!r}: {key} is the same for all runs or set by the study itself, or its "
+            "arms could not be compared; set it as --config." + key
+        )
+    if selector not in selectors:
+        raise UserError(
+            f"config.study.overrides: {text!r}: no arm, adapter or student is called {selector}; there are {', '.join(sorted(selectors))}"
+        )
+    try:
+        value = ast.literal_eval(literal)
+    except (ValueError, SyntaxError):
+        value = literal
+    if isinstance(value, dict):
+        raise UserError(f"config.study.overrides: {text!r}: name one setting, such as {key}.{next(iter(value), 'x')}")
+    return selector, key, current_value(key, value)
 
 
 def _override(config, selector: str, key: str, value: object) -> None:
@@ -173,76 +180,3 @@ def _override(config, selector: str, key: str, value: object) -> None:
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         reason = " ".join(str(error.args[0] if error.args else error).split())[:120]
         raise UserError(f"config.study.overrides: {selector} {key}={value!r}: {reason}") from None
-
-
-def check(config, runs: Sequence[Run], problems: ProblemSet) -> dict[str, int]:
-    """Checks, without loading a student, that every run can be made, so that no hours are spent before one cannot.
-
-    Returns:
-      {arm: training questions that make an example}, of the first seed.
-
-    Raises:
-      UserError: an arm lacks its teacher records, training and evaluation share a question, a student is not there,
-        or a run's settings do not go together.
-    """
-    from sqa_jax.checkpoints.paths import locate
-    from sqa_jax.inference.answer import answer_mode
-
-    for path in students(config):
-        if not path.startswith("random:"):
-            locate(path, config.student.revision, weights=False)
-    known = problems.all()
-    _say_left_out(config.study.benchmark, known)
-    held_out = {p.pid for name in (config.eval.split, config.eval.val_split) for p in problems.split(name)}
-    lacking = {
-        run.arm for run in runs if run.trained and ARMS[run.arm].kinds and not run_config(config, run).data.teacher
-    }
-    if lacking:
-        raise UserError(
-            f"config.study.arms: {', '.join(sorted(lacking))} learn from a teacher's replies, and config.data.teacher names "
-            "none; name files of them (python -m sqa_jax.teach makes them), or ('sample',), or leave these arms out"
-        )
-    used: dict[str, int] = {}
-    replies: dict[tuple[str, ...], Mapping[str, Records]] = {}
-    for run in runs:
-        own = run_config(config, run)
-        answer_mode(own)
-        train = problems.split(own.data.train_split)
-        if shared := [p.pid for p in train if p.pid in held_out]:
-            raise UserError(
-                f"split {own.data.train_split!r} shares {len(shared)} questions (first {shared[0]}) with {config.eval.split!r} or "
-                f"{config.eval.val_split!r}; what is trained on cannot be measured on: choose other splits"
-            )
-        if not run.trained or run.arm in used:
-            continue
-        check_recipe(own.recipe, bool(own.data.teacher))
-        files = tuple(own.data.teacher)
-        if files not in replies:
-            replies[files] = records_by_pid(config_records(own, problems))
-            _say_left_out(files, known)
-        reasons: dict[str, int] = {}
-        used[run.arm] = 0
-        for problem in training_problems(own, problems):
-            made = examples(problem, replies[files].get(problem.pid, {}), own.recipe)
-            bad = [one.reason for one in made if isinstance(one, Unusable)]
-            used[run.arm] += len(bad) < len(made)
-            for reason in bad:
-                reasons[reason] = reasons.get(reason, 0) + 1
-        if not used[run.arm]:
-            why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "no training question"
-            raise UserError(
-                f"arm {run.arm} has no training example ({why}); add the replies it needs to config.data.teacher, or leave it out of config.study.arms"
-            )
-    return used
-
-
-def _say_left_out(files: Sequence[str], known: Mapping[str, Problem]) -> None:
-    """Says which replies are left out, because the data does not have their questions."""
-    for file in files:
-        rows = read_replies(file) if file != "sample" else []
-        if strange := [row["pid"] for row in rows if row["pid"] not in known]:
-            print(
-                f"{file}: {len(strange)} of {len(rows)} replies are for questions that are not in the data (first "
-                f"{strange[0]}), and are left out",
-                flush=True,
-            )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sqa_jax.reporting.plot_style import INK, axes_of
 
-Results = dict[str, Any]
+Results = dict[str, Any]  # the content of results.json
 _COLOURS = (
     "#3366cc",
     "#dc7d1f",
@@ -30,7 +30,7 @@ def finished(results: Results) -> list[dict[str, Any]]:
 
 
 def label(row: dict[str, Any], results: Results) -> str:
-    """An arm's name, with adapter and student where the study has several."""
+    """A system's name: its arm, with adapter and student where the study has several."""
     parts = [row["arm"]]
     if len({r["adapter"] for r in results["systems"]} - {"none"}) > 1 and row["adapter"] != "none":
         parts.append(row["adapter"])
@@ -45,18 +45,23 @@ def _colour(row: dict[str, Any], results: Results) -> str:
 
 
 def accuracy_by_arm(results: Results) -> Figure:
+    """Accuracy of each system with its 95 % interval and seeds; the baselines are vertical lines."""
     rows = finished(results)
     figure, axes = axes_of(7.5, 0.9 + 0.36 * len(rows))
-    for place, row in enumerate(reversed(rows)):
+    for height, row in enumerate(reversed(rows)):
         mean = row["columns"]["AVG"]
         axes.plot(
-            [row["low"], row["high"]], [place, place], color=_colour(row, results), linewidth=2, solid_capstyle="round"
+            [row["low"], row["high"]],
+            [height, height],
+            color=_colour(row, results),
+            linewidth=2,
+            solid_capstyle="round",
         )
-        axes.plot(row["by_seed"], [place] * len(row["by_seed"]), "|", color=INK, markersize=7)
-        axes.plot(mean, place, "o", color=_colour(row, results), markersize=7)
+        axes.plot(row["by_seed"], [height] * len(row["by_seed"]), "|", color=INK, markersize=7)
+        axes.plot(mean, height, "o", color=_colour(row, results), markersize=7)
         axes.annotate(
             f"{mean:.1f}",
-            (row["high"], place),
+            (row["high"], height),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
@@ -70,14 +75,14 @@ def accuracy_by_arm(results: Results) -> Figure:
     axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     axes.set_yticks(range(len(rows)), [label(row, results) for row in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.1)
-    axes.set_xlabel("accuracy on the test questions, % (line: 95 % interval; strokes: seeds)")
+    axes.set_xlabel("accuracy on the test questions, % (line: 95 % interval; ticks: seeds)")
     return figure
 
 
 def accuracy_against_tokens(results: Results) -> Figure:
-    """Validation accuracy during training where the arm has one, else validation loss is left to results.json."""
+    """Validation accuracy during training, where it was measured; validation losses are in results.json."""
     figure, axes = axes_of(7.5, 4.4)
-    seen = set()
+    labelled = set()
     for curve in results["curves"]:
         points = [(p["tokens"], p["val_accuracy"]) for p in curve["points"] if p["val_accuracy"] is not None]
         if len(points) > 1:
@@ -88,9 +93,9 @@ def accuracy_against_tokens(results: Results) -> Figure:
                 markersize=3,
                 linewidth=1.4,
                 color=_colour(curve, results),
-                label=None if name in seen else name,
+                label=None if name in labelled else name,
             )
-            seen.add(name)
+            labelled.add(name)
     for row in finished(results):
         if "training" in row:
             axes.plot(row["training"]["tokens"], row["columns"]["AVG"], "*", markersize=11, color=_colour(row, results))
@@ -99,13 +104,13 @@ def accuracy_against_tokens(results: Results) -> Figure:
     axes.set_title(
         "lines: validation questions during training; stars: test questions at the end", fontsize=9, color=INK
     )
-    if seen:
+    if labelled:
         figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 
 def accuracy_against_cost(results: Results) -> Figure:
-    """Students by the operations of an answer. Of a model behind a service only the price is known: a line."""
+    """Students by FLOPs of an answer; a hosted model, of which only the price is known, is a horizontal line."""
     figure, axes = axes_of(7.5, 4.4)
     for row in finished(results):
         axes.plot(
@@ -126,27 +131,28 @@ def accuracy_against_cost(results: Results) -> Figure:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.12)
-    axes.set_xlabel("floating-point operations of one answer")
+    axes.set_xlabel("FLOPs of one answer")
     axes.set_ylabel("accuracy, %")
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     return figure
 
 
 def differences_by_subject(results: Results) -> Figure:
+    """Difference of each arm from the reference arm, by subject."""
     rows = results["differences"]
     subjects = [s for s in dict.fromkeys(row["subject"] for row in rows) if s]
     names = list(dict.fromkeys(label(row, results) for row in rows))
     figure, axes = axes_of(7.5, 1.0 + 0.3 * max(1, len(names)) * max(1, len(subjects)) / 1.4)
     for k, subject in enumerate(subjects):
-        own = {label(row, results): row for row in rows if row["subject"] == subject}
-        places = [names.index(name) + 0.22 * (k - (len(subjects) - 1) / 2) for name in own]
-        values = [100 * row["difference"] for row in own.values()]
+        by_name = {label(row, results): row for row in rows if row["subject"] == subject}
+        heights = [names.index(name) + 0.22 * (k - (len(subjects) - 1) / 2) for name in by_name]
+        values = [100 * row["difference"] for row in by_name.values()]
         errors = [
-            [100 * (r["difference"] - r["low"]) for r in own.values()],
-            [100 * (r["high"] - r["difference"]) for r in own.values()],
+            [100 * (r["difference"] - r["low"]) for r in by_name.values()],
+            [100 * (r["high"] - r["difference"]) for r in by_name.values()],
         ]
         axes.errorbar(
-            values, places, xerr=errors, fmt="o", markersize=4, linewidth=1.3, color=_COLOURS[k], label=subject
+            values, heights, xerr=errors, fmt="o", markersize=4, linewidth=1.3, color=_COLOURS[k], label=subject
         )
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
@@ -158,6 +164,7 @@ def differences_by_subject(results: Results) -> Figure:
 
 
 def answer_agreement(results: Results) -> Figure:
+    """Heat map of how often two systems choose the same option."""
     names = [
         label(dict(zip(("student", "arm", "adapter"), key, strict=True)), results)
         for key in results["agreement"]["names"]

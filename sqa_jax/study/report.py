@@ -1,35 +1,51 @@
-"""`report.md` and a self-contained `report.html` from `results.json`; one context, two templates."""
+"""Renders results.json as report.md and as a self-contained report.html: one context, two templates."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from sqa_jax.agent import report as agent_report
 from sqa_jax.files import atomic_write
 from sqa_jax.metrics.leaderboard import COLUMNS
 from sqa_jax.reporting.format import cell, count, duration, money, percent, points
 from sqa_jax.reporting.plot_style import svg
+from sqa_jax.reporting.tables import markdown_table
 from sqa_jax.study.matrix import NO_ADAPTER
 from sqa_jax.study.plots import PLOTS, label
 
-Results = dict[str, Any]
+Results = dict[str, Any]  # the content of results.json
+Table = tuple[str, list[str], list[list[str]]]  # name, header, rows
 
 
 def write_report(results: Results, root: Path) -> None:
     """Writes report.md with plots/*.svg beside it, and report.html, which needs no other file."""
-    import jinja2
-
-    drawn = (
-        {name: (title, svg(draw(results))) for name, (title, draw) in PLOTS.items()}
-        if any(row["seeds"] for row in results["systems"])
-        else {}
-    )
+    figures: dict[str, tuple[str, str]] = {}  # (title, SVG)
+    if any(row["seeds"] for row in results["systems"]):
+        figures = {name: (title, svg(draw(results))) for name, (title, draw) in PLOTS.items()}
     if agent := results.get("agent"):
-        drawn["agent"] = ("Accuracy against cost, with tools", svg(agent_report.accuracy_against_cost(agent)))
-    for name, (_, text) in drawn.items():
+        figures["agent"] = ("Accuracy against cost, with tools", svg(agent_report.accuracy_against_cost(agent)))
+    for name, (_, text) in figures.items():
         with atomic_write(root / "plots" / f"{name}.svg") as file:
             file.write(text)
+    context = {
+        "r": results,
+        "plots": {name: figure for name, figure in figures.items() if name != "agent"},
+        "agent_plot": figures.get("agent"),
+        "tables": _tables(results),
+        "markdown_table": markdown_table,
+        "verdicts": verdicts(results),
+        "label": lambda row: label(row, results),
+    }
+    environment = _environment()
+    for name in ("report.md", "report.html"):
+        with atomic_write(root / name) as file:
+            file.write(environment.get_template(f"{name}.j2").render(context))
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sqa_jax.study"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -39,32 +55,18 @@ def write_report(results: Results, root: Path) -> None:
         keep_trailing_newline=True,
     )
     environment.filters |= {"count": count, "money": money, "percent": percent, "cell": cell}
+    return environment
+
+
+def _tables(results: Results) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """(header, rows) by name."""
     tables = [
-        leaderboard(results),
-        hypothesis_table(results),
-        difference_table(results),
-        adapter_table(results),
-        cost_table(results),
-        benchmark_table(results),
-        explanation_table(results),
-        published_table(results),
-    ]
-    if agent:
+        leaderboard(results), hypothesis_table(results), difference_table(results), adapter_table(results),
+        cost_table(results), benchmark_table(results), explanation_table(results), published_table(results),
+    ]  # fmt: skip
+    if agent := results.get("agent"):
         tables += [(f"agent_{name}", *table) for name, table in agent_report.tables(agent).items()]
-    context = {
-        "r": results,
-        "plots": {name: plot for name, plot in drawn.items() if name != "agent"},
-        "agent_plot": drawn.get("agent"),
-        "tables": {name: (header, rows) for name, header, rows in tables},
-        "verdicts": verdicts(results),
-        "label": lambda row: label(row, results),
-    }
-    for name in ("report.md", "report.html"):
-        with atomic_write(root / name) as file:
-            file.write(environment.get_template(f"{name}.j2").render(context))
-
-
-Table = tuple[str, list[str], list[list[str]]]
+    return {name: (header, rows) for name, header, rows in tables}
 
 
 def leaderboard(results: Results) -> Table:
@@ -94,25 +96,18 @@ def leaderboard(results: Results) -> Table:
 def hypothesis_table(results: Results) -> Table:
     rows = []
     for row in results["hypotheses"]:
-        tested = row["verdict"] != "not tested"
-        rows.append(
-            [
-                row["name"], label({**row, "arm": f"{row['second']} − {row['first']}"}, results), row["verdict"],
-                *([points(row["difference"]), f"{points(row['low'])} to {points(row['high'])}", f"{row['p']:.2g}", f"{row['adjusted_p']:.2g}",
-                   ", ".join(points(d) for d in row["by_seed"]), f"{100 * row['smallest']:.1f}"] if tested else ["–"] * 6),
-            ]
-        )  # fmt: skip
+        measured = ["–"] * 6
+        if row["verdict"] != "not tested":
+            measured = [
+                points(row["difference"]), f"{points(row['low'])} to {points(row['high'])}", f"{row['p']:.2g}",
+                f"{row['adjusted_p']:.2g}", ", ".join(map(points, row["by_seed"])), f"{100 * row['smallest']:.1f}",
+            ]  # fmt: skip
+        arms = {**row, "arm": f"{row['second']} − {row['first']}"}
+        rows.append([row["name"], label(arms, results), row["verdict"], *measured])
     header = [
-        "hypothesis",
-        "comparison",
-        "verdict",
-        "difference",
-        "95 % interval",
-        "p",
-        "p, Holm",
-        "by seed",
-        "smallest visible",
-    ]
+        "hypothesis", "comparison", "verdict", "difference", "95 % interval", "p", "p, Holm", "by seed",
+        "minimum detectable",
+    ]  # fmt: skip
     return "hypotheses", header, rows
 
 
@@ -159,7 +154,7 @@ def cost_table(results: Results) -> Table:
                 f"{training['flops']:.2g}" if training else "0",
                 duration(training["seconds"]) if training else "0 s",
                 money(training["seconds"] / 3600 * hourly) if training and hourly else "–",
-                f"{inference['tokens_read']:.0f} read, {inference['tokens_written']:.0f} written",
+                f"{inference['tokens_read']:.0f} prompt, {inference['tokens_written']:.0f} generated",
                 f"{inference['flops']:.2g}",
                 duration(row["evaluation_seconds"]),
             ]
@@ -192,35 +187,28 @@ def benchmark_table(results: Results) -> Table:
 
 
 def explanation_table(results: Results) -> Table:
-    made = results["explanations"]["rows"]
-    names = list(made[0]["scores"]) if made else []
-    rows = [[row["system"], str(row["n"]), *(cell(row["scores"][name]) for name in names)] for row in made]
+    scored = results["explanations"]["rows"]
+    names = list(scored[0]["scores"]) if scored else []
+    rows = [[row["system"], str(row["n"]), *(cell(row["scores"][name]) for name in names)] for row in scored]
     return "explanations", ["explanations of", "n", *names], rows
 
 
 def published_table(results: Results) -> Table:
-    """The published leaderboard, with this study's systems in their places."""
-    known = [(row["accuracy"], row["system"], row["source"]) for row in results["published"]]
+    """The published leaderboard with this study's systems, by accuracy."""
+    published = [(row["accuracy"], row["system"], row["source"]) for row in results["published"]]
     n = results["data"]["test"]["AVG"]
-    own = [
+    measured = [
         (row["columns"]["AVG"], label(row, results), f"this study, {n:,} questions")
         for row in results["systems"]
         if row["seeds"]
     ]
-    rows = [[system, percent(accuracy), source] for accuracy, system, source in sorted(known + own, reverse=True)]
+    rows = [
+        [system, percent(accuracy), source] for accuracy, system, source in sorted(published + measured, reverse=True)
+    ]
     return "published", ["system", "AVG", "source"], rows
 
 
 def verdicts(results: Results) -> list[dict[str, str]]:
-    """Each verdict as a sentence."""
-    return [
-        {
-            "name": row["name"],
-            "statement": row["statement"],
-            "verdict": row["verdict"],
-            "why": row["why"],
-            "adapter": row["adapter"],
-            "student": row["student"],
-        }
-        for row in results["hypotheses"]
-    ]
+    """The verdict on each hypothesis, without its numbers."""
+    fields = ("name", "statement", "verdict", "why", "adapter", "student")
+    return [{field: row[field] for field in fields} for row in results["hypotheses"]]

@@ -309,7 +309,7 @@ def test_verdicts(hypothesis, difference, low, high, p, word):
     assert said == word
     assert f"teacher_cot − golden = {100 * difference:+.1f} points" in why and "n = 400" in why
     assert f"p = {p:.2g}" in why and f"{100 * low:+.1f} to {100 * high:+.1f}" in why
-    assert ("a difference below 4.3 points would often go unseen" in why) == (word == "undecided")
+    assert ("a difference below 4.3 points would often go undetected" in why) == (word == "undecided")
 
 
 def test_every_hypothesis_compares_two_arms_that_exist():

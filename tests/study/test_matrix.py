@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,10 @@ import pytest
 from configs.study_test import get_config
 from sqa_jax.data.sources import load_problems
 from sqa_jax.errors import UserError
-from sqa_jax.study.matrix import Run, check, run_config, runs_of, student_name
+from sqa_jax.study.check import check_study
+from sqa_jax.study.matrix import StudyRun, config_of_run, student_name, study_runs
 from sqa_jax.teach.recorded_models import existing_models
+from tests.support.verbs import run_verb
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_every_cell_is_one_run():
         study__students=("random:tiny", "a/b.gguf"), study__arms=("zero_shot", "golden", "zero_shot_lecture", "mistakes"),
         study__adapters=("lora", "prefix", "lora+prompt", "full"), study__seeds=(3, 1),
     )  # fmt: skip
-    runs = runs_of(config)
+    runs = study_runs(config)
     assert len(set(runs)) == len(runs) == 2 * (2 + 2 * 4 * 2)
     bare = [run for run in runs if not run.trained]
     assert {(run.arm, run.adapter, run.seed) for run in bare} == {
@@ -67,18 +67,18 @@ def test_settings_of_a_run():
         study__adapters=("lora", "lora+prompt"), study__arms=("zero_shot", "golden", "teacher_answer", "teacher_cot"),
         study__overrides=("teacher_cot train.epochs=2.5", "lora+prompt optimizer.learning_rate=3e-3", "random-tiny recipe.answer=text"),
     )  # fmt: skip
-    own = run_config(config, Run("random:tiny", "teacher_cot", "lora+prompt", 7))
+    own = config_of_run(config, StudyRun("random:tiny", "teacher_cot", "lora+prompt", 7))
     assert (own.recipe.arm, own.seed, own.student.path, own.adapter.methods) == (
         "teacher_cot", 7, "random:tiny", ("lora", "prompt"),
     )  # fmt: skip
     assert (own.train.epochs, own.optimizer.learning_rate, own.recipe.answer) == (2.5, 3e-3, "text")
-    other = run_config(config, Run("random:tiny", "golden", "lora", 7))
+    other = config_of_run(config, StudyRun("random:tiny", "golden", "lora", 7))
     assert (other.train.epochs, other.optimizer.learning_rate) == (config.train.epochs, config.optimizer.learning_rate)
     assert own.recipe.require == other.recipe.require == ("solution", "reasoning"), "all arms, the same questions"
-    bare = run_config(config, Run("random:tiny", "zero_shot", "none", 0))
+    bare = config_of_run(config, StudyRun("random:tiny", "zero_shot", "none", 0))
     assert (bare.eval.checkpoint, bare.recipe.arm, bare.recipe.require) == ("none", "golden_answer_only", ())
     config.study.same_questions = False
-    assert run_config(config, Run("random:tiny", "golden", "lora", 7)).recipe.require == ()
+    assert config_of_run(config, StudyRun("random:tiny", "golden", "lora", 7)).recipe.require == ()
     assert config.recipe.arm == "golden" and config.seed == 0, "the study's own settings stay as they are"
 
 
@@ -102,7 +102,7 @@ FAULTS = [
     ({"study__equal": "steps"}, "config.study.equal is 'steps'; choose tokens or epochs"),
     ({"study__arms": ("teacher_answer",)}, "config.study.reference is 'golden', which is no trained arm of config.study.arms"),
     ({"study__reference": "zero_shot"}, "config.study.reference is 'zero_shot'"),
-    ({"study__students": ("a/x.gguf", "b/x.gguf")}, "gives the names ['x', 'x']; each must be one of its own"),
+    ({"study__students": ("a/x.gguf", "b/x.gguf")}, "gives the names ['x', 'x']; each must be different"),
     ({"student__path": ""}, "config.study.students (or config.student.path)"),
     ({"study__students": ("random:tiny", "no/such/place")}, "no/such/place: no such model directory"),
     ({"eval__folder": "mine"}, "a study names the folders itself"),
@@ -128,7 +128,7 @@ FAULTS = [
 def test_what_cannot_be_studied_is_refused_in_one_line(problems, change, words):
     config = configuration(**change)
     with pytest.raises(UserError, match=re.escape(words)) as caught:
-        check(config, runs_of(config), problems)
+        check_study(config, study_runs(config), problems)
     assert "\n" not in str(caught.value)
 
 
@@ -145,17 +145,17 @@ def replies_in(path, rows):
 def test_replies_are_checked_before_anything_runs(problems, tmp_path, capsys):
     first, second = [p.pid for p in problems.split("train")[:2]]
     config = configuration(study__arms=("golden", "teacher_answer"), data__train_limit=0, study__benchmark=())
-    runs = runs_of(config)
+    runs = study_runs(config)
     config.data.teacher = replies_in(tmp_path / "twice.jsonl", [reply(first), reply(second), reply(first)])
     with pytest.raises(UserError, match=rf"twice.jsonl: replies 1 and 3 are both for question {first} .*remove one"):
-        check(config, runs, problems)
+        check_study(config, runs, problems)
     config.data.teacher = replies_in(tmp_path / "strange.jsonl", [reply("x1"), reply("x2")])
     with pytest.raises(
         UserError, match=r"strange.jsonl: its 2 replies are for questions that are not in the data \(first x1\)"
     ):
-        check(config, runs, problems)
+        check_study(config, runs, problems)
     config.data.teacher = replies_in(tmp_path / "some.jsonl", [reply(first), reply("x1"), reply(second)])
-    assert check(config, runs, problems) == {"golden": 2, "teacher_answer": 2}
+    assert check_study(config, runs, problems) == {"golden": 2, "teacher_answer": 2}
     assert "some.jsonl: 1 of 3 replies are for questions that are not in the data (first x1)" in capsys.readouterr().out
     config.study.benchmark = (str(tmp_path / "strange.jsonl"),)
     with pytest.raises(UserError, match="strange.jsonl"):
@@ -170,7 +170,7 @@ def test_an_arm_without_usable_replies_says_what_it_lacks(problems, tmp_path):
     )
     words = r"arm teacher_answer has no training example \(.*teacher's solution: empty: 1; .*: malformed: 1|: malformed: 1.*: empty: 1"
     with pytest.raises(UserError, match=words):
-        check(config, runs_of(config), problems)
+        check_study(config, study_runs(config), problems)
 
 
 def test_an_arm_may_have_a_teacher_of_its_own(problems, tmp_path):
@@ -180,15 +180,15 @@ def test_an_arm_may_have_a_teacher_of_its_own(problems, tmp_path):
         study__arms=("golden", "teacher_answer"), study__same_questions=False, data__train_limit=0, data__teacher=(),
         study__overrides=(f"teacher_answer data.teacher={own!r}",),
     )  # fmt: skip
-    assert check(config, runs_of(config), problems) == {"golden": 1400, "teacher_answer": 1}
+    assert check_study(config, study_runs(config), problems) == {"golden": 1400, "teacher_answer": 1}
 
 
 def test_only_questions_that_all_can_use_are_counted(problems):
     config = configuration(study__arms=("golden", "teacher_answer", "teacher_cot", "mistakes"), data__train_limit=200)
-    used = check(config, runs_of(config), problems)
+    used = check_study(config, study_runs(config), problems)
     assert len(set(used.values())) == 1 and 100 < used["golden"] < 200
     config.study.same_questions = False
-    loose = check(config, runs_of(config), problems)
+    loose = check_study(config, study_runs(config), problems)
     assert loose["golden"] == 200 and loose["teacher_cot"] > used["teacher_cot"]
 
 
@@ -197,7 +197,7 @@ def test_a_question_may_not_be_in_two_splits_that_are_used(problems):
     mixed = dataclasses.replace(problems, splits={**problems.splits, "test": (*test[:5], train[3])})
     config = configuration()
     with pytest.raises(UserError, match=rf"split 'train' shares 1 questions \(first {train[3].pid}\) with 'test'"):
-        check(config, runs_of(config), mixed)
+        check_study(config, study_runs(config), mixed)
 
 
 @pytest.mark.parametrize(
@@ -208,21 +208,12 @@ def test_a_question_may_not_be_in_two_splits_that_are_used(problems):
     ],
 )
 def test_the_command_line_says_it_in_one_line(tmp_path, flag, words):
-    command = [
-        sys.executable,
-        "-m",
-        "sqa_jax.study",
-        "--config",
-        "configs/study_test.py",
-        "--workdir",
-        str(tmp_path / "w"),
-    ]
-    result = subprocess.run([*command, flag], capture_output=True, text=True)
+    result = run_verb("study", "--config", "configs/study_test.py", "--workdir", tmp_path / "w", flag)
     assert result.returncode == 2 and words in result.stderr, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and not (tmp_path / "w").exists()
 
 
 def test_help_tells_what_is_read_and_written():
-    result = subprocess.run([sys.executable, "-m", "sqa_jax.study", "--help"], capture_output=True, text=True)
+    result = run_verb("study", "--help")
     assert result.returncode == 0
     assert all(word in result.stdout for word in ("Reads:", "Writes:", "Example", "--config", "--workdir"))

@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from configs.study_test import get_config
 from sqa_jax.errors import UserError
-from sqa_jax.study.__main__ import study
 from sqa_jax.study.execute import Interrupted
 from sqa_jax.study.hypotheses import HYPOTHESES
+from sqa_jax.study.run import run_study
+from tests.support.verbs import run_verb
 
 VERDICTS = ("supported", "contradicted", "undecided")
 
@@ -60,11 +59,9 @@ def small(questions, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
-    """(workdir, configuration, results) of every arm with one seed, run as a user runs it."""
+    """(workdir, configuration, results) of every arm with one seed, as the verb runs it."""
     root = tmp_path_factory.mktemp("whole")
-    command = [sys.executable, "-m", "sqa_jax.study", "--config", "configs/study_test.py", "--workdir", str(root)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    result = subprocess.run([*command, *small.flags], capture_output=True, text=True, env=environment)
+    result = run_verb("study", "--config", "configs/study_test.py", "--workdir", root, *small.flags)
     assert result.returncode == 0, result.stderr
     return root, small(), read_json(root / "results.json")
 
@@ -78,7 +75,7 @@ def grown(whole, small):
         study__seeds=(0, 1),
         study__resample="questions_and_seeds",
     )
-    return root, config, study(config, str(root), "the command")
+    return root, config, run_study(config, str(root), "the command")
 
 
 def read(path: Path) -> list[dict]:
@@ -195,7 +192,7 @@ def test_the_same_command_only_makes_the_report(grown, monkeypatch):
     (root / "report.md").unlink()
     monkeypatch.setattr("sqa_jax.training.loop.train", forbid)
     monkeypatch.setattr("sqa_jax.evaluation.evaluate.evaluate", forbid)
-    assert study(config, str(root), "the command") == results
+    assert run_study(config, str(root), "the command") == results
     assert tree(root / "runs") == before and (root / "report.md").read_text() == report
 
 
@@ -216,7 +213,7 @@ def test_other_settings_in_the_same_place_are_refused(whole, small, monkeypatch,
     before = tree(root)
     monkeypatch.setattr("sqa_jax.training.loop.train", forbid)
     with pytest.raises(UserError, match=rf"was made with other settings \({words}.*choose another --workdir") as caught:
-        study(small(**change), str(root))
+        run_study(small(**change), str(root))
     assert "\n" not in str(caught.value) and tree(root) == before
 
 
@@ -228,7 +225,7 @@ def test_settings_that_change_no_result_are_free(whole, small, questions, monkey
     monkeypatch.setattr("sqa_jax.training.loop.train", forbid)
     monkeypatch.setattr("sqa_jax.evaluation.evaluate.evaluate", forbid)
     config = small(data__teacher=(str(copy),), data__cache=str(tmp_path), train__save_every=7, train__stop_after=3)
-    assert study(config, str(root), "the command")["systems"] == results["systems"]
+    assert run_study(config, str(root), "the command")["systems"] == results["systems"]
 
 
 # ---- mishaps
@@ -266,14 +263,14 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
     for step, done in ((1, False), (steps, True)):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(Reporter, "step", term_at(step))
-            study(config, str(tmp_path))
+            run_study(config, str(tmp_path))
         assert signal.getsignal(signal.SIGTERM) is handler
         assert (golden / "train.json").exists() == done and (golden / "checkpoints" / "last").is_dir()
         assert not (golden / "eval").exists() and not teacher.exists() and not (tmp_path / "results.json").exists()
     trained = (golden / "metrics.jsonl").read_text()
 
     with pytest.raises(UserError, match="was made with other settings .optimizer.b1 was 0.9 and is 0.8"):
-        study(small(study__arms=("golden",), study__explanations=0, optimizer__b1=0.8), str(tmp_path))
+        run_study(small(study__arms=("golden",), study__explanations=0, optimizer__b1=0.8), str(tmp_path))
 
     # Killed when five questions are answered.
     def killed(config, runtime, images, make=make_answerer):
@@ -287,7 +284,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sqa_jax.evaluation.evaluate, "make_answerer", killed)
-        study(config, str(tmp_path))
+        run_study(config, str(tmp_path))
     (partial,) = (golden / "eval" / "test").glob("partial-*.jsonl")
     assert len(read(partial)) == 5
 
@@ -299,7 +296,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
 
     with monkeypatch.context() as patch:
         patch.setattr(sqa_jax.evaluation.evaluate, "evaluate", broken)
-        results = study(config, str(tmp_path))
+        results = run_study(config, str(tmp_path))
     assert (golden / "metrics.jsonl").read_text() == trained, "what was trained is not trained again"
     assert [run["status"] for run in results["runs"]] == ["finished", "failed"]
     assert results["runs"][1]["error"] == "RuntimeError: the device is on fire"
@@ -312,7 +309,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
 
     # Started again, it ends with the uninterrupted study's numbers.
     trained = (teacher / "metrics.jsonl").read_text()
-    results = study(config, str(tmp_path))
+    results = run_study(config, str(tmp_path))
     assert (teacher / "metrics.jsonl").read_text() == trained
     assert [run["status"] for run in results["runs"]] == ["finished"] * 2 and not (teacher / "error.txt").exists()
     for folder in (golden, teacher):
@@ -349,7 +346,7 @@ def test_a_failing_arm_is_reported_and_tried_again(whole, small, tmp_path, monke
 
     monkeypatch.setattr("sqa_jax.training.loop.train", counted)
     for start in (1, 2):
-        results = study(config, str(tmp_path / "study"))
+        results = run_study(config, str(tmp_path / "study"))
         assert asked == ["mistakes"] * start
         assert [run["status"] for run in results["runs"]] == ["finished", "finished", "failed"]
         error = results["runs"][2]["error"]
@@ -365,7 +362,7 @@ def test_a_failing_arm_is_reported_and_tried_again(whole, small, tmp_path, monke
 
 def test_a_study_of_which_everything_fails_has_a_report(small, tmp_path):
     config = small(student__path="random:huge", study__arms=("zero_shot", "golden", "teacher_answer"))
-    results = study(config, str(tmp_path))
+    results = run_study(config, str(tmp_path))
     assert {(run["status"], "random:huge: choose one of" in run["error"]) for run in results["runs"]} == {
         ("failed", True)
     }

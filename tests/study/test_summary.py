@@ -10,8 +10,10 @@ import pytest
 
 from sqa_jax.data.problem import ImageFile, Problem
 from sqa_jax.metrics.paired_tests import holm
-from sqa_jax.study import summary
-from sqa_jax.study.matrix import Run
+from sqa_jax.study.comparisons import adapter_differences, agreement, arm_differences, hypothesis_tests
+from sqa_jax.study.matrix import StudyRun
+from sqa_jax.study.summary import example_questions
+from sqa_jax.study.systems import System, load_systems, summarize_system
 
 IMAGE = ImageFile("none", bytes)
 PROBLEMS = [
@@ -27,20 +29,18 @@ def made(right, seeds=None, failed=()):
     right = np.atleast_2d(np.asarray(right, float))
     answers = np.where(right > 0, [p.answer for p in PROBLEMS], [1 - p.answer for p in PROBLEMS])
     seeds = range(len(right)) if seeds is None else seeds
-    return summary.System(right, answers, [{"seed": seed} for seed in seeds], list(failed))
+    return System(right, answers, [{"seed": seed} for seed in seeds], list(failed))
 
 
 def some(rng, share, seeds=1):
     return (rng.random((seeds, len(PROBLEMS))) < share).astype(float)
 
 
-NOTHING = summary.System(np.zeros((0, 40)), np.zeros((0, 40), int), [], [(0, "out of memory"), (1, "loss nan")])
+NOTHING = System(np.zeros((0, 40)), np.zeros((0, 40), int), [], [(0, "out of memory"), (1, "loss nan")])
 
 
 def hypotheses(systems, over_seeds=False):
-    rows = summary.test_hypotheses(
-        {("s", arm, "lora"): system for arm, system in systems.items()}, PROBLEMS, over_seeds
-    )
+    rows = hypothesis_tests({("s", arm, "lora"): system for arm, system in systems.items()}, PROBLEMS, over_seeds)
     return {row["name"]: row for row in rows}
 
 
@@ -64,7 +64,7 @@ def test_every_adapter_and_student_is_a_family_member():
         for student in ("s", "t") for adapter in ("lora", "prefix") for arm in ("golden", "teacher_answer")
     }  # fmt: skip
     systems["s", "zero_shot", "none"] = made(some(rng, 0.5))
-    rows = [row for row in summary.test_hypotheses(systems, PROBLEMS, False) if row["name"] == "H3.1"]
+    rows = [row for row in hypothesis_tests(systems, PROBLEMS, False) if row["name"] == "H3.1"]
     assert [(row["student"], row["adapter"]) for row in rows] == [
         ("s", "lora"), ("s", "prefix"), ("t", "lora"), ("t", "prefix"),
     ]  # fmt: skip
@@ -79,14 +79,14 @@ def test_soft_prompts_are_a_hypothesis_of_students_that_see():
     for system in seen.values():
         system.records[0]["sees"] = True
     pictured = [dataclasses.replace(p, image=IMAGE if k % 4 == 0 else None) for k, p in enumerate(PROBLEMS)]
-    rows = [row for row in summary.test_hypotheses({**seen, **blind}, pictured, False) if row["soft"]]
+    rows = [row for row in hypothesis_tests({**seen, **blind}, pictured, False) if row["soft"]]
     assert {(row["student"], row["adapter"]) for row in rows} == {("v", "prompt")}
     by_name = {row["name"]: row for row in rows}
     first, second = seen["v", "zero_shot", "none"].correct, seen["v", "golden", "prompt"].correct
     assert by_name["H2"]["difference"] == pytest.approx(second.mean() - first.mean())
     assert by_name["H2, images"]["difference"] == pytest.approx(second[:, ::4].mean() - first[:, ::4].mean())
     assert by_name["H2, images"]["n"] == 10 and by_name["H2, teacher"]["verdict"] == "not tested"
-    found = {(r["adapter"], r["minus"], r["questions"]): r for r in summary.adapter_differences(seen, pictured, False)}
+    found = {(r["adapter"], r["minus"], r["questions"]): r for r in adapter_differences(seen, pictured, False)}
     assert set(found) == {
         (adapter, minus, questions)
         for adapter, minus in (("prompt", "none"), ("lora", "none"), ("lora", "prompt"))
@@ -129,7 +129,7 @@ def test_differences_are_to_the_reference_of_the_same_adapter_and_by_subject():
         },
         ("s", "teacher_cot", "lora"): NOTHING,
     }
-    rows = summary.differences(systems, PROBLEMS, "golden", True)
+    rows = arm_differences(systems, PROBLEMS, "golden", True)
     assert {(row["arm"], row["adapter"]) for row in rows} == {
         ("zero_shot", "none"),
         ("mistakes", "lora"),
@@ -147,9 +147,7 @@ def test_differences_are_to_the_reference_of_the_same_adapter_and_by_subject():
 def test_agreement_counts_equal_options():
     right, other = np.ones((1, 40)), np.ones((1, 40))
     other[0, :10] = 0
-    found = summary.agreement(
-        {("s", "a", "lora"): made(right), ("s", "b", "lora"): made(other), ("s", "c", "lora"): NOTHING}
-    )
+    found = agreement({("s", "a", "lora"): made(right), ("s", "b", "lora"): made(other), ("s", "c", "lora"): NOTHING})
     assert [name[1] for name in found["names"]] == ["a", "b"]
     assert found["share"] == [[1.0, 0.75], [0.75, 1.0]]
 
@@ -163,24 +161,24 @@ def write_run(root, run, answers):
 
 def test_runs_become_systems_and_examples_are_of_a_seed_that_finished(tmp_path):
     """The first seed failed: what is shown of the arm is the second's."""
-    runs = [Run("random:tiny", "golden", "lora", seed) for seed in (0, 1)]
+    runs = [StudyRun("random:tiny", "golden", "lora", seed) for seed in (0, 1)]
     write_run(tmp_path, runs[1], [p.answer if k < 30 else None for k, p in enumerate(PROBLEMS)])
     records = [{"status": "failed", "error": "loss nan", "seed": 0}, {"status": "finished", "seed": 1}]
-    systems = summary.collect(runs, records, tmp_path, PROBLEMS, "test")
+    systems = load_systems(runs, records, tmp_path, PROBLEMS, "test")
     system = systems["random-tiny", "golden", "lora"]
     assert system.correct.shape == (1, 40) and system.correct.sum() == 30 and system.failed == [(0, "loss nan")]
     assert (system.answers[0, 30:] == -1).all()
-    shown = summary.examples(systems, runs, tmp_path, PROBLEMS, "test")
+    shown = example_questions(systems, runs, tmp_path, PROBLEMS, "test")
     assert shown and all(reply["text"] == "seed 1" for row in shown for reply in row["replies"])
     assert {row["replies"][0]["right"] for row in shown} == {True, False}
 
 
 def test_a_study_of_which_everything_failed_has_tables(tmp_path):
-    runs = [Run("random:tiny", "golden", "lora", 0)]
-    systems = summary.collect(runs, [{"status": "failed", "error": "no", "seed": 0}], tmp_path, PROBLEMS, "test")
+    runs = [StudyRun("random:tiny", "golden", "lora", 0)]
+    systems = load_systems(runs, [{"status": "failed", "error": "no", "seed": 0}], tmp_path, PROBLEMS, "test")
     (key,) = systems
-    assert summary.summarize_system(key, systems[key], PROBLEMS, False)["failed"] == [(0, "no")]
-    assert all(row["verdict"] == "not tested" for row in summary.test_hypotheses(systems, PROBLEMS, False))
-    assert summary.examples(systems, runs, tmp_path, PROBLEMS, "test") == []
-    assert summary.agreement(systems) == {"names": [], "share": []}
-    assert summary.differences(systems, PROBLEMS, "golden", False) == []
+    assert summarize_system(key, systems[key], PROBLEMS, False)["failed"] == [(0, "no")]
+    assert all(row["verdict"] == "not tested" for row in hypothesis_tests(systems, PROBLEMS, False))
+    assert example_questions(systems, runs, tmp_path, PROBLEMS, "test") == []
+    assert agreement(systems) == {"names": [], "share": []}
+    assert arm_differences(systems, PROBLEMS, "golden", False) == []
