@@ -50,7 +50,7 @@ def section(results: Results) -> str:
         f"from the length of the texts). On the Pareto front of accuracy and price: {', '.join(results['pareto']) or 'unknown'}.",
         "![Accuracy against cost](plots/accuracy_against_cost.svg)",
         markdown_table(*comparisons_table(results)) if results["comparisons"] else "",
-        "*p, Holm*: McNemar's exact test, corrected over this table. *Smallest visible*: the difference that so many "
+        "*p, Holm*: McNemar's exact test, corrected over this table. *Minimum detectable*: the difference that so many "
         "questions show four times in five, in points." if results["comparisons"] else "",
         markdown_table(*calls_table(results)) if results["calls"] else "",
         "*Sensible*: called where there is an image, or a lecture. *Better*, *worse*: the answer turned right, or wrong, "
@@ -101,7 +101,7 @@ def systems_table(results: Results) -> Table:
 
 
 def comparisons_table(results: Results) -> Table:
-    header = ["comparison", "n", "points", "95 % interval", "p", "p, Holm", "smallest visible"]
+    header = ["comparison", "n", "points", "95 % interval", "p", "p, Holm", "minimum detectable"]
     rows = [
         [
             f"{row['second']} − {row['first']}", str(row["n"]), points(row["difference"]),
