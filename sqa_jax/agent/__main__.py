@@ -18,6 +18,7 @@ Examples:
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 

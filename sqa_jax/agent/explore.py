@@ -1,7 +1,7 @@
-"""What a student would answer after every sequence of calls, and what follows: thresholds, the oracle, traces.
+"""Exploration: a student's answer after every sequence of calls, from which thresholds, oracle and traces follow.
 
-Each order of all the tools is one conversation, weighed at every turn; what it says before the first call, after one,
-after two, is what the student would say had it stopped there.
+Each order of all the tools is one episode, scored at every turn; its scores before the first call, after one call and
+after two are the student's answers had it stopped there.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from sqa_jax.agent.policies import decide
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 
-MOST_ORDERS = 6
-_GRID = 25  # thresholds that are tried for each tool
+MAX_ORDERS = 6
+_GRID = 25  # candidate thresholds of each tool
 
 
 class State(NamedTuple):
-    """What the student weighed after a sequence of calls.
+    """The student's scores after a sequence of calls.
 
     Attributes:
       answers: log-likelihood of each option.
@@ -36,39 +36,39 @@ class State(NamedTuple):
         return int(np.argmax(self.answers))
 
     def probability(self, option: int) -> float:
-        """Of an option, among all of them."""
+        """Probability of an option, among all of them."""
         weights = np.exp(np.asarray(self.answers) - max(self.answers))
         return float(weights[option] / weights.sum())
 
 
-States = dict[tuple[str, ...], State]  # of one question, by the calls that led there
+States = dict[tuple[str, ...], State]  # of one question, by the calls made before
 
 
-def orders(tools: Sequence[str], most_calls: int) -> list[tuple[str, ...]]:
-    """The conversations that visit every state.
+def orders(tools: Sequence[str], max_calls: int) -> list[tuple[str, ...]]:
+    """The orders of calls whose episodes visit every state.
 
     Raises:
       UserError: there are too many.
     """
-    found = list(itertools.permutations(tools, min(most_calls, len(tools))))
-    if len(found) > MOST_ORDERS:
+    permutations = list(itertools.permutations(tools, min(max_calls, len(tools))))
+    if len(permutations) > MAX_ORDERS:
         raise UserError(
-            f"{len(tools)} tools can be called in {len(found)} orders, too many to try all; use fewer tools, or leave out "
+            f"{len(tools)} tools can be called in {len(permutations)} orders, too many to try all; use fewer tools, or leave out "
             "oracle and calibration (--config.agent.calibrate=0)"
         )
-    return found
+    return permutations
 
 
-def states_of(runs: Iterable[Mapping[str, Any]]) -> States:
-    """The states that the conversations about one question visited.
+def states_of(rows: Iterable[Mapping[str, Any]]) -> States:
+    """The states that the episodes of one question visited.
 
     Args:
-      runs: a record of each order.
+      rows: one of each order.
     """
     states: States = {}
-    for record in runs:
+    for row in rows:
         calls: tuple[str, ...] = ()
-        for turn in record["turns"]:
+        for turn in row["turns"]:
             if "answers" in turn:
                 states[calls] = State(tuple(turn["answers"]), turn.get("margins", {}))
             else:
@@ -85,13 +85,13 @@ def follow(states: States, thresholds: Mapping[str, float]) -> tuple[str, ...]:
 
 
 def helpful(problem: Problem, states: States) -> tuple[str, ...]:
-    """The oracle: the fewest calls behind which the answer is right, none where it never is."""
+    """The oracle: the fewest calls after which the answer is right, none where it never is."""
     right = [calls for calls, state in states.items() if state.answer == problem.answer]
     return min(right, key=len, default=())
 
 
 def most_helpful(problem: Problem, states: States, gain: float) -> tuple[str, ...]:
-    """The calls behind which the right answer is most probable; a further call has to add `gain` to it.
+    """The calls after which the right answer is most probable; each further call has to add `gain` to it.
 
     As in Toolformer (Schick et al. 2023, arXiv:2302.04761, section 2), where a call is kept that makes what follows
     more probable.
@@ -105,7 +105,7 @@ def most_helpful(problem: Problem, states: States, gain: float) -> tuple[str, ..
 
 
 class Calibration(NamedTuple):
-    """Thresholds, with what they gave on the questions that they were chosen by."""
+    """Thresholds, with their results on the questions that they were chosen on."""
 
     thresholds: dict[str, float]
     accuracy: float
@@ -117,8 +117,8 @@ class Calibration(NamedTuple):
 def calibrate(problems: Sequence[Problem], states: Mapping[str, States], tools: Sequence[str]) -> Calibration:
     """The thresholds of the highest accuracy; of equally accurate ones those with the fewest calls.
 
-    Tried are, for each tool, quantiles of its margins, never and always; tools are searched in turn until nothing
-    changes (coordinate ascent), each start from "never" and "always" alike.
+    Coordinate ascent over a grid for each tool (quantiles of its margins, never and always), started from "never" and
+    from "always".
 
     Args:
       states: by pid.
@@ -127,8 +127,8 @@ def calibrate(problems: Sequence[Problem], states: Mapping[str, States], tools: 
         name: [s.margins[name] for p in problems for s in states[p.pid].values() if name in s.margins] for name in tools
     }
     grids = {
-        name: [float("inf"), *np.quantile(own, np.linspace(1, 0, _GRID)).tolist()] if own else [float("inf")]
-        for name, own in margins.items()
+        name: [float("inf"), *np.quantile(values, np.linspace(1, 0, _GRID)).tolist()] if values else [float("inf")]
+        for name, values in margins.items()
     }
 
     def value(thresholds: Mapping[str, float]) -> tuple[float, float]:
@@ -136,14 +136,14 @@ def calibrate(problems: Sequence[Problem], states: Mapping[str, States], tools: 
         right = sum(states[p.pid][calls].answer == p.answer for p, calls in followed)
         return right / len(problems), -sum(len(calls) for _, calls in followed) / len(problems)
 
-    best, reached = {}, (-1.0, 0.0)
+    best, best_value = {}, (-1.0, 0.0)
     for first in (0, -1):
-        chosen, own = {name: grid[first] for name, grid in grids.items()}, (-1.0, 0.0)
-        while (now := value(chosen)) > own:
-            own = now
+        chosen, reached = {name: grid[first] for name, grid in grids.items()}, (-1.0, 0.0)
+        while (current := value(chosen)) > reached:
+            reached = current
             for name in tools:
                 chosen[name] = max(grids[name], key=lambda t, name=name: value({**chosen, name: t}))
-        if own > reached:
-            best, reached = dict(chosen), own
+        if reached > best_value:
+            best, best_value = dict(chosen), reached
     never = sum(states[p.pid][()].answer == p.answer for p in problems) / len(problems)
-    return Calibration(best, reached[0], never, -reached[1], len(problems))
+    return Calibration(best, best_value[0], never, -best_value[1], len(problems))

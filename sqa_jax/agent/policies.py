@@ -1,10 +1,10 @@
-"""Who decides whether a tool is called: the student, by likelihood or in words, or a plan that is made beforehand."""
+"""Policies: who decides whether a tool is called. The student by likelihood or in text, or a plan made beforehand."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from sqa_jax.data.problem import Problem
 
@@ -14,8 +14,8 @@ class Turn(NamedTuple):
 
     Attributes:
       called: tools that were called, in order.
-      legal: tools that still may be.
-      margins: of each legal tool log p(its call begins) − log p(the answer begins); {} where nothing was weighed.
+      legal: tools that may still be called.
+      margins: of each legal tool log p(start of its call) − log p(start of the answer); {} where nothing was scored.
     """
 
     problem: Problem
@@ -24,21 +24,39 @@ class Turn(NamedTuple):
     margins: Mapping[str, float]
 
 
-class Plan:
-    """Calls what a plan says, in its order, then answers. The student decides nothing.
+class Policy(Protocol):
+    """Decides at each turn of an episode.
 
-    Args:
-      tools_of: the plan of a question.
-      weigh: let the student weigh actions and answers at every turn all the same, for the record.
+    Attributes:
+      scores: the student scores all legal actions and answers at every turn.
+      generates: the student generates text, which is parsed into a call or an answer.
     """
 
-    writes = False
+    @property
+    def scores(self) -> bool: ...
 
-    def __init__(self, tools_of: Callable[[Problem], Sequence[str]], weigh: bool = False):
-        self._tools_of, self.weighs = tools_of, weigh
+    @property
+    def generates(self) -> bool: ...
 
     def next(self, turn: Turn) -> str | None:
         """The tool to call, or None to answer."""
+        ...
+
+
+class Plan:
+    """Calls the tools of a plan in its order, then answers. The student decides nothing.
+
+    Args:
+      tools_of: the plan of a question.
+      score: let the student score actions and answers at every turn all the same, for the record.
+    """
+
+    generates = False
+
+    def __init__(self, tools_of: Callable[[Problem], Sequence[str]], score: bool = False):
+        self._tools_of, self.scores = tools_of, score
+
+    def next(self, turn: Turn) -> str | None:
         return next((name for name in self._tools_of(turn.problem) if name in turn.legal), None)
 
 
@@ -49,7 +67,7 @@ class Constrained:
       thresholds: of each tool, in nats.
     """
 
-    weighs, writes = True, False
+    scores, generates = True, False
 
     def __init__(self, thresholds: Mapping[str, float]):
         self.thresholds = dict(thresholds)
@@ -61,21 +79,21 @@ class Constrained:
 def decide(margins: Mapping[str, float], thresholds: Mapping[str, float]) -> str | None:
     """The tool whose margin exceeds its threshold by most, or None where none does; of equal ones the first."""
     excess = {name: margin - thresholds[name] for name, margin in margins.items()}
-    best = max(excess, key=excess.get, default=None)
+    best = max(excess, key=lambda name: excess[name], default=None)
     return best if best is not None and excess[best] >= 0 else None
 
 
 class Free:
-    """The student writes what it likes, and its text is read."""
+    """The student generates free text, which is parsed into a call or an answer."""
 
-    weighs, writes = False, True
+    scores, generates = False, True
 
     def next(self, turn: Turn) -> str | None:
         return None  # asked only when its turns are used up: then it has to answer
 
 
-def at_random(rates: Mapping[str, float], seed: int) -> Callable[[Problem], list[str]]:
-    """A plan that calls each tool with a probability of its own, as a function of the seed and the question alone."""
+def random_plan(rates: Mapping[str, float], seed: int) -> Callable[[Problem], list[str]]:
+    """A plan that calls each tool with its given probability, a function of the seed and the question alone."""
 
     def tools_of(problem: Problem) -> list[str]:
         draw = random.Random(f"{seed}/{problem.pid}")

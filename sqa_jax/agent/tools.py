@@ -70,7 +70,7 @@ def make_tools(config, problem_set: ProblemSet) -> dict[str, Tool]:
     """
     tools: dict[str, Tool] = {}
     for entry in config.agent.tools:
-        module, _, function = BUILT_IN.get(entry, entry).partition(":")
+        module, _, function = (BUILT_IN.get(entry) or entry).partition(":")
         try:
             make = getattr(importlib.import_module(module), function or "tool")
         except (ImportError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Rows: how what is to be read is dealt to them, and where those of a cache lie."""
+"""Batching helpers of inference: cache shardings, bin packing, rounding of sizes that are compiled for."""
 
 from __future__ import annotations
 
@@ -6,34 +6,43 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sqa_jax.models.decoder_config import StudentConfig
 from sqa_jax.models.layers.kv_cache import Cache
+from sqa_jax.models.student_config import StudentConfig
 from sqa_jax.parallel.mesh import BATCH, batch_sharding
 
 
 def cache_shardings(student: StudentConfig, mesh: Mesh) -> Cache:
-    """A cache's rows over the mesh's data axes, and its key/value heads over `tensor` where that divides them."""
+    """Shardings of a KV cache: batch dimension over the data axes, key/value heads over `tensor` where it divides them.
+
+    Returns:
+      A `Cache` with a sharding in place of each array.
+    """
     heads = "tensor" if student.num_kv_heads % mesh.shape["tensor"] == 0 else None
     keys, rows = NamedSharding(mesh, PartitionSpec(None, BATCH, heads)), batch_sharding(mesh)
-    return Cache(keys, keys, rows, rows)
+    return Cache(keys, keys, rows, rows)  # pyright: ignore[reportArgumentType]
 
 
-def first_fit(sizes: Sequence[int], counts: Sequence[int], length: int, room: int) -> list[list[int]]:
-    """Indices of the sequences of each row, each in exactly one: first fit, largest first (Johnson 1974).
+def first_fit(sizes: Sequence[int], counts: Sequence[int], max_size: int, max_count: int) -> list[list[int]]:
+    """Bin packing by first-fit decreasing (Johnson 1974): the indices of the sequences of each row.
 
     Args:
-      sizes: tokens of each sequence, at most `length`.
-      counts: what each takes of a second, scarce thing, at most `room`.
-      length, room: of a row.
+      sizes: tokens of each sequence, at most `max_size`.
+      counts: what each sequence takes of a second resource, at most `max_count`.
+      max_size, max_count: capacity of a row.
     """
     rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []
+    free: list[tuple[int, int]] = []
     for index in sorted(range(len(sizes)), key=lambda k: -sizes[k]):
         size, count = sizes[index], counts[index]
-        place = next((k for k, (free, spare) in enumerate(left) if free >= size and spare >= count), len(rows))
-        if place == len(rows):
+        row = next((k for k, (tokens, spare) in enumerate(free) if tokens >= size and spare >= count), len(rows))
+        if row == len(rows):
             rows.append([])
-            left.append((length, room))
-        rows[place].append(index)
-        left[place] = (left[place][0] - size, left[place][1] - count)
+            free.append((max_size, max_count))
+        rows[row].append(index)
+        free[row] = (free[row][0] - size, free[row][1] - count)
     return rows
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not less than `size`."""
+    return -(-size // multiple) * multiple

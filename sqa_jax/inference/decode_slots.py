@@ -1,287 +1,357 @@
-"""DecodeSlots in one KV cache: each has a row, which is only ever continued, whatever turn it is at.
+"""Multi-turn decoding in one KV cache with chunked prefill: each slot holds a dialogue, whatever turn it is at.
 
-Two compiled programs do all of it. One reads what each row has to read next and, behind it, weighs continuations as
-branches that leave nothing in the cache; what is long is read in parts, so that rows of all lengths share a step
-(Agrawal et al. 2023, arXiv:2308.16369), and the tokens of all rows lie packed: only attention works row by row. The
-other writes: it continues rows greedily, and pauses when so many have ended that others should take their places.
+Two compiled programs do all of it. One prefills what each slot has pending and scores continuations as masked
+branches after it, which leave nothing in the cache; long input is prefilled in chunks, so that slots of all lengths
+share a step (Agrawal et al. 2023, arXiv:2308.16369). Tokens of all slots are packed: only attention works per slot.
+The other decodes greedily, and pauses when so many slots have ended that others should take their places.
 
-    row 0   q q q q q q  c c r r r r        | a a |  b b b     a question, a call and its result, two continuations
-    row 1   q q q q                         | a | b b
-    row 2   q q q …                                           still reading
+    slot 0   q q q q q q  c c r r r r        | a a |  b b b     a question, a call and its result, two continuations
+    slot 1   q q q q                         | a | b b
+    slot 2   q q q …                                           prefill goes on in the next step
 
-Shapes in comments: B rows, S places of a row, T tokens read in a step, M tokens weighed, N tokens written at most.
+Shapes: B slots, R packed rows (one per data shard) of T tokens and M scored tokens, A slots prefilled in a step with
+at most W tokens each, N new tokens at most; cache shapes as in `sqa_jax.models.layers.kv_cache`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
-from sqa_jax import adapters
-from sqa_jax.inference.batching import cache_shardings
+from sqa_jax.adapters import adapter as adapters
+from sqa_jax.inference.batching import cache_shardings, round_up
 from sqa_jax.inference.generate import trim
-from sqa_jax.inference.likelihood import Choice, layout
-from sqa_jax.inference.prefix_cache import SharedPrefixCache, with_shared_prefix
-from sqa_jax.models.decoder import Decoder
+from sqa_jax.inference.likelihood import BranchedSequence, MultipleChoice, branched_sequence
+from sqa_jax.inference.prefix_cache import PrefixKV, SharedPrefixCache, with_shared_prefix
+from sqa_jax.models.api import StudentModel
 from sqa_jax.models.layers.kv_cache import Cache, PackedToCacheMap, init_cache
 from sqa_jax.models.log_probs import target_log_probs
+from sqa_jax.models.param_spec import ParamTree
 from sqa_jax.parallel.mesh import place_rows, replicated, row_shards
 
-_WIDTHS = (16, 64, 256)  # tokens of a row that a step reads: attention works on so many of each
-_WIDEST, _MOST = 256, 4096  # most of one row where not more must be in one step, and most of all rows
-_EXTENT = 256  # the part of the cache that a step looks at is a multiple of this
+_WIDTHS = (16, 64, 256)  # W that attention is compiled for; above these, multiples of 256
+_MAX_CHUNK = 256  # prefilled tokens of one slot in a step, where one step need not take more
+_MAX_STEP_TOKENS = 4096  # of all slots in a step
+_EXTENT_MULTIPLE = 256  # attention looks at a multiple of so many positions of the cache
 
 
-class _Row(NamedTuple):
-    """A row at the host.
+class _Slot(NamedTuple):
+    """A slot's state on the host.
 
     Attributes:
-      length: tokens of it that are in the cache, the common beginning aside.
-      tokens: to be read.
-      options: to be weighed behind them; None where nothing is asked.
-      text: the token that the row writes on from and what it has written, of which the newest is not read yet.
-      most: tokens that it may write.
+      length: tokens in the cache, without the shared prefix.
+      pending: tokens to prefill.
+      options: continuations to score after them; None where nothing was enqueued.
+      generated: the token that decoding started from and the generated ones; the newest is not in the cache yet.
+      max_new_tokens: tokens that may be generated.
     """
 
     length: int = 0
-    tokens: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
     options: tuple[tuple[int, ...], ...] | None = None
-    text: tuple[int, ...] = ()
-    most: int = 0
+    generated: tuple[int, ...] = ()
+    max_new_tokens: int = 0
+
+
+class _Prefill(NamedTuple):
+    """Packed tokens of a prefill step; see `sqa_jax.inference.likelihood` for branches and targets."""
+
+    tokens: Int[Array, "R T"]
+    positions: Int[Array, "R T"]
+    segments: Int[Array, "R T"]
+    branches: Int[Array, "R T"]
+    target_positions: Int[Array, "R M"]
+    targets: Int[Array, "R M"]
+
+
+class _DecodeInputs(NamedTuple):
+    """What the decode loop starts from: newest token of each slot, tokens it may generate, length in the cache."""
+
+    token: Int[Array, "B"]
+    max_new_tokens: Int[Array, "B"]
+    length: Int[Array, "B"]
 
 
 class DecodeSlots:
-    """DecodeSlots under way at one time.
+    """Slots of one KV cache, each for one dialogue at a time.
 
     Args:
-      settings: `config.adapter`.
-      mesh: rows lie over its data axes, key/value heads over `tensor` where it divides them.
-      rows: how many; rounded up to what the mesh's data axes divide.
-      places: tokens of a conversation at most, the common beginning aside.
-      ends: tokens that end what is written; they are not part of it.
-      most_written: tokens written in one turn at most.
+      adapter_config: `config.adapter`.
+      mesh: slots are sharded over its data axes, key/value heads over `tensor` where it divides them.
+      num_slots: rounded up to a multiple of the data shards.
+      max_tokens: of a dialogue, without the shared prefix.
+      end_ids: tokens that end generated text; they are not part of it.
+      max_new_tokens: tokens generated in one turn at most.
     """
 
     def __init__(
-        self, settings, decoder: Decoder, mesh: Mesh, rows: int, places: int, ends: Sequence[int], most_written: int
+        self,
+        adapter_config,
+        decoder: StudentModel,
+        mesh: Mesh,
+        num_slots: int,
+        max_tokens: int,
+        end_ids: Sequence[int],
+        max_new_tokens: int,
     ):
-        self.settings, self.mesh, self.places = settings, mesh, places
+        self.adapter_config, self.mesh, self.max_tokens = adapter_config, mesh, max_tokens
         self.decoder = decoder.clone(fused=None)
-        self.ends, self.most_written = tuple(ends), most_written
-        shards = row_shards(mesh)
-        self.rows = -(-rows // shards) * shards
-        cache, seen = cache_shardings(decoder.config, mesh), replicated(mesh)
-        self._beginning = SharedPrefixCache(settings, decoder, mesh)
-        self._empty = jax.jit(self._make_empty, out_shardings=cache)
-        self._read = jax.jit(self._read_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, seen))
-        self._write = jax.jit(
-            self._write_rows, static_argnames="extent", donate_argnums=3, out_shardings=(cache, (seen, seen, seen))
+        self.end_ids, self.max_new_tokens = tuple(end_ids), max_new_tokens
+        self.num_slots = round_up(num_slots, row_shards(mesh))
+        self.shared_prefix_length = 0  # tokens; set by `start`
+        cache, on_host = cache_shardings(decoder.config, mesh), replicated(mesh)
+        self._shared_prefix_cache = SharedPrefixCache(adapter_config, decoder, mesh)
+        self._init_cache = jax.jit(self._make_cache, out_shardings=cache)
+        self._prefill_jit = jax.jit(
+            self._prefill, static_argnames="extent", donate_argnums=3, out_shardings=(cache, on_host)
         )
-        self._own = [_Row()] * self.rows
+        self._decode_jit = jax.jit(
+            self._decode, static_argnames="extent", donate_argnums=3, out_shardings=(cache, (on_host,) * 3)
+        )
+        self._slots = [_Slot()] * self.num_slots
 
-    def start(self, adapter: Any, base: Any, openings: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Reads what all conversations begin with, once; returns what each goes on with, to be given to `open`."""
-        self.begun, beginning, rest = self._beginning(adapter, base, openings)
-        self._trees = (adapter, base, beginning)
-        self._cache = self._empty(adapter, beginning)
-        return [list(own) for own in rest]
+    def start(self, adapter: ParamTree, base: ParamTree, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Empties all slots and prefills the prefix that all prompts share, once.
 
-    def open(self, row: int) -> None:
-        """Empties a row for a new conversation."""
-        self._own[row] = _Row()
+        Returns:
+          The rest of each prompt, to be given to `enqueue`.
+        """
+        shared = self._shared_prefix_cache(adapter, base, prompts)
+        self.shared_prefix_length = shared.length
+        self._params = (adapter, base, shared.kv)
+        self._cache = self._init_cache(adapter, shared.kv)
+        self._slots = [_Slot()] * self.num_slots
+        return [list(prompt) for prompt in shared.prompts]
 
-    def tell(self, row: int, tokens: Sequence[int], options: Sequence[Sequence[int]] = ()) -> None:
-        """Gives a row tokens to read, and continuations to weigh behind them.
+    def reset(self, slot: int) -> None:
+        """Empties a slot for a new dialogue."""
+        self._slots[slot] = _Slot()
+
+    def enqueue(self, slot: int, tokens: Sequence[int], options: Sequence[Sequence[int]] = ()) -> None:
+        """Appends tokens to a slot's dialogue, and asks for the scores of continuations after them.
 
         Raises:
-          ValueError: there is nothing to read, or no room for it and the continuations.
+          ValueError: there is nothing to prefill, or tokens and continuations do not fit.
         """
-        own = self._own[row]
-        if not own.tokens and not tokens:
-            raise ValueError("a row is weighed behind at least one token")
-        if self.room(row) < len(tokens) + sum(map(len, options)):
-            raise ValueError(f"{len(tokens)} tokens and their continuations do not fit into the row's {self.room(row)}")
-        self._own[row] = own._replace(tokens=own.tokens + tuple(tokens), options=tuple(map(tuple, options)))
+        state = self._slots[slot]
+        if not state.pending and not tokens:
+            raise ValueError("continuations are scored after at least one prefilled token")
+        if self.remaining_tokens(slot) < len(tokens) + sum(map(len, options)):
+            raise ValueError(
+                f"{len(tokens)} tokens and their continuations do not fit into the slot's {self.remaining_tokens(slot)}"
+            )
+        self._slots[slot] = state._replace(
+            pending=state.pending + tuple(tokens), options=tuple(tuple(option) for option in options)
+        )
 
-    def room(self, row: int) -> int:
-        """Tokens that still fit into a row, those that it is to read aside."""
-        return self.places - self._own[row].length - len(self._own[row].tokens)
+    def remaining_tokens(self, slot: int) -> int:
+        """Tokens that still fit into a slot, besides those that are pending."""
+        return self.max_tokens - self._slots[slot].length - len(self._slots[slot].pending)
 
     @property
-    def waiting(self) -> bool:
-        """Whether a row has something to read."""
-        return any(own.options is not None for own in self._own)
+    def pending(self) -> bool:
+        """Whether a slot has something to prefill."""
+        return any(slot.options is not None for slot in self._slots)
 
-    def step(self) -> list[tuple[int, list[np.ndarray]]]:
-        """Reads for one step.
+    def prefill_step(self) -> list[tuple[int, list[np.ndarray]]]:
+        """Prefills one step's chunks.
 
         Returns:
-          Of each row that has now read everything: (row, log-probabilities of each continuation's own tokens; what
-          all of them begin with is left out).
+          Of each slot that has now prefilled everything: (slot, log-probabilities of each continuation's tokens; what
+          all continuations begin with is left out).
         """
-        asked, trees = self._next()
-        sizes = {row: len(tree.tokens) for row, tree in trees.items()}
-        # The hidden state of the last token weighs the first ones behind it: both are in one step.
-        width = max([_WIDEST] + [sizes[row] - len(own.tokens) + 1 for row, own in asked.items()])
-        done = [row for row in asked if sizes[row] <= width]
-        parts = {}
-        for row, own in asked.items():
-            read, options = (len(own.tokens), None) if row in done else (min(width, len(own.tokens) - 1), own.options)
-            parts[row] = trees[row] if row in done else layout(Choice(own.tokens[:read], ()))
-            self._own[row] = _Row(own.length + read, own.tokens[read:], options)
-        batch, scored = self._packed(parts, {row: own.length for row, own in asked.items()})
-        self._cache, log_probs = self._read(*self._trees, self._cache, batch, extent=self._extent_of(asked, parts))
-        log_probs = np.asarray(log_probs) if done else None
-        found = {row: log_probs[scored[row]] for row in done}
-        return [(row, [found[row][trees[row].option == k] for k in range(len(asked[row].options))]) for row in done]
+        active, sequences = self._next_step()
+        sizes = {slot: len(sequence.tokens) for slot, sequence in sequences.items()}
+        # The hidden state of the last prompt token scores the first token of each option: both are in one step.
+        chunk = max([_MAX_CHUNK] + [sizes[slot] - len(state.pending) + 1 for slot, state in active.items()])
+        done = [slot for slot in active if sizes[slot] <= chunk]
+        parts: dict[int, BranchedSequence] = {}
+        for slot, state in active.items():
+            if slot in done:
+                size, options, parts[slot] = len(state.pending), None, sequences[slot]
+            else:
+                size, options = min(chunk, len(state.pending) - 1), state.options
+                parts[slot] = branched_sequence(MultipleChoice(state.pending[:size], ()))
+            self._slots[slot] = _Slot(state.length + size, state.pending[size:], options)
+        lengths = {slot: state.length for slot, state in active.items()}
+        batch, scored = self._pack(parts, lengths)
+        extent = self._extent(max(lengths[slot] + len(part.tokens) for slot, part in parts.items()))
+        self._cache, log_probs = self._prefill_jit(*self._params, self._cache, *batch, extent=extent)
+        if not done:
+            return []
+        log_probs = np.asarray(log_probs)
+        results = []
+        for slot in done:
+            of_slot, option = log_probs[scored[slot]], sequences[slot].target_options
+            results.append((slot, [of_slot[option == k] for k in range(len(active[slot].options or ()))]))
+        return results
 
-    def _next(self) -> tuple[dict[int, _Row], dict[int, Any]]:
-        """The rows that read in the next step, as many as it takes, and what each has to read."""
-        asked, trees, total = {}, {}, 0
-        for row, own in enumerate(self._own):
-            if own.options is not None:
-                tree = layout(Choice(own.tokens, own.options))
-                total += min(len(tree.tokens), _WIDEST)
-                if asked and total > _MOST:
+    def _next_step(self) -> tuple[dict[int, _Slot], dict[int, BranchedSequence]]:
+        """The slots that are prefilled in the next step, as many as it takes, and the sequences of each."""
+        active, sequences, total = {}, {}, 0
+        for slot, state in enumerate(self._slots):
+            if state.options is not None:
+                sequence = branched_sequence(MultipleChoice(state.pending, state.options))
+                total += min(len(sequence.tokens), _MAX_CHUNK)
+                if active and total > _MAX_STEP_TOKENS:
                     break
-                asked[row], trees[row] = own, tree
-        return asked, trees
+                active[slot], sequences[slot] = state, sequence
+        return active, sequences
 
-    def _extent_of(self, asked: Mapping[int, _Row], parts: Mapping[int, Any]) -> int:
-        longest = max(own.length + len(parts[row].tokens) for row, own in asked.items())
-        return _extent(longest, self.places)
+    def _extent(self, length: int) -> int:
+        """Positions of the cache that attention looks at, rounded up to one of few sizes that are compiled."""
+        return min(round_up(length, _EXTENT_MULTIPLE), self.max_tokens)
 
-    def _packed(self, parts: Mapping[int, Any], lengths: Mapping[int, int]) -> tuple[dict[str, Any], dict[int, Any]]:
-        """The arrays of a step, and where in its log-probabilities those of each row are.
+    def _pack(
+        self, parts: Mapping[int, BranchedSequence], lengths: Mapping[int, int]
+    ) -> tuple[tuple[_Prefill, PackedToCacheMap, np.ndarray], dict[int, tuple[int, slice]]]:
+        """The inputs of a prefill step, and where in its log-probabilities [R, M] those of each slot are."""
+        R = row_shards(self.mesh)
+        row_of = {slot: slot * R // self.num_slots for slot in parts}
+        counts, target_counts = np.zeros(R, int), np.zeros(R, int)
+        for slot, part in parts.items():
+            counts[row_of[slot]] += len(part.tokens)
+            target_counts[row_of[slot]] += len(part.targets)
+        T, M = padded_size(int(counts.max())), padded_size(max(1, int(target_counts.max())))
+        A = min(self.num_slots, 1 << (len(parts) - 1).bit_length())
+        longest = max(len(part.tokens) for part in parts.values())
+        W = next((width for width in _WIDTHS if width >= longest), round_up(longest, _WIDTHS[-1]))
+        tokens, positions, segments, branches = np.zeros((4, R, T), np.int32)
+        target_positions, targets = np.zeros((2, R, M), np.int32)
+        rows, packed = np.full(A, self.num_slots, np.int32), np.full((A, W), R * T, np.int32)
+        back = np.full(R * T, A * W, np.int32)
+        length, scored = np.zeros(self.num_slots, np.int32), {}
+        ends, target_ends = np.zeros(R, int), np.zeros(R, int)
+        for k, (slot, part) in enumerate(parts.items()):
+            row = row_of[slot]
+            span = slice(int(ends[row]), int(ends[row]) + len(part.tokens))
+            target_span = slice(int(target_ends[row]), int(target_ends[row]) + len(part.targets))
+            tokens[row, span], positions[row, span] = part.tokens, lengths[slot] + part.positions
+            segments[row, span], branches[row, span] = 1, part.branches
+            target_positions[row, target_span] = span.start + part.target_positions
+            targets[row, target_span] = part.targets
+            rows[k], length[slot], scored[slot] = slot, lengths[slot], (row, target_span)
+            indices = row * T + np.arange(span.start, span.stop)
+            packed[k, : len(indices)], back[indices] = indices, k * W + np.arange(len(indices))
+            ends[row], target_ends[row] = span.stop, target_span.stop
+        cache_map = PackedToCacheMap(rows, packed, back)  # pyright: ignore[reportArgumentType]
+        packed_arrays = (tokens, positions, segments, branches, target_positions, targets)
+        return (_Prefill(*place_rows(packed_arrays, self.mesh, R)), cache_map, length), scored
 
-        Tokens lie packed in lines, a line for each data shard; the grid says to which row each belongs.
-        """
-        lines = row_shards(self.mesh)
-        line_of = {row: row * lines // self.rows for row in parts}
-        counts, targets = np.zeros(lines, int), np.zeros(lines, int)
-        for row, part in parts.items():
-            counts[line_of[row]] += len(part.tokens)
-            targets[line_of[row]] += len(part.targets)
-        N, M = _round_up(int(counts.max())), _round_up(max(1, int(targets.max())))
-        A = min(self.rows, 1 << (len(parts) - 1).bit_length())
-        W = next(w for w in (*_WIDTHS, *range(2 * _WIDEST, 10**6, _WIDEST)) if w >= max(len(p.tokens) for p in parts.values()))  # fmt: skip
-        batch = {name: np.zeros((lines, N), np.int32) for name in ("tokens", "positions", "segments", "branches")}
-        batch |= {name: np.zeros((lines, M), np.int32) for name in ("predicting", "targets")}
-        rows, places = np.full(A, self.rows, np.int32), np.full((A, W), lines * N, np.int32)
-        back = np.full(lines * N, A * W, np.int32)
-        length, scored = np.zeros(self.rows, np.int32), {}
-        starts, weighed = np.zeros(lines, int), np.zeros(lines, int)
-        for place, (row, part) in enumerate(parts.items()):
-            line = line_of[row]
-            start, first = int(starts[line]), int(weighed[line])
-            here, own = slice(start, start + len(part.tokens)), slice(first, first + len(part.targets))
-            batch["tokens"][line, here], batch["positions"][line, here] = part.tokens, lengths[row] + part.positions
-            batch["segments"][line, here], batch["branches"][line, here] = 1, part.branches
-            batch["predicting"][line, own], batch["targets"][line, own] = start + part.predicting, part.targets
-            rows[place], length[row], scored[row] = row, lengths[row], (line, own)
-            where = line * N + np.arange(here.start, here.stop)
-            places[place, : len(where)], back[where] = where, place * W + np.arange(len(where))
-            starts[line], weighed[line] = here.stop, own.stop
-        placed = place_rows(batch, self.mesh, lines)
-        return {**placed, "grid": PackedToCacheMap(rows, places, back), "length": length}, scored
-
-    def write(self, begun: Mapping[int, int], pause: int = 0) -> dict[int, list[int]]:
-        """Continues rows greedily, each until an end token, `most_written` tokens, or its last place.
+    def decode(self, first_tokens: Mapping[int, int], pause_at: int = 0) -> dict[int, list[int]]:
+        """Decodes greedily, each slot until an end token, `max_new_tokens` tokens, or its last position.
 
         Args:
-          begun: of each row that begins to write, the token that it goes on from, which is read first. There must be
-            room for it and one more.
-          pause: returns as soon as no more than so many go on; a later call continues these, too.
+          first_tokens: of each slot that starts to generate, the token that it continues from, which is not in the
+            cache yet. There must be room for it and one more.
+          pause_at: returns as soon as no more than so many slots are still generating; a later call continues them.
 
         Returns:
-          Of each row that has ended what it wrote, without an end token. All of it is in the row; `keep` takes some
-          back.
+          Of each slot that has ended its generated tokens, without an end token. All of them stay in the dialogue;
+          `truncate` takes some back.
         """
-        for row, first in begun.items():
-            self._own[row] = self._own[row]._replace(text=(first,), most=min(self.most_written, self.room(row) - 1))
-        token, most = np.zeros(self.rows, np.int32), np.zeros(self.rows, np.int32)
-        under_way = {row: own for row, own in enumerate(self._own) if own.text}
-        for row, own in under_way.items():
-            token[row], most[row] = own.text[-1], own.most - (len(own.text) - 1)
-        length = np.asarray([own.length for own in self._own], np.int32)
-        extent = _extent(int((length + most).max()), self.places)
-        placed = place_rows({"token": token, "most": most, "length": length}, self.mesh, self.rows)
-        pause = np.int32(min(pause, len(under_way) - 1))
-        self._cache, report = self._write(*self._trees, self._cache, placed, pause, extent=extent)
-        out, written, going = map(np.asarray, report)
+        for slot, first in first_tokens.items():
+            limit = min(self.max_new_tokens, self.remaining_tokens(slot) - 1)
+            self._slots[slot] = self._slots[slot]._replace(generated=(first,), max_new_tokens=limit)
+        token, max_new_tokens = np.zeros(self.num_slots, np.int32), np.zeros(self.num_slots, np.int32)
+        generating = {slot: state for slot, state in enumerate(self._slots) if state.generated}
+        for slot, state in generating.items():
+            token[slot], max_new_tokens[slot] = state.generated[-1], state.max_new_tokens - (len(state.generated) - 1)
+        length = np.asarray([state.length for state in self._slots], np.int32)
+        extent = self._extent(int((length + max_new_tokens).max()))
+        inputs = _DecodeInputs(*place_rows((token, max_new_tokens, length), self.mesh, self.num_slots))
+        pause_at = min(pause_at, len(generating) - 1)
+        self._cache, outputs = self._decode_jit(*self._params, self._cache, inputs, np.int32(pause_at), extent=extent)
+        new_tokens, num_generated, active = map(np.asarray, outputs)
         texts = {}
-        for row, own in under_way.items():
-            text = own.text + tuple(out[row, : written[row]].tolist())
-            now = own.length + int(written[row])
-            if going[row]:
-                self._own[row] = own._replace(length=now, text=text)
+        for slot, state in generating.items():
+            generated = state.generated + tuple(new_tokens[slot, : num_generated[slot]].tolist())
+            length_now = state.length + int(num_generated[slot])
+            if active[slot]:
+                self._slots[slot] = state._replace(length=length_now, generated=generated)
             else:
-                texts[row] = ids = trim(np.asarray(text[1:]), self.ends)
-                self._own[row] = _Row(now, tuple(ids[len(text) - 2 :]))  # the newest token is not read yet
+                texts[slot] = ids = trim(np.asarray(generated[1:]), self.end_ids)
+                newest = tuple(ids[len(generated) - 2 :])  # not in the cache yet
+                self._slots[slot] = _Slot(length_now, newest)
         return texts
 
-    def keep(self, row: int, ids: Sequence[int], count: int) -> None:
-        """Of what a row has just written, takes all but the first `count` tokens back."""
-        own = self._own[row]
-        excess = len(ids) - count
-        unread = len(own.tokens)
-        self._own[row] = _Row(own.length - max(0, excess - unread), own.tokens[: max(0, unread - excess)])
+    def truncate(self, slot: int, generated: Sequence[int], keep: int) -> None:
+        """Of what a slot has just generated, removes all but the first `keep` tokens."""
+        state = self._slots[slot]
+        excess, pending = len(generated) - keep, len(state.pending)
+        self._slots[slot] = _Slot(state.length - max(0, excess - pending), state.pending[: max(0, pending - excess)])
 
-    def _make_empty(self, adapter: Any, beginning: Any) -> Cache:
-        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
-        return init_cache(self.decoder.config, self.rows, self.places, adaptation, self.decoder.dtype)
+    def _make_cache(self, adapter: ParamTree, shared_kv: PrefixKV | None) -> Cache:
+        adaptation = with_shared_prefix(self.adapter_config, adapter, self.decoder.config, shared_kv)
+        return init_cache(self.decoder.config, self.num_slots, self.max_tokens, adaptation.prefix, self.decoder.dtype)
 
-    def _read_rows(self, adapter, base, beginning, cache: Cache, batch: dict[str, jax.Array], extent: int):
-        """The cache with what was read in it, and log-probabilities [B, M]."""
-        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
-        weights = adapters.model_params(adapter, base)
+    def _prefill(
+        self,
+        adapter: ParamTree,
+        base: ParamTree,
+        shared_kv: PrefixKV | None,
+        cache: Cache,
+        batch: _Prefill,
+        cache_map: PackedToCacheMap,
+        length: Int[Array, "B"],
+        extent: int,
+    ) -> tuple[Cache, Float[Array, "R M"]]:
+        """The cache with the prefilled tokens, and the targets' log-probabilities."""
+        adaptation = with_shared_prefix(self.adapter_config, adapter, self.decoder.config, shared_kv)
+        params = adapters.model_params(adapter, base)
         P = adaptation.prefix_length
-        cache = cache._replace(length=P + batch["length"])
-        packed = (batch[name] for name in ("tokens", "positions", "segments"))
+        cache = cache._replace(length=P + length)
         hidden, cache = self.decoder.apply(
-            {"params": weights}, *packed, adaptation, cache, batch["branches"], extent=P + extent, grid=batch["grid"]
-        )
-        return cache, target_log_probs(self.decoder, weights, hidden, batch["predicting"], batch["targets"])
+            {"params": params}, batch.tokens, batch.positions, batch.segments, adaptation, cache, batch.branches,
+            attended_slots=P + extent, cache_map=cache_map,
+        )  # fmt: skip
+        return cache, target_log_probs(self.decoder, params, hidden, batch.target_positions, batch.targets)
 
-    def _write_rows(self, adapter, base, beginning, cache: Cache, batch: dict[str, jax.Array], pause, extent: int):
-        """The cache, new tokens [B, N], how many of them each row has written, and which go on, [B]."""
-        adaptation = with_shared_prefix(self.settings, adapter, self.decoder.config, beginning)
-        weights = adapters.model_params(adapter, base)
-        P, B = adaptation.prefix_length, self.rows
+    def _decode(
+        self,
+        adapter: ParamTree,
+        base: ParamTree,
+        shared_kv: PrefixKV | None,
+        cache: Cache,
+        inputs: _DecodeInputs,
+        pause_at: Int[Array, ""],
+        extent: int,
+    ) -> tuple[Cache, tuple[Int[Array, "B N"], Int[Array, "B"], Bool[Array, "B"]]]:
+        """The decode loop: the cache, new tokens, how many each slot has generated, and which are still generating."""
+        adaptation = with_shared_prefix(self.adapter_config, adapter, self.decoder.config, shared_kv)
+        params = adapters.model_params(adapter, base)
+        P, B = adaptation.prefix_length, self.num_slots
 
         def unfinished(state):
-            return state[-1].sum() > pause
+            return state[-1].sum() > pause_at
 
-        def advance(state):
-            cache, token, out, written, going = state
-            positions, segments = (cache.length - P)[:, None], going[:, None].astype(jnp.int32)
+        def step(state):
+            cache, token, new_tokens, count, active = state
+            positions, segments = (cache.length - P)[:, None], active[:, None].astype(jnp.int32)
             hidden, cache = self.decoder.apply(
-                {"params": weights}, token[:, None], positions, segments, adaptation, cache, extent=P + extent
+                {"params": params}, token[:, None], positions, segments, adaptation, cache, attended_slots=P + extent
             )
-            logits = self.decoder.apply({"params": weights}, hidden[:, 0], method="unembed")
+            logits = self.decoder.apply({"params": params}, hidden[:, 0], method="unembed")
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            out = out.at[jnp.arange(B), jnp.where(going, written, out.shape[1])].set(token, mode="drop")
-            written += going
-            going &= ~jnp.isin(token, jnp.asarray(self.ends, jnp.int32)) & (written < batch["most"])
-            return cache, token, out, written, going
+            column = jnp.where(active, count, new_tokens.shape[1])
+            new_tokens = new_tokens.at[jnp.arange(B), column].set(token, mode="drop")
+            count += active
+            active &= ~jnp.isin(token, jnp.asarray(self.end_ids, jnp.int32)) & (count < inputs.max_new_tokens)
+            return cache, token, new_tokens, count, active
 
-        out = jnp.zeros((B, self.most_written), jnp.int32)
-        start = (cache._replace(length=P + batch["length"]), batch["token"], out, jnp.zeros(B, jnp.int32), batch["most"] > 0)  # fmt: skip
-        cache, _, out, written, going = jax.lax.while_loop(unfinished, advance, start)
-        return cache, (out, written, going)
-
-
-def _round_up(count: int) -> int:
-    """A little more, so that few sizes are compiled: an eighth on average."""
-    step = max(16, 1 << max(0, count.bit_length() - 3))
-    return -(-count // step) * step
+        cache = cache._replace(length=P + inputs.length)
+        new_tokens = jnp.zeros((B, self.max_new_tokens), jnp.int32)
+        start = (cache, inputs.token, new_tokens, jnp.zeros(B, jnp.int32), inputs.max_new_tokens > 0)
+        cache, _, new_tokens, count, active = jax.lax.while_loop(unfinished, step, start)
+        return cache, (new_tokens, count, active)
 
 
-def _extent(places: int, most: int) -> int:
-    """The part of the cache that a step looks at, of few sizes that are compiled for."""
-    return min(-(-places // _EXTENT) * _EXTENT, most)
+def padded_size(count: int) -> int:
+    """A count rounded up by an eighth on average, so that few sizes are compiled."""
+    return round_up(count, max(16, 1 << max(0, count.bit_length() - 3)))

@@ -1,94 +1,100 @@
-"""What all prompts begin with is read once: a soft prompt, and the first lines of a chat template.
+"""Shared prefix cache: the tokens that all prompts begin with are prefilled once.
 
-Its keys and values then lie in front of every prompt, as a trained prefix does.
+These are a soft prompt and the first lines of a chat template. Their keys and values are then prepended to every
+prompt's, as those of a trained prefix are (prefix tuning).
 """
 
 from __future__ import annotations
 
 import os.path
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
 
 from sqa_jax import adapters
-from sqa_jax.models.api import Module, prefill
-from sqa_jax.models.decoder_config import StudentConfig
-from sqa_jax.models.layers.kv_cache import Adaptation
-from sqa_jax.models.t5.config import T5Config
+from sqa_jax.models.adaptation import Adaptation
+from sqa_jax.models.api import StudentModel
+from sqa_jax.models.param_spec import ParamTree
+from sqa_jax.models.student_config import StudentConfig
 from sqa_jax.parallel.mesh import replicated
 
-_STEP = 8  # its length is a multiple of this, so that few shapes are compiled
+_LENGTH_MULTIPLE = 8  # of a shared prefix, so that few shapes are compiled
+
+PrefixKV = dict[str, Float[Array, "L P kd"]]  # "key" and "value", heads flattened into the last dimension
 
 
-def shared_prefix_length(prompts: Sequence[Sequence[int]], vocabulary: int) -> int:
-    """Tokens of the common beginning of all prompts, each of which keeps some of its own.
+def shared_prefix_length(prompts: Sequence[Sequence[int]], vocab_size: int) -> int:
+    """Number of leading tokens that all prompts share; each prompt keeps at least one token after them.
 
     Args:
-      vocabulary: from this token on they show pictures, before which the beginning ends.
+      vocab_size: tokens from this id on stand for image features, before which a shared prefix ends.
     """
     if len(prompts) < 2:
         return 0
     common = os.path.commonprefix([list(prompt) for prompt in prompts])
-    words = next((place for place, token in enumerate(common) if token >= vocabulary), len(common))
-    return min(words, min(map(len, prompts)) - 1) // _STEP * _STEP
+    text = next((k for k, token in enumerate(common) if token >= vocab_size), len(common))
+    return min(text, min(map(len, prompts)) - 1) // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
 
 
 class SharedPrefix(NamedTuple):
-    """Prompts whose common beginning has been read.
+    """Prompts whose shared prefix has been prefilled.
 
     Attributes:
-      length: its tokens.
-      kv: their keys and values, which `with_shared_prefix` takes, [L, length, K·d] each; None where there are none.
-      rest: what each prompt goes on with.
+      length: tokens of the prefix.
+      kv: their keys and values, for `with_shared_prefix`; None where the length is 0.
+      prompts: the rest of each prompt.
     """
 
     length: int
-    kv: dict[str, jax.Array] | None
-    rest: list[Sequence[int]]
+    kv: PrefixKV | None
+    prompts: list[Sequence[int]]
 
 
 class SharedPrefixCache:
-    """Reads the common beginning of prompts.
+    """Prefills the shared prefix of prompts.
 
-    Where a prompt is read both ways, nothing of it is read before all of it is there, so such prompts have none.
+    Where attention is bidirectional within the prompt (prefix LM, encoder–decoder), the states of its first tokens
+    depend on the later ones, so nothing is shared.
 
     Args:
-      settings: `config.adapter`.
+      adapter_config: `config.adapter`.
     """
 
-    def __init__(self, settings, decoder: Module, mesh: Mesh):
-        self._settings, self._decoder = settings, decoder
-        self._run = jax.jit(self._read, out_shardings=replicated(mesh))
+    def __init__(self, adapter_config, decoder: StudentModel, mesh: Mesh):
+        self._adapter_config, self._decoder = adapter_config, decoder
+        self._prefill_jit = jax.jit(self._prefill, out_shardings=replicated(mesh))
 
-    def __call__(self, adapter: Any, base: Any, prompts: Sequence[Sequence[int]]) -> SharedPrefix:
+    def __call__(self, adapter: ParamTree, base: ParamTree, prompts: Sequence[Sequence[int]]) -> SharedPrefix:
         config = self._decoder.config
-        whole = config.prefix_lm or isinstance(config, T5Config)
-        length = 0 if whole else shared_prefix_length(prompts, config.vocab_size)
-        kv = self._run(adapter, base, np.asarray([prompts[0][:length]], np.int32)) if length else None
+        length = 0 if config.bidirectional_prompt else shared_prefix_length(prompts, config.vocab_size)
+        kv = None
+        if length:
+            kv = self._prefill_jit(adapter, base, np.asarray([prompts[0][:length]], np.int32))
         return SharedPrefix(length, kv, [prompt[length:] for prompt in prompts])
 
-    def _read(self, adapter: Any, base: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-        adaptation = adapters.adapter_inputs(self._settings, adapter, self._decoder.config)
+    def _prefill(self, adapter: ParamTree, base: ParamTree, tokens: Int[Array, "1 P"]) -> PrefixKV:
+        adaptation = adapters.adapter_inputs(self._adapter_config, adapter, self._decoder.config)
         positions = jnp.arange(tokens.shape[1])[None]
-        weights = adapters.model_params(adapter, base)
-        decoder = self._decoder.clone(fused=None, rows=None)  # it is one short row
-        _, key, value, _ = prefill(decoder, weights, tokens, positions, jnp.ones_like(positions), adaptation)
+        params = adapters.model_params(adapter, base)
+        decoder = self._decoder.clone(fused=None, batch_sharding=None)  # one short row: not sharded
+        _, key, value, _ = decoder.prefill(params, tokens, positions, jnp.ones_like(positions), adaptation)
         flat = (key.shape[0], key.shape[2], -1)
         return {"key": key.reshape(flat), "value": value.reshape(flat)}
 
 
 def with_shared_prefix(
-    settings, adapter: Any, student: StudentConfig, beginning: dict[str, jax.Array] | None
+    adapter_config, adapter: ParamTree, student: StudentConfig, shared_kv: PrefixKV | None
 ) -> Adaptation:
-    """The adapter in the form that the decoder uses, behind which prompts go on where their beginning ends."""
-    adaptation = adapters.adapter_inputs(settings, adapter, student)
-    if beginning is None:
+    """The adapter as the model takes it, the shared prefix's keys and values appended to those of a trained prefix."""
+    adaptation = adapters.adapter_inputs(adapter_config, adapter, student)
+    if shared_kv is None:
         return adaptation
-    prefix = beginning
-    if adaptation.prefix is not None:
-        prefix = {name: jnp.concatenate([adaptation.prefix[name], beginning[name]], axis=1) for name in beginning}
+    prefix = shared_kv
+    if (trained := adaptation.prefix) is not None:
+        prefix = {name: jnp.concatenate([trained[name], shared_kv[name]], axis=1) for name in shared_kv}
     return adaptation._replace(prefix=prefix)
