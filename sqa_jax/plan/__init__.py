@@ -3,7 +3,7 @@
 report          `plan_training`, `plan_generation`: memory, time, communication and price of a configuration
 sweep           `sweep`: every mesh and micro-batch size, ranked
 programs, epoch_stats      what is compiled, from shapes alone, and the data's statistics
-measure, hlo, hlo_cost     compilation, the HLO parser, and the cost analysis
+aot, hlo, hlo_cost, measure    compilation, the HLO parser, and the cost analysis
 communication   the bytes that a step should send, by formula
 table, advice   text for people
 """

@@ -1,27 +1,23 @@
-"""Compiles a lowered program for a slice, and measures it: memory, FLOPs, time, collectives."""
+"""Measures a program on a slice: memory, FLOPs, time and collectives of its compiled HLO."""
 
 from __future__ import annotations
 
-import re
-import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sqa_jax.errors import UserError
-from sqa_jax.parallel.chips import CHIPS, GIB, Chip, collective_seconds, quiet_compiler
+from sqa_jax.parallel.chips import CHIPS, Chip, collective_seconds
 from sqa_jax.parallel.mesh import AXES
+from sqa_jax.plan.aot import OutOfMemory, compile_for_tpu
 from sqa_jax.plan.hlo import parse
 from sqa_jax.plan.hlo_cost import HloCost, count
 
-# The compiler's out-of-memory messages: bytes of temporaries, or of everything together.
-_TEMPORARIES, _TOTAL = r"temporaries \(([\d.]+)G\)", r"[Uu]sed ([\d.]+)G of"
-
 
 def measure(
-    lowered: jax.stages.Lowered,
+    lower: Callable[[], jax.stages.Lowered],
     kind: str,
     mesh: Mesh,
     arguments: int,
@@ -31,6 +27,7 @@ def measure(
     """Compiles a program for `mesh` and measures it.
 
     Args:
+      lower: traces the program.
       kind: a key of `CHIPS`.
       arguments: bytes of parameters, state and batch on one chip.
       model_flops: of one execution on all chips, without rematerialization.
@@ -45,35 +42,16 @@ def measure(
       UserError: the compiler cannot print the compiled program, so that it cannot be analysed.
     """
     chip = CHIPS[kind]
-    try:
-        with quiet_compiler(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # programs for detached devices are not in JAX's compilation cache
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = None
-        if match := re.search(_TEMPORARIES, str(error)):
-            needed = float(match[1]) * GIB
-        elif match := re.search(_TOTAL, str(error)):
-            needed = float(match[1]) * GIB - arguments
-        return {"fits": False, "temporaries": needed}
-    sizes: Any = compiled.memory_analysis()
-    memory = {
-        "arguments": sizes.argument_size_in_bytes,
-        "outputs": sizes.output_size_in_bytes,
-        "donated": sizes.alias_size_in_bytes,
-        "temporaries": sizes.temp_size_in_bytes,
-        "code": sizes.generated_code_size_in_bytes,
-    }
-    memory["peak"] = sum(memory.values()) - 2 * memory["donated"]
-    cost = count(parse(_text(compiled, kind, memory["peak"])), chip, mesh.size, unknown_trips)
+    compiled = compile_for_tpu(lower, kind, arguments)
+    if isinstance(compiled, OutOfMemory):
+        return {"fits": False, "temporaries": compiled.temporaries}
+    cost = count(parse(compiled.hlo), chip, mesh.size, unknown_trips)
     collectives = _collectives(cost, chip, mesh)
     seconds = times(cost, chip, collectives)
     peak = model_flops / mesh.size / chip.flops
     return {
         "fits": True,
-        "memory": {**memory, "chip": chip.memory},
+        "memory": {**compiled.memory, "chip": chip.memory},
         "flops": cost.flops,
         "traffic": cost.traffic,
         "seconds": seconds,
@@ -81,18 +59,6 @@ def measure(
         "collectives": collectives,
         "uncounted_kernels": sorted(cost.uncounted),
     }
-
-
-def _text(compiled: jax.stages.Compiled, kind: str, peak: int) -> str:
-    try:
-        text = compiled.as_text()
-        assert text is not None
-        return text
-    except jax.errors.JaxRuntimeError as error:  # libtpu of 2026, if a v5p's sparse cores take part
-        raise UserError(
-            f"the program fits ({peak / GIB:.1f} of {CHIPS[kind].memory / GIB:.0f} GiB), but the TPU's compiler cannot print it, "
-            f"so its time is unknown ({str(error).splitlines()[0][:120]}); plan with other rows a chip, or for another --topology"
-        ) from None
 
 
 def times(cost: HloCost, chip: Chip, collectives: list[dict[str, Any]]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def plan_training(
     if program.argument_bytes > CHIPS[kind].memory:  # without minutes of compilation
         row |= {"fits": False, "temporaries": None}
     else:
-        row |= measure(program.lower(), kind, mesh, program.argument_bytes, program.model_flops)
+        row |= measure(program.lower, kind, mesh, program.argument_bytes, program.model_flops)
     if not row["fits"]:
         return {**row, "advice": advice(config, student, kind, mesh, stats, program, row["temporaries"])}
     seconds = row["seconds"]["estimate"]
@@ -70,7 +70,7 @@ def plan_generation(config: Any, student: StudentConfig, kind: str, devices: lis
     mesh = make_mesh(config.mesh, devices)
     program = decoding_program(config, student, mesh)
     steps = config.eval.max_new_tokens
-    row = measure(program.lowered, kind, mesh, program.argument_bytes, program.model_flops, steps)
+    row = measure(program.lower, kind, mesh, program.argument_bytes, program.model_flops, steps)
     row |= {"mesh": {axis: mesh.shape[axis] for axis in AXES}, "texts": program.tokens // steps, "new_tokens": steps}
     if row["fits"]:
         row |= {"tokens_per_second": program.tokens / row["seconds"]["estimate"]}
