@@ -1,13 +1,13 @@
-"""Writes what a run has trained as Hugging Face's libraries read it: the adapter for PEFT, or the merged model.
+"""Exports a run for Hugging Face's libraries: the adapter for PEFT, or the merged model for transformers.
 
 Reads:  WORKDIR/config.json, the checkpoint that --config.eval.checkpoint names (best, or last), and the student. With
         none and --config given, the bare student, or the adapter of PEFT that --config.adapter.peft names.
 Writes: the new directory --out, with a model card, and
         peft  adapter_config.json, adapter_model.safetensors; LoRA beside a prefix or a prompt is a folder each
         hf    config.json, generation_config.json, the tokenizer, and the weights, in several files where over 5 GB
-        and of a student that sees a picture of the sample for the card's snippet, and with hf what its processor needs
+        and for a vision-language model an image of the sample for the card's snippet, and with hf its processor's files
 
-It is read back and has to give the same logits before it gets its name; what exists is never overwritten.
+The directory is written atomically, after it was read back and gave the same logits; nothing is ever overwritten.
 
 Examples:
   python -m sqa_jax.export --workdir runs/quickstart --format peft --out exports/quickstart-lora
@@ -30,9 +30,13 @@ if TYPE_CHECKING:
 
     from sqa_jax.batches.images import ImageBatcher
     from sqa_jax.checkpoints.load import Student
+    from sqa_jax.models.param_spec import ParamTree
+    from sqa_jax.models.vision.registry import VisionConfig
+
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
-def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") -> None:
+def export(config: Any, workdir: str, kind: str, out: str, dtype: str = "float32") -> None:
     """Exports a run.
 
     Args:
@@ -45,7 +49,7 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
     """
     from sqa_jax.adapters.peft_read import resolve_peft_adapter
     from sqa_jax.files import atomic_directory
-    from sqa_jax.reporting.model_card import EXAMPLE_IMAGE, example, model_card, results_of
+    from sqa_jax.reporting.model_card import model_card, results_of
     from sqa_jax.runtime import build_runtime
     from sqa_jax.training.restore import check_checkpoint, restore_adapter
     from sqa_jax.training.workdir import check_evaluable, open_workdir
@@ -54,136 +58,136 @@ def export(config, workdir: str, kind: str, out: str, dtype: str = "float32") ->
         raise UserError("--workdir and --out are needed: the run to export, and the directory to make")
     if kind == "peft" and dtype != "float32":
         raise UserError(f"--dtype {dtype} is for --format hf; adapters are written in float32, as they are trained")
-    with atomic_directory(out) as beside:
+    with atomic_directory(out) as directory:
         root, which = open_workdir(workdir), config.eval.checkpoint
         check_checkpoint(config, root)
         config, given = resolve_peft_adapter(config) if which == "none" else (config, None)
         config = config.copy_and_resolve_references()
-        # Wherever and however it was trained: here nothing is rounded but what is written.
+        # Whatever the run was trained with: nothing is rounded here but what is written.
         config.student.dtype, config.student.attention = "float32", "auto"
         runtime = build_runtime(config)
         if which != "none":
             check_evaluable(root, config, runtime.student.fingerprint)
         step, tree = restore_adapter(config, root, runtime, given)
         if kind == "peft":
-            _write_adapter(config, runtime.student, tree, beside)
+            write_adapter(config, runtime.student, tree, directory)
         else:
-            _write_model(config.adapter, runtime.student, tree, beside, dtype)
+            write_merged_model(config.adapter, runtime.student, tree, directory, dtype)
         card = model_card(config, runtime.student, tuple(tree), step, kind, out, results_of(root, which, step))
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        (directory / "README.md").write_text(card, encoding="utf-8")
         if runtime.student.config.vision is not None:
-            if kind == "hf":
-                _keep_processor(config, beside)
-            (beside / EXAMPLE_IMAGE).write_bytes(example(runtime.student).image.read())
+            _write_image_files(config, runtime.student, kind, directory)
     print(
         f"{out}: {'+'.join(tree) or 'the bare student'}, read back with the same logits; README.md says how to use it"
     )
 
 
-def _write_adapter(config, student: Student, tree: Any, directory: Path) -> None:
+def write_adapter(config: Any, student: Student, tree: ParamTree, directory: Path) -> None:
+    """Writes PEFT's files and checks that they give the same logits when read back."""
     from sqa_jax.adapters.peft_format import to_peft, write_peft
     from sqa_jax.adapters.peft_read import read_peft
 
-    settings, again = config.adapter, config.adapter.copy_and_resolve_references()
+    settings, settings_read = config.adapter, config.adapter.copy_and_resolve_references()
     write_peft(to_peft(settings, tree, student.config, config.student.path, config.student.revision), directory)
     written = read_peft(directory, student.config)
-    again.update_from_flattened_dict(written.settings)
+    settings_read.update_from_flattened_dict(written.settings)
     expected = _logits(settings, tree, student)
-    _check_equal(_logits(again, written.tree, student), expected)
+    _check_equal(_logits(settings_read, written.tree, student), expected)
 
 
-def _write_model(settings, student: Student, tree: Any, directory: Path, dtype: str) -> None:
+def write_merged_model(settings: Any, student: Student, tree: ParamTree, directory: Path, dtype: str) -> None:
+    """Writes base and adapter as one model, and checks that it gives the same logits when read back.
+
+    The student's parameters are donated: the merged model takes their memory.
+    """
     import jax
 
-    from sqa_jax.adapters import merge
+    from sqa_jax import adapters
     from sqa_jax.checkpoints.load import load_student
     from sqa_jax.checkpoints.weights import write_model
     from sqa_jax.files import write_json
-    from sqa_jax.models.t5.config import T5Config
 
     expected = _logits(settings, tree, student)
-    # The merged model takes the base's place in memory.
-    merged = jax.jit(lambda tree, base: merge(settings, tree, base, student.config), donate_argnums=1)(
-        tree, student.params
-    )
+    merge = jax.jit(lambda tree, base: adapters.merge(settings, tree, base, student.config), donate_argnums=1)
+    params = merge(tree, student.params)
     if dtype == "bfloat16":  # of each weight 8 bits are kept, and what is read must be just these
         rounded = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(dtype).astype(a.dtype), tree), donate_argnums=0)
-        merged = rounded(merged)
-        expected = _logits(settings, {}, dataclasses.replace(student, params=merged))
-    write_model(merged, student.config, directory, dtype)
-    del merged
+        params = rounded(params)
+        expected = _logits(settings, {}, dataclasses.replace(student, params=params))
+    write_model(params, student.config, directory, dtype)
+    del params
     student.tokenizer.save_pretrained(directory)
     generation = {"eos_token_id": list(student.eos_ids), "pad_token_id": student.tokenizer.pad_token_id}
-    if isinstance(student.config, T5Config):
+    if student.config.is_encoder_decoder:
         generation["decoder_start_token_id"] = student.config.decoder_start
     write_json(directory / "generation_config.json", generation)
     written = load_student(str(directory))
     _check_equal(_logits(settings, {}, written), expected)
 
 
-def _keep_processor(config, directory: Path) -> None:
-    """Puts the published settings of a student's processor, where it has some, in place of those that we write."""
+def _write_image_files(config: Any, student: Student, kind: str, directory: Path) -> None:
+    """The example image of the card; with hf, the published settings of the student's processor in place of ours."""
     import shutil
 
     from sqa_jax.checkpoints.paths import locate
+    from sqa_jax.reporting.model_card import EXAMPLE_IMAGE, example_with_image
 
-    if config.student.path.startswith("random:"):
+    (directory / EXAMPLE_IMAGE).write_bytes(example_with_image()[1].read())
+    if kind != "hf" or config.student.path.startswith("random:"):
         return
     where = locate(config.student.path, config.student.revision)
-    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+    for name in _PROCESSOR_FILES:
         if (where / name).exists():
             shutil.copyfile(where / name, directory / name)
 
 
-def _logits(settings, tree: Any, student: Student) -> np.ndarray:
-    """Logits of a few tokens in float32, which stand behind a picture where the student sees."""
+def _logits(settings: Any, tree: ParamTree, student: Student) -> np.ndarray:
+    """Logits of a few tokens in float32, which follow an image where the student is a vision-language model."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from sqa_jax import adapters
-    from sqa_jax.models.api import extra_model_inputs, module_for
+    from sqa_jax.models.api import extra_model_inputs, model_class
     from sqa_jax.models.soft_tokens import with_soft_tokens
-    from sqa_jax.models.t5.config import T5Config
 
-    config, virtual = student.config, adapters.soft_prompt_tokens(settings).count if tree else 0
-    words = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
-    images = None if config.vision is None else _picture(student)
-    tokens = with_soft_tokens([*(images.images.prompt("", student.tokenizer) if images else []), *words], virtual)
-    ids, images = np.asarray([tokens], np.int32), None
-    if isinstance(config, T5Config):  # the decoder reads the last ones
-        ids[:, virtual + 8] = config.decoder_start
-    if images is not None:
-        ids, images = images.add_images(ids, images.room(images.count(tokens)))
-    places = np.arange(len(tokens))[None]
+    config, count = student.config, adapters.soft_prompt_tokens(settings).count if tree else 0
+    text = (7919 * np.arange(1, 17) % config.vocab_size).tolist()
+    batcher = None if config.vision is None else _image_batcher(config.vision, config.vocab_size)
+    image = [] if batcher is None else batcher.images.prompt_ids("", student.tokenizer)
+    row = with_soft_tokens([*image, *text], count)
+    tokens, images = np.asarray([row], np.int32), None
+    if config.decoder_start is not None:  # the last ones are the decoder's
+        tokens[:, count + 8] = config.decoder_start
+    if batcher is not None:
+        tokens, images = batcher.add_images(tokens, batcher.padded_capacity(batcher.count_features(row)))
+    positions = jnp.arange(len(row))[None]
+    segments = jnp.ones_like(positions)
 
     @jax.jit
-    def read(tree, base, ids, images):
-        adaptation, weights = (
-            adapters.adapter_inputs(settings, tree, config),
-            {"params": adapters.model_params(tree, base)},
-        )
-        module = module_for(config)(config)
-        more = extra_model_inputs(module, weights["params"], adaptation, images=images)
-        hidden, _ = module.apply(weights, ids, places, np.ones_like(places), adaptation, **more)
-        return module.apply(weights, hidden[:, -len(words) :], method="unembed")
+    def forward(tree: ParamTree, base: ParamTree, tokens: jax.Array, images: Any) -> jax.Array:
+        adaptation, params = adapters.adapter_inputs(settings, tree, config), adapters.model_params(tree, base)
+        model = model_class(config)(config)
+        inputs = extra_model_inputs(model, params, adaptation, images=images)
+        hidden, _ = model.apply({"params": params}, tokens, positions, segments, adaptation, **inputs)
+        return model.apply({"params": params}, hidden[:, -len(text) :], method="unembed")
 
     with jax.default_matmul_precision("float32"):
-        return np.asarray(read(tree, student.params, ids, images))
+        return np.asarray(forward(tree, student.params, tokens, images))
 
 
-def _picture(student: Student) -> ImageBatcher:
-    """One picture, of question ""."""
+def _image_batcher(vision: VisionConfig, vocab_size: int) -> ImageBatcher:
+    """The image of the card's example, as that of question ""."""
     import numpy as np
 
     from sqa_jax.batches.images import ImageBatcher
     from sqa_jax.data.images import ImageStore
     from sqa_jax.models.vision.registry import vision_family
-    from sqa_jax.reporting.model_card import example
+    from sqa_jax.reporting.model_card import example_with_image
 
-    config = student.config
-    pieces, *sizes = vision_family(config.vision).preprocess_image(config.vision, example(student).image.open())
-    sizes = np.asarray([[len(pieces), *sizes]])
-    return ImageBatcher(ImageStore(config.vision, config.vocab_size, "", pieces, sizes, {"": 0}, {}))
+    pieces, *grid = vision_family(vision).preprocess_image(vision, example_with_image()[1].open())
+    sizes = np.asarray([[len(pieces), *grid]])
+    return ImageBatcher(ImageStore(vision, vocab_size, "", pieces, sizes, {"": 0}, {}))
 
 
 def _check_equal(found: np.ndarray, expected: np.ndarray) -> None:

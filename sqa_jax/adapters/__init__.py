@@ -1,4 +1,4 @@
-"""Parameter-efficient fine-tuning: adapters as parameter trees of their own beside a frozen base.
+"""Parameter-efficient fine-tuning: adapters as parameter trees beside a frozen base.
 
 LoRA, prefix tuning, prompt tuning (soft prompts), deep visual prompts, and full fine-tuning as the adapter that is the
 whole model; each method is a module with `init`, and `sqa_jax.adapters.adapter` combines them. The names below are the

@@ -53,7 +53,7 @@ def init(
     P, D = settings.length, student.hidden_size
     if P < 1:
         raise UserError(f"config.adapter.prefix.length is {P}; it must be 1 or more")
-    # Layers that share a prefix start at the mean of theirs.
+    # Layers that share a prefix start at the mean of their activations.
     activations = {
         name: layers.reshape(-1, num_prefixes(student), *layers.shape[1:]).mean(axis=0).astype(jnp.float32)
         for name, layers in activations.items()

@@ -13,7 +13,7 @@ from sqa_jax.data.sources import ProblemSet, load_problems
 from sqa_jax.data.teacher_records import TeacherRecord, load_records, make_records
 from sqa_jax.errors import UserError
 from sqa_jax.models.student_config import StudentConfig
-from sqa_jax.prompts.encode import Encoder
+from sqa_jax.prompts.encode import Encoder, PromptImages
 
 
 def load_config_problems(config) -> ProblemSet:
@@ -51,7 +51,7 @@ def config_images(config, student: StudentConfig, problems: Sequence[HasImage]) 
     return load_images(config.data.cache, student.vision, student.vocab_size, problems)
 
 
-def encoder_for(config, tokenizer: Any, images: ImageStore | None = None) -> Encoder:
+def encoder_for(config, tokenizer: Any, images: PromptImages | None = None) -> Encoder:
     """The encoder of a configuration: one for training and for inference."""
     recipe = config.recipe
     return Encoder(tokenizer, recipe.max_prompt, recipe.chat, recipe.caption, images=images)

@@ -116,8 +116,9 @@ def byte_tokenizer(vision: VisionConfig | None = None) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    words = () if vision is None else vision_family(vision).SPECIAL_TOKENS
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (*special, *words)])
+    image_tokens = () if vision is None else vision_family(vision).SPECIAL_TOKENS
+    added = [AddedToken(token, special=True, normalized=False) for token in (*special, *image_tokens)]
+    tokenizer.add_special_tokens(added)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", clean_up_tokenization_spaces=False
     )

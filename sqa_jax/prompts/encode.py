@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from sqa_jax.data.images import ImageStore
 from sqa_jax.data.problem import Problem
+from sqa_jax.models.vision.registry import VisionConfig
 from sqa_jax.prompts.formats import Format, Template, sections
+
+
+@runtime_checkable
+class PromptImages(Protocol):
+    """What puts images into prompts: an `ImageStore`, or a stand-in that writes placeholders."""
+
+    @property
+    def vision(self) -> VisionConfig: ...
+
+    def prompt_ids(self, pid: str, tokenizer: Any) -> list[int]:
+        """The tokens of a question's image; none without one."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Encoder:
         chat: bool,
         caption: bool,
         around: tuple[str, str] | None = None,
-        images: ImageStore | None = None,
+        images: PromptImages | None = None,
     ):
         self.tokenizer, self.max_prompt, self.caption, self.images = tokenizer, max_prompt, caption, images
         if around is None:

@@ -1,4 +1,4 @@
-"""The README.md of an exported adapter or model: what it is, what it learned from, how it scored, how to use it."""
+"""The model card (README.md) of an exported adapter or model: base, training data, accuracy, use and licence."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from huggingface_hub import ModelCardData
 
 from sqa_jax.batches.config_data import encoder_for
 from sqa_jax.checkpoints.load import Student
-from sqa_jax.data.problem import Problem
+from sqa_jax.data.problem import ImageFile, Problem
 from sqa_jax.data.sources import EMBEDDED, HUB_ID, load_problems
 from sqa_jax.files import read_json
-from sqa_jax.models.vision.paligemma import SPECIAL_TOKENS
+from sqa_jax.models.vision.paligemma import SPECIAL_TOKENS, PaliGemmaVision
 from sqa_jax.models.vision.registry import VisionConfig
 from sqa_jax.prompts.recipes import arm_format
 from sqa_jax.reporting.format import percent
 from sqa_jax.reporting.tables import markdown_table
 
-EXAMPLE_IMAGE = "example.png"  # beside the card of a student that sees: what its snippet shows
+EXAMPLE_IMAGE = "example.png"  # beside a vision-language model's card, for its snippet
 
 
 def results_of(workdir: Path, which: str, step: int | None) -> dict[str, dict[str, Any]]:
-    """The metrics that `sqa_jax.evaluate` left of one checkpoint, {folder: metrics}."""
+    """The metrics that `sqa_jax.evaluate` wrote for one checkpoint, {folder: metrics}."""
     files = sorted((workdir / "eval").glob("*/metrics.json"))
     found = {file.parent.name: read_json(file, "an evaluation's metrics") for file in files}
-    return {name: one for name, one in found.items() if (one["checkpoint"], one["step"]) == (which, step)}
+    return {
+        name: metrics for name, metrics in found.items() if (metrics["checkpoint"], metrics["step"]) == (which, step)
+    }
 
 
 def model_card(
-    config,
+    config: Any,
     student: Student,
     methods: Sequence[str],
     step: int | None,
@@ -45,70 +47,83 @@ def model_card(
       methods: of the adapter; none is the bare student.
       step: of the run's checkpoint; None where nothing was trained here.
       kind: peft or hf.
-      out: where the export lies.
+      out: the directory of the export.
       results: of `results_of`.
     """
-    path, recipe, embedded = config.student.path, config.recipe, config.data.source in EMBEDDED
     trained = step is not None
-    local = path.startswith("random:") or Path(path).expanduser().exists()
-    about = ModelCardData(
-        base_model=None if local else path,
-        library_name="peft" if kind == "peft" else "transformers",
-        pipeline_tag=_TASKS[_kind(student)][0],
-        tags=["sqa_jax", *methods, *(["science", "multiple-choice", "distillation"] if trained else [])],
-        datasets=[HUB_ID] if trained and not embedded else None,
-        license=("apache-2.0" if embedded else "cc-by-nc-sa-4.0") if trained else None,
-    )
-    facts = {
-        "Base": f"`{path}`" + (f", revision `{config.student.revision}`" if config.student.revision else ""),
-        "Adapted by": _methods(config.adapter, methods, trained),
-    }
-    terms = f"The terms of the base (`{path}`) hold."
-    if trained:
-        facts |= {
-            "Learned from": f"{_data(config.data)}; arm `{recipe.arm}`, format `{recipe.format}`, answers as `{recipe.answer}`",
-            "Checkpoint": f"{config.eval.checkpoint}, of step {step}; seed {config.seed}",
-        }
-        questions = "which sqa_jax makes itself" if embedded else "ScienceQA's, which are CC BY-NC-SA 4.0"
-        terms += f" The licence above is that of the questions, {questions}."
     scores = [
-        [name, one["mode"], percent(one["AVG"]), str(one["n"]["AVG"]), str(one["unparsed"])]
-        for name, one in results.items()
+        [name, metrics["mode"], percent(metrics["AVG"]), str(metrics["n"]["AVG"]), str(metrics["unparsed"])]
+        for name, metrics in results.items()
     ]
     columns = ["evaluation", "by", "accuracy (%)", "questions", "unparsed"]
-    parts = [
-        f"---\n{about.to_yaml()}\n---",
+    sections = [
+        f"---\n{_front_matter(config, student, methods, trained, kind).to_yaml()}\n---",
         f"# {student.name} for science questions",
         f"{'An adapter' if kind == 'peft' else 'A language model'} that answers multiple-choice science questions, made by sqa_jax.",
-        "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items()),
+        "\n".join(f"- **{name}**: {fact}" for name, fact in _facts(config, methods, step).items()),
         "## Accuracy",
         markdown_table(columns, scores) if scores else "Not evaluated.",
         "## Use",
         *_use(config, student, methods, kind, out),
         "## Licence",
-        terms,
+        _terms(config, trained),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
-def _methods(settings, methods: Sequence[str], trained: bool) -> str:
-    lora = settings.lora
-    layers = (", ".join(lora.targets) or "all linear layers") + (
-        ", tower and connector included" if lora.vision_encoder else ""
+def _front_matter(config: Any, student: Student, methods: Sequence[str], trained: bool, kind: str) -> ModelCardData:
+    path, embedded = config.student.path, config.data.source in EMBEDDED
+    local = path.startswith("random:") or Path(path).expanduser().exists()
+    return ModelCardData(
+        base_model=None if local else path,
+        library_name="peft" if kind == "peft" else "transformers",
+        pipeline_tag=_TASKS[_model_kind(student)].pipeline,
+        tags=["sqa_jax", *methods, *(["science", "multiple-choice", "distillation"] if trained else [])],
+        datasets=[HUB_ID] if trained and not embedded else None,
+        license=("apache-2.0" if embedded else "cc-by-nc-sa-4.0") if trained else None,
     )
-    words = {
+
+
+def _facts(config: Any, methods: Sequence[str], step: int | None) -> dict[str, str]:
+    student, recipe = config.student, config.recipe
+    facts = {
+        "Base": f"`{student.path}`" + (f", revision `{student.revision}`" if student.revision else ""),
+        "Adapted by": _methods(config.adapter, methods, step is not None),
+    }
+    if step is not None:
+        learned = f"arm `{recipe.arm}`, format `{recipe.format}`, answers as `{recipe.answer}`"
+        facts["Learned from"] = f"{_data(config.data)}; {learned}"
+        facts["Checkpoint"] = f"{config.eval.checkpoint}, of step {step}; seed {config.seed}"
+    return facts
+
+
+def _terms(config: Any, trained: bool) -> str:
+    terms = f"The terms of the base (`{config.student.path}`) hold."
+    if not trained:
+        return terms
+    embedded = config.data.source in EMBEDDED
+    questions = "which sqa_jax makes itself" if embedded else "ScienceQA's, which are CC BY-NC-SA 4.0"
+    return f"{terms} The licence above is that of the questions, {questions}."
+
+
+def _methods(settings: Any, methods: Sequence[str], trained: bool) -> str:
+    lora = settings.lora
+    layers = ", ".join(lora.targets) or "all linear layers"
+    if lora.vision_encoder:
+        layers += ", vision encoder and connector included"
+    texts = {
         "lora": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}{' (rank-stabilised)' if lora.rslora else ''} on {layers}",
         "prefix": f"a prefix of {settings.prefix.length} positions",
         "prompt": f"a prompt of {settings.prompt.length} positions",
         "full": "training all weights",
     }
-    begun = f"; {'training began with' if trained else 'it is'} the adapter `{settings.peft}`" if settings.peft else ""
-    return (
-        "; ".join(words[method] for method in methods) + begun if methods else "nothing: these are the base's weights"
-    )
+    if not methods:
+        return "nothing: these are the base's weights"
+    origin = f"; {'training began with' if trained else 'it is'} the adapter `{settings.peft}`" if settings.peft else ""
+    return "; ".join(texts[method] for method in methods) + origin
 
 
-def _data(data) -> str:
+def _data(data: Any) -> str:
     where = {
         **EMBEDDED,
         "dir": f"ScienceQA (`{data.path}`)",
@@ -119,54 +134,72 @@ def _data(data) -> str:
     return f"{where[data.source]}, split `{data.train_split}`{limit}{teacher}"
 
 
-def _use(config, student: Student, methods: Sequence[str], kind: str, out: str) -> list[str]:
-    """How it is used."""
+def _use(config: Any, student: Student, methods: Sequence[str], kind: str, out: str) -> list[str]:
+    """The paragraphs on how it is used."""
     vision, soft = student.config.vision, {"prefix", "prompt"} & set(methods)
     if soft and vision is not None and (vision.uses_mrope or student.config.prefix_lm):
-        lost = "positions of pictures in rows and columns" if vision.uses_mrope else "mask that lets a prompt's tokens see each other"  # fmt: skip
+        missing = (
+            "positions of images in rows and columns"
+            if vision.uses_mrope
+            else "bidirectional attention within a prompt"
+        )
         return [
-            f"PEFT reads the files, but where it puts a {soft.pop()} in front it leaves out this model's {lost}, and so "
+            f"PEFT reads the files, but where it prepends a {soft.pop()} it leaves out this model's {missing}, and so "
             "answers otherwise than the model was trained; `sqa_jax.evaluate` answers as it was."
         ]
     snippet = f"```python\n{_snippet(config, student, methods, kind, out)}\n```"
-    apart = "" if vision is not None else ", each part tokenized by itself"
-    return [f"The prompt is as sqa_jax writes it{apart}; another one costs accuracy.", snippet]
+    by_part = "" if vision is not None else ", each part tokenized by itself"
+    return [f"The prompt is as sqa_jax writes it{by_part}; another one costs accuracy.", snippet]
 
 
-# Of each kind of student, its task on the hub, and transformers' class for it.
+class _Task(NamedTuple):
+    """A kind of model on the hub: its pipeline tag, and transformers' class for it."""
+
+    pipeline: str
+    auto_class: str
+
+
 _TASKS = {
-    "decoder": ("text-generation", "AutoModelForCausalLM"),
-    "encoder–decoder": ("text2text-generation", "AutoModelForSeq2SeqLM"),
-    "seeing": ("image-text-to-text", "AutoModelForImageTextToText"),
+    "decoder": _Task("text-generation", "AutoModelForCausalLM"),
+    "encoder–decoder": _Task("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "vision-language": _Task("image-text-to-text", "AutoModelForImageTextToText"),
 }
 
 
-def _kind(student: Student) -> str:
+def _model_kind(student: Student) -> str:
     if student.config.is_encoder_decoder:
         return "encoder–decoder"
-    return "decoder" if student.config.vision is None else "seeing"
+    return "decoder" if student.config.vision is None else "vision-language"
 
 
 def example(student: Student) -> Problem:
-    """The question of the sample that a card asks; of a student that sees it has a picture."""
-    return next(one for one in load_problems("sample").split("test") if student.config.vision is None or one.image)
+    """The question of the sample in a card's snippet; for a vision-language model it has an image."""
+    if student.config.vision is not None:
+        return example_with_image()[0]
+    return load_problems("sample").split("test")[0]
 
 
-class _Unseen(NamedTuple):
-    """Shows a picture in a prompt as a processor of transformers wants it: not as features, but as what stands for them."""
+def example_with_image() -> tuple[Problem, ImageFile]:
+    """The first question of the sample that has an image, and the image."""
+    problems = load_problems("sample").split("test")
+    return next((problem, problem.image) for problem in problems if problem.image is not None)
+
+
+class _ImagePlaceholder(NamedTuple):
+    """Writes an image into a prompt as a processor of transformers expects it: as its placeholder, not as image tokens."""
 
     vision: VisionConfig
 
-    def prompt(self, pid: str, tokenizer: Any) -> list[int]:
+    def prompt_ids(self, pid: str, tokenizer: Any) -> list[int]:
         return tokenizer(self.vision.placeholder, add_special_tokens=False)["input_ids"]
 
 
-def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: str) -> str:
+def _snippet(config: Any, student: Student, methods: Sequence[str], kind: str, out: str) -> str:
     """Python that answers a question of the sample."""
-    vision, tokenizer, kind_of_student = student.config.vision, student.tokenizer, _kind(student)
-    auto, reader = _TASKS[kind_of_student][1], "Tokenizer" if vision is None else "Processor"
-    encodes = kind_of_student == "encoder–decoder"
-    base, comment = (_written(out), []) if kind == "hf" else _base(config)
+    vision, tokenizer, model_kind = student.config.vision, student.tokenizer, _model_kind(student)
+    auto, reader = _TASKS[model_kind].auto_class, "Tokenizer" if vision is None else "Processor"
+    is_encoder_decoder = model_kind == "encoder–decoder"
+    base, comment = (_literal(out), []) if kind == "hf" else _base(config)
     lines = [
         *(["from PIL import Image"] if vision is not None else []),
         f"from transformers import {auto}, Auto{reader}",
@@ -177,24 +210,24 @@ def _snippet(config, student: Student, methods: Sequence[str], kind: str, out: s
     ]
     if kind == "peft":
         folders = [out] if len(methods) == 1 else [f"{out}/{method}" for method in methods]
-        steps = [f"model = PeftModel.from_pretrained(model, {_written(folder)})" for folder in folders]
+        steps = [f"model = PeftModel.from_pretrained(model, {_literal(folder)})" for folder in folders]
         lines = ["from peft import PeftModel", *lines, *"\nmodel = model.merge_and_unload()\n".join(steps).split("\n")]
-        lost = ({"prefix"} if encodes else {"prefix", "prompt"}) & set(methods)
+        lost = ({"prefix"} if is_encoder_decoder else {"prefix", "prompt"}) & set(methods)
         if lost:
             version = f'# pip install peft "transformers<5.24": under 5.24, generate of peft 0.21 loses a {lost.pop()}'
             lines.insert(0, version)
     ends = f"eos_token_id={list(student.eos_ids)}, pad_token_id={tokenizer.pad_token_id}"
-    new = "reply[0]" if encodes else 'reply[0, inputs["input_ids"].shape[1] :]'
+    reply = "reply[0]" if is_encoder_decoder else 'reply[0, inputs["input_ids"].shape[1] :]'
     lines += [
-        *(_asked_in_parts(config, student) if vision is None else _example_with_image(config, student, out)),
+        *(_text_inputs(config, student) if vision is None else _image_inputs(config, student, vision, out)),
         f"reply = model.generate(**inputs, max_new_tokens={config.eval.max_new_tokens}, do_sample=False, {ends})",
-        f"print({reader.lower()}.decode({new}, skip_special_tokens=True))",
+        f"print({reader.lower()}.decode({reply}, skip_special_tokens=True))",
     ]
     return "\n".join(lines)
 
 
-def _asked_in_parts(config, student: Student) -> list[str]:
-    """Lines that make a question's `inputs`, each part of its prompt tokenized by itself, as training tokenizes it."""
+def _text_inputs(config: Any, student: Student) -> list[str]:
+    """Lines that make a question's `inputs`, each part of its prompt tokenized by itself, as in training."""
     encoder = encoder_for(config, student.tokenizer)
     before, after = encoder.around
     if student.config.is_encoder_decoder:  # `generate` itself starts the decoder
@@ -202,39 +235,39 @@ def _asked_in_parts(config, student: Student) -> list[str]:
     prompt = [before, *(text for _, text in encoder.parts(example(student), arm_format(config.recipe))), after]
     return [
         "prompt = [",
-        *(f"    {_written(part)}," for part in prompt if part),
+        *(f"    {_literal(part)}," for part in prompt if part),
         "]",
         'inputs = tokenizer(prompt, is_split_into_words=True, add_special_tokens=False, return_tensors="pt")',
     ]
 
 
-def _example_with_image(config, student: Student, out: str) -> list[str]:
-    """Lines that make the `inputs` of a question with its picture, by the model's own processor."""
-    vision, tokenizer = student.config.vision, student.tokenizer
-    encoder = encoder_for(config, tokenizer, _Unseen(vision))
+def _image_inputs(config: Any, student: Student, vision: VisionConfig, out: str) -> list[str]:
+    """Lines that make the `inputs` of a question with its image, by the model's own processor."""
+    tokenizer = student.tokenizer
+    encoder = encoder_for(config, tokenizer, _ImagePlaceholder(vision))
     (encoded,) = encoder.encode([example(student)], [arm_format(config.recipe)])
     prompt = tokenizer.decode(encoded.tokens)
-    if not vision.placeholder:  # the processor puts what is around it
+    if isinstance(vision, PaliGemmaVision):  # its processor adds what is around the prompt
         prompt = SPECIAL_TOKENS[0] + prompt.removeprefix(tokenizer.bos_token or "").removesuffix(vision.prompt_end)
-    given = f'{"add_special_tokens=False, " * bool(vision.placeholder)}return_tensors="pt"'
+    options = f'{"add_special_tokens=False, " * bool(vision.placeholder)}return_tensors="pt"'
     return [
-        f"prompt = {_written(prompt)}",
-        f"picture = Image.open({_written(f'{out}/{EXAMPLE_IMAGE}')})",
-        f"inputs = processor(images=[picture], text=prompt, {given})",
+        f"prompt = {_literal(prompt)}",
+        f"image = Image.open({_literal(f'{out}/{EXAMPLE_IMAGE}')})",
+        f"inputs = processor(images=[image], text=prompt, {options})",
     ]
 
 
-def _base(config) -> tuple[str, list[str]]:
-    """What transformers loads the student from, as arguments, and what has to be done before."""
+def _base(config: Any) -> tuple[str, list[str]]:
+    """The arguments with which transformers loads the student, and comment lines on what has to be done before."""
     path, revision = config.student.path, config.student.revision
     if path.startswith("random:"):
         make = f"--config.student.path={path} --config.seed={config.seed} --config.eval.checkpoint=none --workdir new"
         return '"base"', [f"# python -m sqa_jax.export {make} --format hf --out base"]
     if path.lower().endswith(".gguf"):
-        return f"{_written(str(Path(path).parent))}, gguf_file={_written(Path(path).name)}", []
-    return _written(path) + (f", revision={_written(revision)}" if revision else ""), []
+        return f"{_literal(str(Path(path).parent))}, gguf_file={_literal(Path(path).name)}", []
+    return _literal(path) + (f", revision={_literal(revision)}" if revision else ""), []
 
 
-def _written(text: str) -> str:
+def _literal(text: str) -> str:
     """A Python literal."""
     return json.dumps(text, ensure_ascii=False)

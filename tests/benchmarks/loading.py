@@ -1,10 +1,10 @@
-"""What loading a student takes, in a process of its own: python -m tests.benchmarks.loading PATH [DTYPE].
+"""Time and memory of loading a student, in its own process: python -m tests.benchmarks.loading PATH [DTYPE].
 
 python -m tests.benchmarks.loading make NAME PATH writes a checkpoint of a published shape with arbitrary weights, in bfloat16.
 
-Prints JSON: size (of the parameters, bytes), peak (of this process' memory beyond what it had before, in sizes), and
-seconds of cores and of the clock. The parameters are dealt over all devices (`fsdp`); on a CPU,
-XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of it. Linux alone says what the peak is.
+Prints JSON: size (of the parameters, bytes), peak (memory of this process beyond that before loading, in sizes), and
+seconds of CPU time and of wall-clock time. The parameters are sharded over all devices (`fsdp`); on a CPU,
+XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of it. Only Linux reports the peak.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from sqa_jax.parallel.rules import shardings
 
 
 def peak() -> int:
-    """Bytes; not getrusage's, which begins with the peak of the process that started this one."""
+    """Peak memory in bytes; not getrusage's, which starts from the peak of the parent process."""
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def make(name: str, path: str) -> None:
     config, where = CATALOGUE[name].config, Path(path)
-    some = np.random.default_rng(0).normal(0, 0.02, 999_983).astype(jnp.bfloat16)
-    params = jax.tree.map(lambda leaf: np.resize(some, leaf.shape), param_shapes(config, jnp.bfloat16))
+    values = np.random.default_rng(0).normal(0, 0.02, 999_983).astype(jnp.bfloat16)
+    params = jax.tree.map(lambda leaf: np.resize(values, leaf.shape), param_shapes(config, jnp.bfloat16))
     where.mkdir(parents=True)
     write_model(params, config, where, "bfloat16", "1GB")
     byte_tokenizer().save_pretrained(where)

@@ -31,8 +31,8 @@ _NAMES = {
     "blk.{}.attn_k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
     "blk.{}.ffn_norm.weight": "model.layers.{}.post_attention_layernorm.weight",
 } | {
-    f"blk.{{}}.{theirs}.{part}": f"model.layers.{{}}.{ours}.{part}"
-    for theirs, ours in _LINEARS.items()
+    f"blk.{{}}.{gguf_name}.{part}": f"model.layers.{{}}.{hf_name}.{part}"
+    for gguf_name, hf_name in _LINEARS.items()
     for part in ("weight", "bias")
 }
 # Gemma 2 and 3 also have norms after attention and MLP (sandwich norms); one name then means another norm.
@@ -99,7 +99,9 @@ class GGUFSource:
     def locate(self, name: str) -> str:
         if name in self._tensors:
             return f"{self.where}: tensor {self._tensors[name].name}"
-        return f"{self.where}: tensor {_rename(name, {ours: theirs for theirs, ours in self._names.items()})}"
+        return (
+            f"{self.where}: tensor {_rename(name, {hf_name: gguf_name for gguf_name, hf_name in self._names.items()})}"
+        )
 
     def _order(self, name: str, count: int) -> np.ndarray | None:
         """The file's index of each row; None where the orders agree.

@@ -142,7 +142,9 @@ def _add_matched_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int
 
     for special, kind in ((True, _CONTROL), (False, _USER_DEFINED)):
         typed = zip(tokens, types, strict=False)
-        matched = [token for token, own in typed if own == kind and token.strip("▁")]  # merges make runs of spaces
+        matched = [
+            token for token, token_type in typed if token_type == kind and token.strip("▁")
+        ]  # merges make runs of spaces
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in matched])
 
 
