@@ -1,4 +1,4 @@
-"""Weights from Hugging Face directories, held against PyTorch's state dicts; and what damaged ones are answered with."""
+"""Weights of Hugging Face directories: equal to the files' and to PyTorch's, in shards and dtypes; and faults in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +34,7 @@ from sqa_jax.models.rope_frequencies import Rope
 from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.rules import shardings
 from tests.conftest import ROOT
+from tests.support.torch_models import torch_model, write_checkpoint
 
 VARIANTS = {
     "plain": {},
@@ -45,35 +45,46 @@ VARIANTS = {
 }
 
 
-def make_model(**changes) -> transformers.LlamaForCausalLM:
-    """A tiny Llama of which every parameter is random, norms and biases too."""
+def make(directory: Path, stored: str = "float32", **changes) -> Path:
+    """A directory with a tiny random Llama and a tokenizer."""
     options = dict(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 30000.0},
-        rms_norm_eps=1e-5,
-    )
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options | changes))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model
-
-
-def save(model, directory, **options) -> str:
-    model.save_pretrained(directory, **options)
+        vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 30000.0}, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    write_checkpoint(directory, transformers.LlamaConfig(**options | changes))
     byte_tokenizer().save_pretrained(directory)
-    return str(directory)
+    if stored != "float32":
+        file = directory / "model.safetensors"
+        tensors = {name: values.astype(stored) for name, values in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+def shard(directory: Path, parts: int = 3) -> list[Path]:
+    """Splits model.safetensors into several files with an index."""
+    tensors = sorted(load_file(directory / "model.safetensors").items())
+    (directory / "model.safetensors").unlink()
+    files, weight_map = [], {}
+    for number in range(parts):
+        files.append(directory / f"model-{number + 1:05}-of-{parts:05}.safetensors")
+        save_file(dict(tensors[number::parts]), files[-1], metadata={"format": "pt"})
+        weight_map |= {name: files[-1].name for name, _ in tensors[number::parts]}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return files
+
+
+def stored_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """All tensors of a directory in float32."""
+    return {
+        name: values.astype(np.float32)
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, values in load_file(file).items()
+    }
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> str:
-    return save(make_model(), tmp_path_factory.mktemp("plain") / "model")
+    return str(make(tmp_path_factory.mktemp("plain") / "model"))
 
 
 @pytest.fixture
@@ -81,13 +92,10 @@ def copy(plain, tmp_path) -> Path:
     return Path(shutil.copytree(plain, tmp_path / "copy"))
 
 
-def assert_equal_to_torch(params: dict, model) -> None:
-    """Compares tensor by tensor, spelling the tree out rather than asking the layout."""
-    state = {name: value.float().numpy() for name, value in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(value.size for value in state.values())
-    for name, value in state.items():
+def assert_equal(params: dict, tensors: dict[str, np.ndarray]) -> None:
+    """Compares tensor by tensor, by the rules of Hugging Face's names rather than by our table of parameters."""
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(value.size for value in tensors.values())
+    for name, value in tensors.items():
         keys = name.removeprefix("model.").split(".")
         layer = int(keys.pop(1)) if keys[0] == "layers" else None
         node = params
@@ -105,24 +113,40 @@ def assert_equal_to_torch(params: dict, model) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_equal_to_torch(tmp_path, variant, shard_size):
-    model = make_model(**VARIANTS[variant])
-    path = save(model, tmp_path / "m", max_shard_size=shard_size)
-    assert (len(list(Path(path).glob("*.safetensors"))) > 1) == (shard_size == "20KB")
-    student = load_student(path)
-    assert_equal_to_torch(student.params, model)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_parameters_are_those_of_the_file(tmp_path, variant, sharded):
+    directory = make(tmp_path / "m", **VARIANTS[variant])
+    if sharded:
+        shard(directory)
+    student = load_student(str(directory))
+    assert_equal(student.params, stored_tensors(directory))
     assert student.config.rope.theta == 30000.0 and student.config.tie_embeddings == (variant == "tied")
 
 
+@pytest.mark.live
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_those_of_pytorch(tmp_path, variant):
+    """Saved by transformers, also in shards."""
+    model = torch_model(make(tmp_path / "m", **VARIANTS[variant]))
+    state = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    for size in ("1GB", "20KB"):
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        byte_tokenizer().save_pretrained(tmp_path / size)
+        assert (len(list((tmp_path / size).glob("*.safetensors"))) > 1) == (size == "20KB")
+        assert_equal(load_student(str(tmp_path / size)).params, state)
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
-def test_types_of_numbers(tmp_path, stored):
-    model = make_model().to(getattr(torch, stored))
-    path = save(model, tmp_path / "m")
-    assert_equal_to_torch(load_student(path).params, model)
-    half = load_student(path, dtype=jnp.bfloat16).params
+def test_dtypes(tmp_path, stored):
+    directory = make(tmp_path / "m", stored)
+    tensors = stored_tensors(directory)
+    assert_equal(load_student(str(directory)).params, tensors)
+    half = load_student(str(directory), dtype=jnp.bfloat16).params
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
-    assert_equal_to_torch(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), model.to(torch.bfloat16))
+    rounded = {name: values.astype(jnp.bfloat16).astype(np.float32) for name, values in tensors.items()}
+    assert_equal(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half), rounded)
 
 
 @pytest.mark.parametrize("axes", [(1, 2, 4), (2, 4, 1), (8, 1, 1), (1, 8, 1)])
@@ -144,28 +168,28 @@ def test_read_into_shards(plain, axes):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_blocks_are_the_same_blocks_of_the_whole(plain, data):
-    """What one process of several reads: only its own rows, columns and layers, and each row once."""
+    """What one process of several reads: only its rows, columns and layers, and each row once."""
     source, config = SafetensorsSource(plain), from_hf(json.loads(Path(plain, "config.json").read_text()), plain)
-    leaf = data.draw(st.sampled_from(param_specs(config)))
-    ends = [st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True) for n in leaf.shape]
-    box = st.tuples(*(pair.map(lambda pair: range(*sorted(pair))) for pair in ends))
-    boxes = data.draw(st.lists(box, min_size=1, max_size=3))
-    (whole,) = read_blocks(source, leaf, [tuple(map(range, leaf.shape))], np.float32)
-    asked = []
+    spec = data.draw(st.sampled_from(param_specs(config)))
+    ends = [st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True) for n in spec.shape]
+    block = st.tuples(*(pair.map(lambda pair: range(*sorted(pair))) for pair in ends))
+    blocks = data.draw(st.lists(block, min_size=1, max_size=3))
+    (parameter,) = read_blocks(source, spec, [tuple(map(range, spec.shape))], np.float32)
+    reads = []
     read = source.read
-    source.read = lambda name, rows=slice(None): asked.append((name, rows)) or read(name, rows)
-    for box, found in zip(boxes, read_blocks(source, leaf, boxes, np.float32), strict=True):
-        np.testing.assert_array_equal(found, whole[np.ix_(*box)])
-    for place, name in enumerate(leaf.names):
-        sharing = [box for box in boxes if not leaf.stacked or place in box[0]]
-        rows = [box[-1] if leaf.transposed else box[leaf.stacked] for box in sharing]
-        expected = [(min(own.start for own in rows), max(own.stop for own in rows))] if rows else []
-        assert [(own.start, own.stop) for other, own in asked if other == name] == expected
+    source.read = lambda name, rows=slice(None): reads.append((name, rows)) or read(name, rows)
+    for block, found in zip(blocks, read_blocks(source, spec, blocks, np.float32), strict=True):
+        np.testing.assert_array_equal(found, parameter[np.ix_(*block)])
+    for layer, name in enumerate(spec.names):
+        sharing = [block for block in blocks if not spec.stacked or layer in block[0]]
+        rows = [block[-1] if spec.transposed else block[spec.stacked] for block in sharing]
+        expected = [(min(span.start for span in rows), max(span.stop for span in rows))] if rows else []
+        assert [(span.start, span.stop) for other, span in reads if other == name] == expected
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_loading_takes_little_more_memory_than_the_model(tmp_path, devices):
-    """In a process of its own, whose peak it is; on a CPU the model lies in the same memory, so 1 is the least."""
+    """In its own process, whose peak it is; on a CPU the model is in the same memory, so 1 is the least."""
     config = DecoderConfig(2048, 1024, 4096, 8, 8, 8, 128, Rope(1e4), tie_embeddings=True)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), param_shapes(config, jnp.bfloat16))
     write_model(zeros, config, tmp_path, "bfloat16", "100MB")
@@ -177,7 +201,7 @@ def test_loading_takes_little_more_memory_than_the_model(tmp_path, devices):
     assert 0.9 < json.loads(done.stdout)["peak"] < 1.3
 
 
-def test_random_params_do_not_depend_on_their_place(tiny_student):
+def test_random_params_do_not_depend_on_their_sharding(tiny_student):
     mesh = make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
     split = load_student("random:tiny", shardings_for=lambda tree: shardings(tree, mesh))
     jax.tree.map(np.testing.assert_array_equal, tiny_student.params, split.params)
@@ -199,33 +223,55 @@ def test_random_weights_of_a_configuration(plain):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_saved_weights_are_read_by_transformers(tmp_path, variant):
-    model = make_model(**VARIANTS[variant])
-    student = load_student(save(model, tmp_path / "m"))
+def test_saved_weights_are_those_of_the_file(tmp_path, variant):
+    directory = make(tmp_path / "m", **VARIANTS[variant])
+    student = load_student(str(directory))
     save_safetensors(student.params, student.config, tmp_path / "out")
-    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert_equal_to_torch(student.params, again)
+    jax.tree.map(np.testing.assert_array_equal, stored_tensors(tmp_path / "out"), stored_tensors(directory))
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_weights_are_read_by_transformers(tmp_path, variant):
+    """Each of them, and none besides; the model then is the same."""
+    import torch
+
+    directory = make(tmp_path / "m", **VARIANTS[variant])
+    student = load_student(str(directory))
+    save_safetensors(student.params, student.config, tmp_path / "out")
+    model, again = torch_model(directory), torch_model(tmp_path / "out")
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, again(tokens).logits)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_large_models_are_written_in_shards(tmp_path, dtype):
-    model = make_model().to(getattr(torch, dtype))
-    student = load_student(save(model, tmp_path / "m"))
+@pytest.fixture(params=["float32", "bfloat16"])
+def written_in_shards(request, tmp_path) -> tuple[str, Path, dict[str, np.ndarray]]:
+    """(dtype, directory, tensors) of a model that we wrote in several files."""
+    directory = make(tmp_path / "m", request.param)
+    student = load_student(str(directory))
     (tmp_path / "out").mkdir()
-    write_model(student.params, student.config, tmp_path / "out", dtype, "20KB")
-    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    write_model(student.params, student.config, tmp_path / "out", request.param, "20KB")
+    return request.param, tmp_path / "out", stored_tensors(directory)
+
+
+def test_large_models_are_written_in_shards(written_in_shards):
+    dtype, directory, tensors = written_in_shards
+    shards = sorted(directory.glob("model-*.safetensors"))
     assert len(shards) > 1
     assert all(shard.stat().st_size < 24_000 or len(load_file(shard)) == 1 for shard in shards)
-    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert again.dtype == model.dtype and all(
-        torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items()
-    )
-    byte_tokenizer().save_pretrained(tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, load_student(str(tmp_path / "out")).params, student.params)
+    assert {str(values.dtype) for file in shards for values in load_file(file).values()} == {dtype}
+    byte_tokenizer().save_pretrained(directory)
+    assert_equal(load_student(str(directory)).params, tensors)
+
+
+@pytest.mark.live
+def test_shards_are_read_by_transformers(written_in_shards):
+    dtype, directory, tensors = written_in_shards
+    model = torch_model(directory)
+    assert str(model.dtype) == f"torch.{dtype}"
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(model.state_dict()[name].float().numpy(), values, err_msg=name)
 
 
 def test_saving_never_leaves_half(tmp_path, tiny_student):
@@ -239,7 +285,7 @@ def test_saving_never_leaves_half(tmp_path, tiny_student):
     assert not list(tmp_path.iterdir())
 
 
-def test_fingerprint_tells_weights_not_places(copy, plain):
+def test_fingerprint_depends_on_weights_not_on_paths(copy, plain):
     before = load_student(plain).fingerprint
     assert load_student(str(copy)).fingerprint == before
     tensors = load_file(copy / "model.safetensors")
@@ -248,7 +294,7 @@ def test_fingerprint_tells_weights_not_places(copy, plain):
     assert load_student(str(copy)).fingerprint != before
 
 
-def test_ends_of_a_reply(copy):
+def test_eos_ids(copy):
     assert load_student(str(copy)).eos_ids[0] == byte_tokenizer().eos_token_id
     config = copy / "generation_config.json"
     config.write_text(json.dumps({"eos_token_id": [2, 3]}))
@@ -257,12 +303,12 @@ def test_ends_of_a_reply(copy):
     refused(str(copy), "generation_config.json", "eos_token_id 3000", "264 tokens")
 
 
-def refused(path: str, *words: str) -> str:
-    """Loads, expects one line with each of `words`, and returns it."""
+def refused(path: str, *parts: str) -> str:
+    """Loads, expects one line with each of `parts`, and returns it."""
     with pytest.raises(UserError) as caught:
         load_student(path)
     message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert "\n" not in message and all(part in message for part in parts), message
     return message
 
 
@@ -305,7 +351,7 @@ def change_config(directory: Path, **changes) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "parts"),
     [
         ("model__layers__2__mlp__down_proj__weight", None, ["(32, 48) is missing"]),
         (
@@ -318,8 +364,8 @@ def change_config(directory: Path, **changes) -> str:
         ("model__norm__weight", np.zeros(32, np.int8), ["stored as I8", "F64, F32, F16, BF16"]),
     ],
 )
-def test_tensors_that_do_not_fit(copy, name, value, words):
-    refused(change_tensors(copy, **{name: value}), str(copy), name.replace("__", "."), *words)
+def test_tensors_that_do_not_fit(copy, name, value, parts):
+    refused(change_tensors(copy, **{name: value}), str(copy), name.replace("__", "."), *parts)
 
 
 def test_float8_is_refused(copy):
@@ -328,18 +374,18 @@ def test_float8_is_refused(copy):
 
 
 def test_harmless_extras(tmp_path):
-    model = make_model(tie_word_embeddings=True)
-    directory = Path(save(model, tmp_path / "m"))
+    directory = make(tmp_path / "m", tie_word_embeddings=True)
+    tensors = stored_tensors(directory)
     table = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     change_tensors(
         directory, lm_head__weight=table, model__layers__0__self_attn__rotary_emb__inv_freq=np.ones(4, np.float32)
     )
-    assert_equal_to_torch(load_student(str(directory)).params, model)
+    assert_equal(load_student(str(directory)).params, tensors)
     refused(change_tensors(directory, lm_head__weight=table + 1), "lm_head.weight differs", "tie_word_embeddings")
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "parts"),
     [
         ({"model_type": "mamba"}, ["'mamba'", "supported: llama"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "supported: default"]),
@@ -358,13 +404,13 @@ def test_harmless_extras(tmp_path):
         ({"vocab_size": 100}, ["up to 259", "100 embeddings"]),
     ],
 )
-def test_configurations_that_are_refused(copy, changes, words):
-    refused(change_config(copy, **changes), str(copy), *words)
+def test_configurations_that_are_refused(copy, changes, parts):
+    refused(change_config(copy, **changes), str(copy), *parts)
 
 
 def test_missing_files(copy, tmp_path):
-    sharded = Path(save(make_model(), tmp_path / "sharded", max_shard_size="20KB"))
-    shards = sorted(sharded.glob("model-*.safetensors"))
+    sharded = Path(shutil.copytree(copy, tmp_path / "sharded"))
+    shards = shard(sharded)
     content = shards[1].read_bytes()
     shards[1].unlink()
     refused(str(sharded), str(shards[1]), "shard not found", "fetch it again")
