@@ -47,12 +47,10 @@ def export(config: Any, workdir: str, kind: str, out: str, dtype: str = "float32
     Raises:
       UserError: there is no checkpoint, the adapter cannot be expressed in this format, or `out` exists already.
     """
-    from sqa_jax.adapters.peft_read import resolve_peft_adapter
+    from sqa_jax.evaluation.student import open_student
     from sqa_jax.files import atomic_directory
     from sqa_jax.reporting.model_card import model_card, results_of
-    from sqa_jax.runtime import build_runtime
-    from sqa_jax.training.restore import check_checkpoint, restore_adapter
-    from sqa_jax.training.workdir import check_evaluable, open_workdir
+    from sqa_jax.training.workdir import open_workdir
 
     if not workdir or not out:
         raise UserError("--workdir and --out are needed: the run to export, and the directory to make")
@@ -60,15 +58,10 @@ def export(config: Any, workdir: str, kind: str, out: str, dtype: str = "float32
         raise UserError(f"--dtype {dtype} is for --format hf; adapters are written in float32, as they are trained")
     with atomic_directory(out) as directory:
         root, which = open_workdir(workdir), config.eval.checkpoint
-        check_checkpoint(config, root)
-        config, given = resolve_peft_adapter(config) if which == "none" else (config, None)
         config = config.copy_and_resolve_references()
         # Whatever the run was trained with: nothing is rounded here but what is written.
         config.student.dtype, config.student.attention = "float32", "auto"
-        runtime = build_runtime(config)
-        if which != "none":
-            check_evaluable(root, config, runtime.student.fingerprint)
-        step, tree = restore_adapter(config, root, runtime, given)
+        config, runtime, tree, _, step, _ = open_student(config, root)
         if kind == "peft":
             write_adapter(config, runtime.student, tree, directory)
         else:

@@ -38,7 +38,7 @@ def write_report(results: Results, folder: Path) -> None:
 def section(results: Results) -> str:
     """The page; also a section of the study's report."""
     calibration, recall = results["calibration"], results["recall"]
-    retrieval = {"oracle": "the question's own lecture", "bm25": "the best match of BM25"}[results["retrieval"]]
+    retrieval = {"oracle": "the question's gold lecture", "bm25": "the best match of BM25"}[results["retrieval"]]
     parts = [
         "## H1: a small model with tools",
         f"{results['student']}{', adapter ' + results['adapter'] if results['adapter'] else ', zero-shot'}, on "
