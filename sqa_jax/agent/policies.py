@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from sqa_jax.data.problem import Problem
 
@@ -24,6 +24,7 @@ class Turn(NamedTuple):
     margins: Mapping[str, float]
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Decides at each turn of an episode.
 
