@@ -27,7 +27,7 @@ class ImageBatcher:
     images: ImageStore
     features: Float[np.ndarray, "F D"] | None = None
 
-    def count_features(self, tokens: Sequence[int]) -> int:
+    def count_features(self, tokens: Sequence[int] | np.ndarray) -> int:
         """Image tokens in a sequence."""
         return int(np.count_nonzero(np.asarray(tokens) >= self.images.vocab_size))
 

@@ -23,7 +23,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -41,6 +41,7 @@ _HASHED_PACKAGE = (
 )
 
 
+@runtime_checkable
 class HasImage(Protocol):
     """A question, or a request about one, with its image."""
 

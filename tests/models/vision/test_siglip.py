@@ -1,19 +1,17 @@
-"""PaliGemma's and SmolVLM's pictures: pixels, prompts and features equal transformers'."""
+"""SigLIP encoders of PaliGemma and SmolVLM: pixels, prompts and features equal transformers'."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
-import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,14 +20,16 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 
 from sqa_jax.checkpoints.renamed_source import RenamedSource
 from sqa_jax.checkpoints.safetensors_source import SafetensorsSource, read_hf_config
-from sqa_jax.checkpoints.weights import _read_boxes
+from sqa_jax.checkpoints.weights import read_blocks
 from sqa_jax.data.image import rgb
 from sqa_jax.errors import UserError
 from sqa_jax.models.vision import paligemma, siglip_encoder, smolvlm
 from sqa_jax.models.vision.adapter import NO_VISION_ADAPTER, ComputeConfig, VisionAdapter
+from tests.support.torch_models import torch_model, write_checkpoint
+from tests.support.vision_pair import as_bytes, as_text, random_array
 
 # Patches of 7 in tiles of 30: two pixels on the right and at the bottom are in no patch.
-TOWER = dict(
+SIGLIP = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=30, patch_size=7
 )
 TEXT = dict(
@@ -37,7 +37,7 @@ TEXT = dict(
     num_key_value_heads=1, pad_token_id=None, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 MODULES = {"paligemma": paligemma, "smolvlm": smolvlm, "idefics3": smolvlm}
-TOWERS = {
+ENCODERS = {
     "paligemma": siglip_encoder.PaliGemmaVisionEncoder,
     "smolvlm": siglip_encoder.SmolVLMVisionEncoder,
     "idefics3": siglip_encoder.SmolVLMVisionEncoder,
@@ -46,82 +46,75 @@ IMAGE = 260
 
 
 @functools.cache
-def reference(family: str) -> torch.nn.Module:
-    """A tiny random PyTorch model, away from the uniform start."""
+def config_of(family: str) -> transformers.PretrainedConfig:
+    """transformers' configuration of a tiny model."""
     if family == "paligemma":
-        vision, text = (
-            {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
-            {**TEXT, "head_dim": 12},
-        )
-        own = dict(projection_dim=24, image_token_index=IMAGE)
-        text["model_type"], auto = "gemma2", transformers.PaliGemmaForConditionalGeneration
-    else:
-        vision, text, own = TOWER, {**TEXT, "model_type": "llama"}, dict(scale_factor=2, image_token_id=IMAGE)
-        auto = getattr(
-            transformers, {"smolvlm": "SmolVLM", "idefics3": "Idefics3"}[family] + "ForConditionalGeneration"
-        )
-    torch.manual_seed(0)
-    model = auto(auto.config_class(vision_config=vision, text_config=text, **own)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * (0.2 if "norm" in name or "bias" in name else 0.05))
-    return model
+        return transformers.PaliGemmaConfig(
+            vision_config={**SIGLIP, "model_type": "siglip_vision_model", "vision_use_head": False},
+            text_config={**TEXT, "head_dim": 12, "model_type": "gemma2"}, projection_dim=24, image_token_index=IMAGE,
+        )  # fmt: skip
+    config_class = {"smolvlm": transformers.SmolVLMConfig, "idefics3": transformers.Idefics3Config}[family]
+    text = {**TEXT, "model_type": "llama"}
+    return config_class(vision_config=SIGLIP, text_config=text, scale_factor=2, image_token_id=IMAGE)
 
 
-def tree_of(source, table) -> dict:
-    """The tree that a source's tensors make."""
+def tree_of(source, specs) -> dict:
+    """The parameter tree of a source's tensors."""
     tree: dict = {}
-    for leaf in table:
+    for spec in specs:
         node = tree
-        for key in leaf.path[:-1]:
+        for key in spec.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = jnp.asarray(_read_boxes(source, leaf, [tuple(map(range, leaf.shape))], np.float32)[0])
+        node[spec.path[-1]] = jnp.asarray(read_blocks(source, spec, [tuple(map(range, spec.shape))], np.float32)[0])
     return tree
 
 
 class Pair(NamedTuple):
-    """A PyTorch model and ours with the same parameters, and a picture's tiles in colours of 0 to 255."""
+    """Ours of a checkpoint, which transformers reads, too; and an image's tiles in pixels of 0 to 255."""
 
-    model: torch.nn.Module
+    family: str
+    path: Path
     module: Any
     vision: Any
     params: dict
     tiles: np.ndarray
-    features: Any  # (params, tiles, adaptation) → features
+    features: Any  # (params, tiles, adapter) → features
 
-    def theirs(self, model: torch.nn.Module) -> np.ndarray:
+    def theirs(self, model) -> np.ndarray:
         """Features of the tiles by a PyTorch model, [n · features_per_piece, width]."""
-        values = torch.tensor(normalised(self.vision, self.tiles).transpose(0, 3, 1, 2))
+        import torch
+
+        values = torch.tensor(normalized(self.vision, self.tiles).transpose(0, 3, 1, 2))
         with torch.no_grad():
             if self.module is paligemma:
                 return model.get_image_features(values).pooler_output.flatten(0, 1).numpy()
             mask = torch.ones(1, *values.shape[:1], *values.shape[2:], dtype=torch.long)
             return model.get_image_features(values[None], mask).pooler_output[0].numpy()
 
-    def ours(self, adaptation: VisionAdapter = NO_VISION_ADAPTER) -> np.ndarray:
-        found = self.features(self.params, self.tiles, adaptation)
+    def ours(self, adapter: VisionAdapter = NO_VISION_ADAPTER) -> np.ndarray:
+        found = self.features(self.params, self.tiles, adapter)
         assert found.shape == (len(self.tiles), self.vision.features_per_piece, self.vision.width)
         return found.reshape(-1, self.vision.width)
 
 
 @pytest.fixture(scope="module", params=["paligemma", "smolvlm"])
 def pair(request, tmp_path_factory) -> Pair:
-    directory = tmp_path_factory.mktemp(request.param)
-    model, module = reference(request.param), MODULES[request.param]
-    model.save_pretrained(directory)
-    vision = module.from_hf(read_hf_config(directory), {}, str(directory))
-    source = RenamedSource(SafetensorsSource(directory), module.NAMES)
-    tower = TOWERS[request.param](vision)
-    features = jax.jit(lambda params, tiles, adaptation: tower.apply({"params": params}, tiles, adaptation))
-    tiles = module.preprocess_image(vision, picture_of(50, 15)).pieces
-    return Pair(model, module, vision, tree_of(source, module.param_specs(vision))["vision"], tiles, features)
+    family, module = request.param, MODULES[request.param]
+    path = write_checkpoint(tmp_path_factory.mktemp(family), config_of(family))
+    vision = module.from_hf(read_hf_config(path), {}, str(path))
+    source = RenamedSource(SafetensorsSource(path), module.TENSOR_NAMES)
+    encoder = ENCODERS[family](vision)
+    features = jax.jit(lambda params, tiles, adapter: encoder.apply({"params": params}, tiles, adapter))
+    tiles = module.preprocess_image(vision, image_of(50, 15)).pieces
+    params = tree_of(source, module.param_specs(vision))["vision"]
+    return Pair(family, path, module, vision, params, tiles, features)
 
 
-def normalised(vision, pieces: np.ndarray) -> np.ndarray:
-    return np.asarray(vision.pixels.normalised(pieces))
+def normalized(vision, pieces: np.ndarray) -> np.ndarray:
+    return np.asarray(vision.pixels.normalize(pieces))
 
 
-def picture_of(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+def image_of(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
     colours = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
     return Image.fromarray(colours, "RGBA").convert(mode)
 
@@ -146,21 +139,21 @@ def theirs(module, vision, image: Image.Image):
 def tiny(family: str):
     """(our module, its vision) without a model."""
     module = MODULES[family]
-    return module, module.from_hf(reference(family).config.to_dict(), {}, family)
+    return module, module.from_hf(config_of(family).to_dict(), {}, family)
 
 
-def same_picture(module, vision, image: Image.Image) -> None:
+def check_same_pixels(module, vision, image: Image.Image) -> None:
     ours, (tiles, rows, cols) = module.preprocess_image(vision, rgb(image)), theirs(module, vision, image)
     assert (ours.rows, ours.columns) == (rows, cols) and ours.pieces.dtype == np.uint8
     assert len(ours.pieces) == (rows * cols + 1 if rows else 1)
-    np.testing.assert_allclose(normalised(vision, ours.pieces), tiles, atol=1e-5)
+    np.testing.assert_allclose(normalized(vision, ours.pieces), tiles, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["paligemma", "smolvlm", "idefics3"])
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "PA"])
-def test_pixels_of_every_kind_of_picture(family, mode):
-    image = picture_of(41, 23, "P").convert("PA") if mode == "PA" else picture_of(41, 23, mode)
-    same_picture(*tiny(family), image)
+def test_pixels_of_every_image_mode(family, mode):
+    image = image_of(41, 23, "P").convert("PA") if mode == "PA" else image_of(41, 23, mode)
+    check_same_pixels(*tiny(family), image)
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,13 +161,13 @@ def test_pixels_of_every_kind_of_picture(family, mode):
 def test_pixels_of_every_size(width, height, family, splits):
     module, vision = tiny(family)
     vision = dataclasses.replace(vision, splits=splits) if family == "smolvlm" else vision
-    same_picture(module, vision, picture_of(width, height))
+    check_same_pixels(module, vision, image_of(width, height))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (31, 30), (30, 30)])
 def test_pixels_of_extreme_sizes(size):
     for family in ("paligemma", "smolvlm"):
-        same_picture(*tiny(family), picture_of(*size))
+        check_same_pixels(*tiny(family), image_of(*size))
 
 
 def test_files_that_hold_more_than_one_plain_frame(tmp_path):
@@ -187,17 +180,23 @@ def test_files_that_hold_more_than_one_plain_frame(tmp_path):
     see_through.save(tmp_path / "clear.png", transparency=0)
     for name in ("two.gif", "clear.png"):
         with Image.open(tmp_path / name) as image:
-            same_picture(module, vision, image)
+            check_same_pixels(module, vision, image)
 
 
-def test_features_of_several_tiles(pair):
+def test_features_of_several_tiles(pair, reference):
     assert len(pair.tiles) == (1 if pair.module is paligemma else 4 * 2 + 1)
-    np.testing.assert_allclose(pair.ours(), pair.theirs(pair.model), atol=1e-4)
+    expected = bare_features(pair, reference)
+    np.testing.assert_allclose(pair.ours(), expected, atol=1e-4)
+
+
+def bare_features(pair, reference) -> np.ndarray:
+    name = f"models/vision/siglip/{pair.family}_features"
+    return reference(name, lambda: {"features": pair.theirs(torch_model(pair.path))})["features"]
 
 
 def test_features_in_half_precision():
     module, vision = tiny("smolvlm")
-    tiles = module.preprocess_image(vision, picture_of(30, 30)).pieces
+    tiles = module.preprocess_image(vision, image_of(30, 30)).pieces
     wide, half = (
         siglip_encoder.SmolVLMVisionEncoder(vision, ComputeConfig(dtype)) for dtype in (jnp.float32, jnp.bfloat16)
     )
@@ -208,63 +207,75 @@ def test_features_in_half_precision():
 
 
 def test_module_initialises_the_tree_that_files_are_read_into(pair):
-    tower = TOWERS[pair.model.config.model_type](pair.vision)
-    made = jax.eval_shape(lambda: tower.init(jax.random.key(0), pair.tiles))["params"]
-    assert jax.tree.map(lambda leaf: leaf.shape, made) == jax.tree.map(jnp.shape, pair.params)
+    encoder = ENCODERS[pair.family](pair.vision)
+    params = jax.eval_shape(lambda: encoder.init(jax.random.key(0), pair.tiles))["params"]
+    assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(jnp.shape, pair.params)
 
 
-def prompts_of(vision, length: int = 3) -> jax.Array:
-    return jax.random.normal(jax.random.key(1), (vision.encoder.num_layers, length, vision.encoder.hidden_size))
+def prompts_of(vision, length: int = 3) -> np.ndarray:
+    return random_array("prompts", (vision.encoder.num_layers, length, vision.encoder.hidden_size), 1)
 
 
-def test_deep_prompts_stand_in_front_of_every_layer(pair):
-    """As in VPT's own code: each layer reads [prompts; patches], and what it makes of the prompts is thrown away."""
-    prompts, hooks = prompts_of(pair.vision), []
-    model = pair.model.model
-    encoder = (model.vision_tower if pair.module is paligemma else model.vision_model).encoder
+def test_deep_prompts_are_prepended_in_every_layer(pair, reference):
+    """As in VPT's code: each layer takes [prompts; patches], and its outputs for the prompts are dropped."""
+    prompts = prompts_of(pair.vision)
 
-    def in_front(layer, arguments, prompt):
-        x, *rest = arguments
-        return torch.cat([prompt.expand(len(x), -1, -1), x], 1), *rest
+    def compute():
+        import torch
 
-    for layer, prompt in zip(encoder.layers, torch.tensor(np.asarray(prompts)), strict=True):
-        hooks.append(layer.register_forward_pre_hook(functools.partial(in_front, prompt=prompt)))
-        hooks.append(layer.register_forward_hook(lambda layer, _, out: out[:, 3:]))
-    expected = pair.theirs(pair.model)
-    for hook in hooks:
-        hook.remove()
-    np.testing.assert_allclose(pair.ours(VisionAdapter(prompts)), expected, atol=1e-4)
-    assert np.abs(expected - pair.theirs(pair.model)).max() > 1e-2
+        whole = torch_model(pair.path)
+        encoder = (whole.model.vision_tower if pair.module is paligemma else whole.model.vision_model).encoder
+
+        def prepend(layer, arguments, prompt):
+            x, *rest = arguments
+            return torch.cat([prompt.expand(len(x), -1, -1), x], 1), *rest
+
+        for layer, prompt in zip(encoder.layers, torch.tensor(prompts), strict=True):
+            layer.register_forward_pre_hook(functools.partial(prepend, prompt=prompt))
+            layer.register_forward_hook(lambda layer, _, out: out[:, 3:])
+        return {"features": pair.theirs(whole)}
+
+    expected = reference(f"models/vision/siglip/{pair.family}_prompts", compute)["features"]
+    np.testing.assert_allclose(pair.ours(VisionAdapter(jnp.asarray(prompts))), expected, atol=1e-4)
+    assert np.abs(expected - bare_features(pair, reference)).max() > 1e-2
 
 
-def test_lora_equals_peft(pair):
-    key, lora, names = jax.random.key(2), {}, ("q_proj", "out_proj", "fc2")
-    for name in names:
+def test_lora_equals_peft(pair, reference):
+    lora = {}
+    for name in ("q_proj", "out_proj", "fc2"):
         _, width_in, width_out = pair.vision.encoder.linear_shapes()[name]
-        a, b = jax.random.normal(key, (2, width_in, 2)), jax.random.normal(key, (2, 2, width_out))
-        lora[name] = {"a": a * 0.2, "b": b * 0.2}
-    config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=rf".*vision.*\.({'|'.join(names)})")
-    adapted = peft.inject_adapter_in_model(config, copy.deepcopy(pair.model)).eval()
-    with torch.no_grad():
-        for name, linear in adapted.named_modules():
-            if hasattr(linear, "lora_A"):
-                layer, own = int(name.split("layers.")[1].split(".")[0]), lora[name.split(".")[-1]]
-                linear.lora_A["default"].weight.copy_(torch.tensor(np.asarray(own["a"][layer]).T.copy()))
-                linear.lora_B["default"].weight.copy_(torch.tensor(np.asarray(own["b"][layer]).T.copy()))
-    expected = pair.theirs(adapted)
+        lora[name] = {
+            "a": random_array(f"{name}.a", (2, width_in, 2), 0.2), "b": random_array(f"{name}.b", (2, 2, width_out), 0.2),
+        }  # fmt: skip
+
+    def compute():
+        import peft
+        import torch
+
+        config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=rf".*vision.*\.({'|'.join(lora)})")
+        adapted = peft.inject_adapter_in_model(config, torch_model(pair.path)).eval()
+        with torch.no_grad():
+            for name, linear in adapted.named_modules():
+                if hasattr(linear, "lora_A"):
+                    layer, matrices = int(name.split("layers.")[1].split(".")[0]), lora[name.split(".")[-1]]
+                    linear.lora_A["default"].weight.copy_(torch.tensor(matrices["a"][layer].T.copy()))
+                    linear.lora_B["default"].weight.copy_(torch.tensor(matrices["b"][layer].T.copy()))
+        return {"features": pair.theirs(adapted)}
+
+    expected = reference(f"models/vision/siglip/{pair.family}_lora", compute)["features"]
     np.testing.assert_allclose(pair.ours(VisionAdapter(lora=lora)), expected, atol=1e-4)
-    assert np.abs(expected - pair.theirs(pair.model)).max() > 1e-2
+    assert np.abs(expected - bare_features(pair, reference)).max() > 1e-2
 
 
 def test_rematerialisation_changes_no_gradient():
     module, vision = tiny("smolvlm")
-    tiles = module.preprocess_image(vision, picture_of(30, 30)).pieces
+    tiles = module.preprocess_image(vision, image_of(30, 30)).pieces
     params = jax.jit(siglip_encoder.SmolVLMVisionEncoder(vision).init)(jax.random.key(0), tiles)
 
     def gradient(remat):
-        tower = siglip_encoder.SmolVLMVisionEncoder(vision, ComputeConfig(remat=remat))
-        return jax.jit(jax.grad(lambda prompts: tower.apply(params, tiles, VisionAdapter(prompts)).var()))(
-            prompts_of(vision)
+        encoder = siglip_encoder.SmolVLMVisionEncoder(vision, ComputeConfig(remat=remat))
+        return jax.jit(jax.grad(lambda prompts: encoder.apply(params, tiles, VisionAdapter(prompts)).var()))(
+            jnp.asarray(prompts_of(vision))
         )
 
     kept, recomputed = gradient("none"), gradient("full")
@@ -293,9 +304,9 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("size", [(30, 30), (200, 20), (60, 70)])
-def test_prompts_of_pictures(tokenizer, size):
+def test_prompts_of_images(tokenizer, size):
     """In the middle of a text, as the processors expand it."""
-    image = picture_of(*size)
+    image = image_of(*size)
     for family in ("smolvlm", "idefics3"):
         module, vision = tiny(family)
         shown = module.preprocess_image(vision, image)
@@ -326,7 +337,7 @@ def test_another_models_tokenizer_is_refused(tokenizer):
             module.prompt_ids(dataclasses.replace(vision, image_token=259), 0, 0, tokenizer)
 
 
-# Of each published model its config.json's part on pictures, and the parameters of all of it that its card counts.
+# Of each published model the vision part of its config.json, and the parameters of all of it that its card counts.
 SO400M = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14)
 BASE = dict(hidden_size=768, num_attention_heads=12, image_size=512, patch_size=16)
 SMOLLM2 = dict(
@@ -372,19 +383,29 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+def tensors_of(config: transformers.PretrainedConfig) -> dict[str, np.ndarray]:
+    """Names and shapes of a model's parameters as transformers builds it, without their values."""
+    import torch
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    lines = (f"{name} {','.join(map(str, p.shape))}" for name, p in model.named_parameters())
+    return {"tensors": as_bytes("\n".join(lines))}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models(name):
+def test_published_models(name, reference):
     """Their tensors have the names and shapes of transformers' model, which has as many parameters as the card says."""
     raw, tokens, count = PUBLISHED[name]
     module = MODULES[raw["model_type"]]
     vision = module.from_hf(raw, {}, name)
     assert vision.features_per_piece == tokens
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw | module.to_hf(vision))
-    with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(config)
-    shapes = {module.NAMES.ours(key): tuple(p.shape) for key, p in model.named_parameters()}
-    assert sum(p.numel() for p in model.parameters()) == count
-    expected = {name: leaf.file_shape for leaf in module.param_specs(vision) for name in leaf.names}
+    text = as_text(reference(f"models/vision/published/{name}", lambda: tensors_of(config))["tensors"])
+    tensors = {key: tuple(map(int, shape.split(","))) for key, shape in map(str.split, text.split("\n"))}
+    shapes = {module.TENSOR_NAMES.ours(key): shape for key, shape in tensors.items()}
+    assert sum(map(math.prod, tensors.values())) == count
+    expected = {name: spec.file_shape for spec in module.param_specs(vision) for name in spec.names}
     assert expected.items() <= shapes.items()
     language = {key for key in shapes if key.startswith(("model.embed", "model.layers", "model.norm", "lm_head"))}
     assert shapes.keys() == expected.keys() | language
@@ -423,8 +444,8 @@ def test_published_models(name):
 )  # fmt: skip
 def test_every_spelling_of_a_tensor(module, ours, spellings):
     """The published one first: that is the one that is written."""
-    assert {module.NAMES.ours(name) for name in spellings} == {ours}
-    assert module.NAMES.published(ours) == spellings[0]
+    assert {module.TENSOR_NAMES.ours(name) for name in spellings} == {ours}
+    assert module.TENSOR_NAMES.published(ours) == spellings[0]
 
 
 def test_a_tensor_that_is_there_twice_is_refused():
@@ -435,9 +456,9 @@ def test_a_tensor_that_is_there_twice_is_refused():
             return f"{self.where}: tensor {name}"
 
     with pytest.raises(UserError, match="here: tensor language_model.lm_head.weight is there again as lm_head.weight"):
-        RenamedSource(Source(), paligemma.NAMES)
+        RenamedSource(Source(), paligemma.TENSOR_NAMES)
     Source.shapes = {"language_model.lm_head.weight": (2, 2)}
-    renamed = RenamedSource(Source(), paligemma.NAMES)
+    renamed = RenamedSource(Source(), paligemma.TENSOR_NAMES)
     assert renamed.shapes == {"lm_head.weight": (2, 2)}
     assert renamed.locate("lm_head.weight") == "here: tensor language_model.lm_head.weight"
     assert renamed.locate("model.norm.weight") == "here: tensor language_model.model.norm.weight"
@@ -463,12 +484,12 @@ def test_configurations_survive_writing_and_reading(family):
     [
         ("paligemma", {"vision_config": {"model_type": "clip_vision_model"}}, {}, "'clip_vision_model' is not supported"),
         ("paligemma", {"vision_config": {"hidden_act": "relu"}}, {}, "activation is 'relu'"),
-        ("paligemma", {"vision_config": {"num_attention_heads": 5}}, {}, "5 heads cannot share its width of 32 evenly"),
+        ("paligemma", {"vision_config": {"num_attention_heads": 5}}, {}, "width of 32 cannot be split evenly into its 5 heads"),
         ("paligemma", {"vision_config": {"patch_size": 31}}, {}, "patch of 31 pixels does not fit a tile of 30"),
         ("paligemma", {"vision_config": {"image_size": [30, 30]}}, {}, r"image_size is \[30, 30\]"),
-        ("paligemma", {"projection_dim": 25}, {}, "features of width 25 .* do not fit a language half of 24"),
+        ("paligemma", {"projection_dim": 25}, {}, "features of width 25 .* do not fit a language model of 24"),
         ("paligemma", {"image_token_index": None}, {}, "image_token_index is None"),
-        ("paligemma", {}, {"size": {"height": 28, "width": 28}}, "the tower reads 30 pixels a side"),
+        ("paligemma", {}, {"size": {"height": 28, "width": 28}}, "the vision encoder takes 30 pixels a side"),
         ("paligemma", {}, {"do_rescale": False}, "do_rescale is false"),
         ("smolvlm", {}, {"image_std": [0.5, 0, 0.5]}, "not positive numbers of three channels"),
         ("smolvlm", {}, {"resample": 9}, "9 is not a valid Resampling"),
@@ -493,22 +514,27 @@ def test_a_key_that_a_file_lacks_is_named():
     module, vision = tiny("smolvlm")
     raw = module.to_hf(vision) | {"text_config": {"hidden_size": 24}}
     del raw["vision_config"]["patch_size"]
-    with pytest.raises(UserError, match="key 'patch_size' of the vision tower is missing"):
+    with pytest.raises(UserError, match="key 'patch_size' of the vision encoder is missing"):
         module.from_hf(raw, {}, "config.json")
 
 
 @pytest.mark.parametrize("side", [26, 27, 32])
-def test_places_of_published_tiles_are_the_grid(side):
-    """SmolVLM finds a patch's place from its share of the tile; at the sides of its and Idefics 3's tiles that is its index."""
-    from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
+def test_positions_of_published_tiles_are_the_grid(side, reference):
+    """SmolVLM computes a patch's position from its share of the tile; at the sides of its and Idefics 3's tiles that is
+    its index."""
 
-    config = transformers.SmolVLMConfig(
-        vision_config=dict(hidden_size=1, image_size=2 * side, patch_size=2)
-    ).vision_config
-    theirs = SmolVLMVisionEmbeddings(config)
-    with torch.no_grad():
-        for parameter in theirs.patch_embedding.parameters():
-            parameter.zero_()
-        theirs.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
-        found = theirs(torch.ones(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool))
-    assert found.ravel().tolist() == list(range(side**2))
+    def compute():
+        import torch
+        from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
+
+        vision = dict(hidden_size=1, image_size=2 * side, patch_size=2)
+        embeddings = SmolVLMVisionEmbeddings(transformers.SmolVLMConfig(vision_config=vision).vision_config)
+        with torch.no_grad():
+            for parameter in embeddings.patch_embedding.parameters():
+                parameter.zero_()
+            embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+            found = embeddings(torch.ones(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool))
+        return {"positions": found.ravel().numpy().astype(np.int32)}
+
+    found = reference(f"models/vision/siglip/positions_{side}", compute)["positions"]
+    assert found.tolist() == list(range(side**2))
