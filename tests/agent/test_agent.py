@@ -21,6 +21,7 @@ from sqa_jax.config import default
 from sqa_jax.data.teacher_records import TeacherRecord
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_jsonl
+from sqa_jax.inference import decode_slots
 from sqa_jax.models.flops import forward_flops
 from sqa_jax.prompts.tool_calls import ToolSpec
 from sqa_jax.runtime import build_runtime
@@ -50,6 +51,26 @@ def small(tmp_path=None, **agent_settings):
 @pytest.fixture(scope="module")
 def runtime():
     return build_runtime(small())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs(runtime):
+    """Most time goes into compiling: all agents of like settings share their decode slots, which pad to few sizes."""
+    slots, coarse = {}, lambda count: 256 if count <= 256 else 3072
+
+    def shared(adapter_config, decoder, *rest):
+        key = (str(adapter_config), decoder, *rest)
+        if key not in slots:
+            slots[key] = decode_slots.DecodeSlots(adapter_config, decoder, *rest)
+        return slots[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sqa_jax.agent.loop.DecodeSlots", shared)
+        patch.setattr("sqa_jax.evaluation.student.build_runtime", lambda config: runtime)
+        patch.setattr(decode_slots, "padded_size", coarse)
+        patch.setattr(decode_slots, "_WIDTHS", (256,))
+        patch.setattr(decode_slots, "_EXTENT_MULTIPLE", 2048)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +212,7 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_question_is_answered_whatever_a_student_generates(runtime, problems, name):
+def test_every_question_is_answered_whatever_a_student_generates(runtime, problems, name, monkeypatch):
     script, expected = SCRIPTS[name]
     config = small(max_new_tokens=100)
     agent_ = Agent(config, runtime, make_tools(config, load_config_problems(config)))
@@ -212,8 +233,8 @@ def test_every_question_is_answered_whatever_a_student_generates(runtime, proble
     asked = problems[:3]
     question_of, numbers = {}, iter(range(len(asked)))
     reset = agent_.slots.reset
-    agent_.slots.reset = lambda slot: (question_of.__setitem__(slot, next(numbers)), reset(slot))
-    agent_.slots.decode = decode
+    monkeypatch.setattr(agent_.slots, "decode", decode)
+    monkeypatch.setattr(agent_.slots, "reset", lambda slot: (question_of.__setitem__(slot, next(numbers)), reset(slot)))
     found = sorted(agent_(policy, {}, runtime.student.params, asked), key=lambda row: row["index"])
     for row, problem in zip(found, asked, strict=True):
         assert len(row["calls"]) == expected["calls"] and row["status"] == expected["status"]

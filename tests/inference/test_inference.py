@@ -242,8 +242,8 @@ def test_continuous_batching_equals_recomputing_everything(base, adapted, method
 def test_finished_slots_are_refilled_while_others_go_on(base):
     """One long text beside many that end at once: the others all go through the other slot before it ends."""
     settings_ = adapter_settings("lora")
-    short, long = ids(5, *[6] * 7), ids(6, *[40] * 30)
-    eos = {text[0] for text in recomputed(settings_, {}, base, short, (), 1).values()}
+    short, long = ids(5, 6) * 7, ids(6, *[40] * 8)
+    eos = {text[0] for text in recomputed(settings_, {}, base, short[:1], (), 1).values()}
     free = recomputed(settings_, {}, base, long, eos, 20)
     prompts = [long[next(k for k, text in free.items() if len(text) == 20)], *short]
     order = [

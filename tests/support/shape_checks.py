@@ -16,6 +16,8 @@ import jaxtyping
 # Packages and modules whose functions are checked.
 MODULES = (
     "sqa_jax.adapters",
+    "sqa_jax.batches",
+    "sqa_jax.inference",
     "sqa_jax.models.api",
     "sqa_jax.models.decoder",
     "sqa_jax.models.layers",
