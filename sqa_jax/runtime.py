@@ -83,6 +83,6 @@ def resolve_dtype(name: str, mesh: Mesh) -> Any:
 
 def use_compilation_cache() -> None:
     """Enables JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR has done so."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "sqa_jax", "xla")
         jax.config.update("jax_compilation_cache_dir", cache)

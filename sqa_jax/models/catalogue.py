@@ -1,4 +1,4 @@
-"""Published students by short names: where they are on the hub, and their shapes, to plan with before they are here.
+"""Published students by short names: their hub ids, and their shapes, to plan with before downloading.
 
 The shapes are those of the models' own `config.json`; `random:NAME` is a student of that shape with random weights.
 """
@@ -88,7 +88,7 @@ _SO400M = SiglipConfig(1152, 4304, 27, 16, 224, 14)
 _BICUBIC, _LANCZOS = PixelTransform(3), PixelTransform(1)
 
 
-def _seeing(text: DecoderConfig, vision: VisionConfig, **options: Any) -> DecoderConfig:
+def _with_vision(text: DecoderConfig, vision: VisionConfig, **options: Any) -> DecoderConfig:
     return dataclasses.replace(text, vision=vision, **options)
 
 
@@ -96,14 +96,14 @@ def _paligemma(
     text: DecoderConfig, encoder: SiglipConfig = _SO400M, image_token: int = 257152, vocabulary: int = 257216
 ) -> DecoderConfig:
     vision = PaliGemmaVision(encoder, text.hidden_size, image_token, _BICUBIC)
-    return _seeing(text, vision, vocab_size=vocabulary, prefix_lm=True, first_position=1)
+    return _with_vision(text, vision, vocab_size=vocabulary, prefix_lm=True, first_position=1)
 
 
 def _smolvlm(text: DecoderConfig) -> DecoderConfig:
     vision = SmolVLMVision(
         SiglipConfig(768, 3072, 12, 12, 512, 16), text.hidden_size, 49190, _LANCZOS, 4, 2048, family="idefics3"
     )
-    return _seeing(text, vision, vocab_size=49280, tie_embeddings=False)
+    return _with_vision(text, vision, vocab_size=49280, tie_embeddings=False)
 
 
 CATALOGUE: dict[str, Published] = {
@@ -140,7 +140,7 @@ CATALOGUE: dict[str, Published] = {
     "flan-t5-base": Published("google/flan-t5-base", T5Config(32128, 768, 2048, 12, 12, 12, 64)),
     "flan-t5-large": Published("google/flan-t5-large", T5Config(32128, 1024, 2816, 24, 24, 16, 64)),
     "flan-t5-xl": Published("google/flan-t5-xl", T5Config(32128, 2048, 5120, 24, 24, 32, 64)),
-    # Students that see.
+    # Vision-language models.
     "paligemma-3b": Published(
         "google/paligemma-3b-mix-224",
         _paligemma(
@@ -155,7 +155,7 @@ CATALOGUE: dict[str, Published] = {
     "smolvlm-500m": Published("HuggingFaceTB/SmolVLM-500M-Instruct", _smolvlm(_smollm2(960, 2560, 32, 15, 5, 1e5))),
     "qwen2-vl-2b": Published(
         "Qwen/Qwen2-VL-2B-Instruct",
-        _seeing(
+        _with_vision(
             _qwen2(151936, 1536, 8960, 28, 12, 2, 128, True), Qwen2VLVision(1536), mrope_sections=(16, 24, 24)
         ),
     ),
@@ -170,11 +170,11 @@ SHAPES: dict[str, StudentConfig] = {
     "t5-small": T5Config(260, 128, 256, 3, 3, 8, 16),
     "paligemma-tiny": _paligemma(_tiny_gemma(128), SiglipConfig(64, 128, 2, 4, 64, 16), 260, 264),
     "paligemma-small": _paligemma(_tiny_gemma(192), SiglipConfig(64, 192, 2, 4, 48, 8), 260, 264),
-    "smolvlm-tiny": _seeing(
+    "smolvlm-tiny": _with_vision(
         DecoderConfig(304, 64, 128, 2, 4, 2, 16),
         SmolVLMVision(SiglipConfig(64, 128, 2, 4, 64, 16), 64, 260, _LANCZOS, 2, 128),
     ),
-    "qwen2-vl-tiny": _seeing(
+    "qwen2-vl-tiny": _with_vision(
         DecoderConfig(264, 64, 128, 2, 4, 2, 16, qkv_bias=True, family="qwen2"),
         Qwen2VLVision(64, 64, 2, 4, 2, image_token=260, vision_start=261, vision_end=262, max_pixels=28 * 28 * 64),
         mrope_sections=(2, 3, 3),

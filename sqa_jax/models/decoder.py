@@ -289,7 +289,7 @@ class Decoder(nn.Module):
         if cache is not None:
             assert layout.cache_segments is not None
             length = cache.length.at[layout.rows].add(num_valid(layout.segments), mode="drop")
-            cache = Cache(*kv, layout.cache_segments, length)
+            cache = Cache(kv[0], kv[1], layout.cache_segments, length)
         return self.norm(x), cache
 
     def _rope(
@@ -363,7 +363,7 @@ class Decoder(nn.Module):
         (hidden, _), sown = self.apply(
             {"params": params}, tokens, positions, segments, adaptation, **extra_inputs, mutable=[KV]
         )
-        attention = sown[KV]["layers"]["self_attn"]
+        attention: Any = sown[KV]["layers"]["self_attn"]
         (key,), (value,) = attention["key"], attention["value"]
         return PrefillOutput(hidden, key, value, jnp.ones_like(segments))
 

@@ -1,10 +1,10 @@
-"""The options of the decoder: all that tells one family of models from another."""
+"""Configuration of the decoder: every option in which the families differ."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from sqa_jax.errors import UserError
 from sqa_jax.models.rope_frequencies import Rope
@@ -34,22 +34,22 @@ class DecoderConfig:
       tie_embeddings: the output layer is the transposed embedding table.
       qkv_bias, output_bias: biases on q, k and v, and on o.
       mlp_bias: biases in the MLP.
-      max_positions: longest sequence that the model was made for.
+      max_positions: longest sequence that the model supports.
       family: the architecture's name in Hugging Face's `model_type`.
       activation: of the MLP's gate, silu or gelu_tanh.
-      qk_norm: the heads of queries and keys are normed before the rotation.
+      qk_norm: RMS norm of each head of queries and keys, before rotary embeddings.
       norm_offset: norms multiply by one plus their weight.
-      sandwich_norms: attention and MLP are normed behind, too.
+      sandwich_norms: norms after attention and MLP, too.
       embedding_scale: embeddings are multiplied by √D.
-      query_scale: attention's scores are divided by its root; 0 is d.
-      attention_softcap, logit_softcap: c of c · tanh(x / c), which bounds scores and logits; 0 is none.
-      window: keys that a layer of kind "window" sees, the query's own included.
+      query_scale: attention scores are divided by its square root; 0 is d.
+      attention_softcap, logit_softcap: c of the soft cap c · tanh(x / c) of scores and logits; 0 is none.
+      window: size of the sliding window, in keys, the query's position included.
       layer_types: of each layer "full", "window" or "nope"; () is all "full".
-      local_rope: rotary frequencies of the layers of kind "window"; None is the same.
-      prefix_lm: a prompt's tokens see each other, whichever comes first (a prefix LM).
-      first_position: of a sequence, for the rotation.
-      mrope_sections: pairs of a head that turn by time, row and column of what is seen (M-RoPE); () is none.
-      vision: the tower through which it sees pictures, and what else of them is its own; None is a student of text.
+      local_rope: rotary frequencies of layers with a sliding window; None is the same.
+      prefix_lm: attention is bidirectional within the prompt (prefix LM).
+      first_position: of a sequence, for rotary embeddings.
+      mrope_sections: pairs of a head that rotate by time, row and column (M-RoPE); () is none.
+      vision: vision encoder and image preprocessing of a vision-language model; None for a text-only model.
     """
 
     vocab_size: int
@@ -83,8 +83,13 @@ class DecoderConfig:
     mrope_sections: tuple[int, ...] = ()
     vision: VisionConfig | None = None
 
-    is_encoder_decoder: ClassVar[bool] = False
-    decoder_start: ClassVar[None] = None
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return False
+
+    @property
+    def decoder_start(self) -> None:
+        return None
 
     @property
     def bidirectional_prompt(self) -> bool:
@@ -102,7 +107,7 @@ class DecoderConfig:
         return self.layer_types or (FULL,) * self.num_layers
 
     def rope_of(self, kind: str) -> Rope | None:
-        """The rotary frequencies of layers of a kind; None for those without positions."""
+        """The rotary frequencies of layers of a kind; None for those without (NoPE)."""
         return {FULL: self.rope, WINDOW: self.local_rope or self.rope, NOPE: None}[kind]
 
     @property
@@ -111,7 +116,7 @@ class DecoderConfig:
         return list(dict.fromkeys(map(self.rope_of, self.kinds)))
 
     def norms(self) -> tuple[str, ...]:
-        """The norms of a layer that are as wide as its residual stream, under Hugging Face's names."""
+        """The norms of a layer's residual stream, under Hugging Face's names."""
         names = ("input_layernorm", "post_attention_layernorm")
         return (*names, "pre_feedforward_layernorm", "post_feedforward_layernorm") if self.sandwich_norms else names
 
@@ -145,7 +150,7 @@ class DecoderConfig:
 
 
 def checked(config: DecoderConfig, where: str) -> DecoderConfig:
-    """The configuration, if its numbers are possible; raises `UserError` where they are not."""
+    """The configuration, if its numbers are consistent; raises `UserError` where they are not."""
     check_numbers(config, where, ("query_scale", "attention_softcap", "logit_softcap", "window", "first_position"))
     queries, keys = config.num_heads, config.num_kv_heads
     if queries % keys:

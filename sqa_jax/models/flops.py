@@ -1,7 +1,7 @@
-"""Floating-point operations of a student, counted from its shape: a multiply-add is two.
+"""Floating-point operations (FLOPs) of a model, from its shape: a multiply-add is two.
 
 Model operations as in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B): matrix products and attention
-scores; norms, rotations and what rematerialisation computes twice are left out.
+scores; norms, rotary embeddings and recomputation (remat) are left out.
 """
 
 from __future__ import annotations
@@ -17,33 +17,34 @@ def forward_flops(config: StudentConfig, tokens: float, context: float, logits: 
     """Operations of a forward pass.
 
     Args:
-      tokens: that are read.
-      context: mean number of keys that a token sees; half its length for a causal sequence.
-      logits: positions at which logits are computed. Of an encoder–decoder, the decoder reads as many tokens, and the
-        encoder the rest.
+      tokens: that are processed.
+      context: mean number of keys that a token attends to; half the length of a causal sequence.
+      logits: positions at which logits are computed. Of an encoder–decoder, the decoder processes as many tokens, and
+        the encoder the others.
     """
     return config.forward_flops(tokens, context, logits)
 
 
-def vision_flops(vision: VisionConfig, features: float, picture: float) -> float:
-    """Operations of a vision tower and its connector.
+def vision_flops(vision: VisionConfig, features: float, features_per_image: float) -> float:
+    """Operations of a vision encoder and its connector.
 
     Args:
-      features: that they make.
-      picture: features of a picture on average, whose patches see each other; of a tile, where towers read tiles.
+      features: that they compute.
+      features_per_image: mean number of features of an image, within which patches attend to each other. Encoders of
+        tiles use the number of a tile instead.
     """
     if isinstance(vision, Qwen2VLVision):
-        width, layers, shapes, squares = vision.embed_dim, vision.depth, vision.linear_shapes(), vision.merge**2
-        embedded, connected = math.prod(vision.patch_shape), (squares * width) * (squares * width + vision.width)
+        width, layers, shapes, patches = vision.embed_dim, vision.depth, vision.linear_shapes(), vision.merge**2
+        embedded, connected = math.prod(vision.patch_shape), (patches * width) * (patches * width + vision.width)
     else:
         encoder = vision.encoder
         width, layers, shapes = encoder.hidden_size, encoder.num_layers, encoder.linear_shapes()
-        picture = vision.features_per_piece
-        squares = encoder.patches_per_side**2 / picture
-        embedded, connected = 3 * encoder.patch_size**2, squares * width * vision.width
+        features_per_image = vision.features_per_piece
+        patches = encoder.patches_per_side**2 / features_per_image  # of a feature
+        embedded, connected = 3 * encoder.patch_size**2, patches * width * vision.width
     linear = embedded * width + layers * sum(rows * columns for _, rows, columns in shapes.values())
-    attention = layers * 2 * squares * picture * width  # scores, and the values that they weigh
-    return 2 * features * (squares * (linear + attention) + connected)
+    attention = layers * 2 * patches * features_per_image * width  # scores, and the weighted sum of values
+    return 2 * features * (patches * (linear + attention) + connected)
 
 
 def training_flops(
@@ -53,8 +54,8 @@ def training_flops(
     tokens: float,
     context: float,
     targets: float,
-    seen: float = 0.0,
-    through: bool = False,
+    vision: float = 0.0,
+    through_vision: bool = False,
 ) -> float:
     """Operations of forward and backward passes.
 
@@ -64,12 +65,13 @@ def training_flops(
     Args:
       methods: `config.adapter.methods`.
       trained: parameters of the adapter.
-      targets: tokens that are learned.
-      seen: operations in which the tower makes the tokens' features in the step; 0 where they are known.
-      through: whether a gradient goes through the encoder.
+      targets: target tokens.
+      vision: operations of the vision encoder's forward pass; 0 where features are computed beforehand.
+      through_vision: whether gradients flow through the vision encoder.
     """
     forward = forward_flops(config, tokens, context, targets)
     if "full" in methods:
-        return 3 * (forward + seen)
-    # A low-rank pair meets every token (of an encoder–decoder fewer, so that this is a bound); the places of a prefix or soft prompt are counted in tokens and context.
-    return 2 * forward + (1 + through) * seen + (6 * tokens * trained if "lora" in methods else 0)
+        return 3 * (forward + vision)
+    # LoRA's pairs are applied to every token (of an encoder–decoder to fewer, so that this is a bound); a prefix or soft
+    # prompt is counted in tokens and context.
+    return 2 * forward + (1 + through_vision) * vision + (6 * tokens * trained if "lora" in methods else 0)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens; logits exist only at their positions, and a chunk at a time."""
+"""Log-probabilities of target tokens (cross-entropy), with logits at their positions only, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from sqa_jax.models.api import StudentModel
 
-CHUNK = 1024  # target positions of a data shard whose logits exist at one time: the loss' largest array is [CHUNK, V]
+CHUNK = 1024  # target positions per data shard whose logits exist at one time: the largest array is [CHUNK, V]
 
 
 def target_log_probs(
     decoder: StudentModel,
-    weights: Any,
-    hidden: jax.Array,
-    positions: jax.Array,
-    targets: jax.Array,
+    params: Any,
+    hidden: Float[Array, "B T D"],
+    positions: Int[Array, "B M"],
+    targets: Int[Array, "B M"],
     frozen: bool = True,
-) -> jax.Array:
-    """Log-probabilities of given tokens at given positions; logits exist only there, a chunk at a time.
+) -> Float[Array, "B M"]:
+    """Log-probabilities of target tokens; logits exist only at their positions, a chunk at a time.
 
     Args:
-      hidden: [B, T, D] from the decoder.
-      positions: [B, M] position whose hidden state predicts each target.
-      targets: [B, M] ids.
-      frozen: no gradient over `weights` is wanted here.
+      hidden: the model's normed hidden states.
+      positions: of the token whose hidden state predicts each target.
+      targets: ids.
+      frozen: the output layer needs no gradient here.
 
     Returns:
-      [B, M] float32.
+      float32.
     """
     B, M = targets.shape
     picked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
@@ -37,35 +38,37 @@ def target_log_probs(
     width = -(-M // chunks)
     pad = chunks * width - M
 
-    def in_chunks(a):  # [B, M, …] → [chunks, B, width, …]; rows stay rows, so a sharded batch stays sharded
+    def in_chunks(a):  # [B, M, …] → [chunks, B, width, …]: the batch dimension and its sharding stay
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(B, chunks, width, *a.shape[2:]), 1, 0)
 
     log_probs_of = _frozen_log_probs if frozen else jax.checkpoint(_log_probs, static_argnums=0)
     log_probs = jax.lax.map(
-        lambda chunk: log_probs_of(decoder, weights, *chunk), (in_chunks(picked), in_chunks(targets))
+        lambda chunk: log_probs_of(decoder, params, *chunk), (in_chunks(picked), in_chunks(targets))
     )
     return jnp.moveaxis(log_probs, 0, 1).reshape(B, chunks * width)[:, :M]
 
 
-def _log_probs(decoder: StudentModel, weights: Any, states: jax.Array, ids: jax.Array) -> jax.Array:
-    logits = decoder.apply({"params": weights}, states, method="unembed")
+def _log_probs(
+    decoder: StudentModel, params: Any, states: Float[Array, "B width D"], ids: Int[Array, "B width"]
+) -> Float[Array, "B width"]:
+    logits = decoder.apply({"params": params}, states, method="unembed")
     return jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
-# Where the output layer is frozen, the gradient over the states is computed while the logits are there, and the
-# backward pass only weighs it: the logits are not computed twice (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+# With a frozen output layer, the gradient over the states is computed in the forward pass, while the logits exist, and
+# the backward pass only scales it: logits are not recomputed (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
 _frozen_log_probs = jax.custom_vjp(_log_probs, nondiff_argnums=(0,))
 
 
-def _frozen_forward(decoder, weights, states, ids):
-    log_probs, pull = jax.vjp(lambda states: _log_probs(decoder, weights, states, ids), states)
-    (slopes,) = pull(jnp.ones_like(log_probs))
-    return log_probs, slopes
+def _frozen_forward(decoder, params, states, ids):
+    log_probs, vjp = jax.vjp(lambda states: _log_probs(decoder, params, states, ids), states)
+    (gradient,) = vjp(jnp.ones_like(log_probs))
+    return log_probs, gradient
 
 
-def _frozen_backward(decoder, slopes, weight):
-    return None, (weight[..., None] * slopes).astype(slopes.dtype), None
+def _frozen_backward(decoder, gradient, d_log_probs):
+    return None, (d_log_probs[..., None] * gradient).astype(gradient.dtype), None
 
 
 _frozen_log_probs.defvjp(_frozen_forward, _frozen_backward)

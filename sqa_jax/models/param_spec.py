@@ -1,4 +1,4 @@
-"""One parameter of a student: its path in our tree, its shape, and its names in Hugging Face's files."""
+"""One parameter of a model: its path in our tree, its shape, and its names in Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class ParamSpec(NamedTuple):
 
     Attributes:
       path: keys in our tree.
-      shape: ours; a stacked parameter has the layers in front.
-      names: the file's tensors that it is made of, one a layer, or just one.
+      shape: in our tree; a stacked parameter has a leading dimension of layers.
+      names: the file's tensors that it consists of, one per layer, or just one.
       stacked: whether `names` are layers.
-      transposed: whether the file has the last two dimensions the other way, as PyTorch has (out, in).
+      transposed: whether the file has the last two dimensions swapped, as PyTorch's (out, in).
     """
 
     path: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The one table of a student's parameters: path in our tree, shape, and names in Hugging Face's files."""
+"""The table of a model's parameters: path in our tree, shape, and names in Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sqa_jax.models.student_config import StudentConfig
 from sqa_jax.models.t5 import params as t5_params
 from sqa_jax.models.vision.registry import vision_family
 
-VISION = "vision"  # where in a student's tree tower and connector are
+VISION = "vision"  # key of vision encoder and connector in a model's parameter tree
 
 
 def param_specs(config: StudentConfig) -> list[ParamSpec]:
-    """Every parameter of a student."""
+    """Every parameter of a model."""
     vision = [] if config.vision is None else vision_family(config.vision).param_specs(config.vision)
     return _family(config).param_specs(config) + vision
 
@@ -26,50 +26,52 @@ def _family(config: StudentConfig) -> Any:
 
 
 def linear_layers(config: StudentConfig) -> dict[str, ParamSpec]:
-    """The kernels of all blocks' linear layers, by their names in an adapter's tree."""
+    """The kernels of the language model's linear layers, by their names in an adapter's tree."""
     kernels = [
-        leaf for leaf in param_specs(config) if leaf.stacked and leaf.path[-1] == "kernel" and leaf.path[0] != VISION
+        spec for spec in param_specs(config) if spec.stacked and spec.path[-1] == "kernel" and spec.path[0] != VISION
     ]
     return dict(zip(config.linear_shapes(), kernels, strict=True))
 
 
 def vision_linear_layers(config: StudentConfig) -> dict[str, ParamSpec]:
-    """The kernels of tower and connector that LoRA may adapt, by their names in an adapter's tree, such as "vision.fc1".
+    """The kernels of vision encoder and connector that LoRA may adapt, by adapter-tree names such as "vision.fc1".
 
-    They are those of the tower's blocks, which are stacked, and the connector's, which are not.
+    Those of the encoder's blocks are stacked, the connector's are not.
     """
-    seen = [leaf for leaf in param_specs(config) if leaf.path[0] == VISION and leaf.path[-1] == "kernel"]
-    linear = [leaf for leaf in seen if len(leaf.shape) == 2 + leaf.stacked]  # patches are embedded by convolutions
-    return {".".join((VISION, *(leaf.path[-2:-1] if leaf.stacked else leaf.path[1:-1]))): leaf for leaf in linear}
+    kernels = [spec for spec in param_specs(config) if spec.path[0] == VISION and spec.path[-1] == "kernel"]
+    linear = [
+        spec for spec in kernels if len(spec.shape) == 2 + spec.stacked
+    ]  # not the convolutions that embed patches
+    return {".".join((VISION, *(spec.path[-2:-1] if spec.stacked else spec.path[1:-1]))): spec for spec in linear}
 
 
 def repeated_tensors(config: StudentConfig) -> dict[str, str]:
-    """Tensors that a file may hold although they only repeat others, and which."""
+    """Tensors that a file may hold although they repeat others: {copy: original}."""
     table = param_specs(config)[0].names[0]
     return dict.fromkeys((*_family(config).COPIES, *["lm_head.weight"] * config.tie_embeddings), table)
 
 
 def published_name(config: StudentConfig, name: str) -> str:
-    """How a published file calls a tensor that our table calls `name`."""
+    """The name in published files of a tensor that our table calls `name`."""
     return name if config.vision is None else vision_family(config.vision).TENSOR_NAMES.published(name)
 
 
 def module_names(config: StudentConfig, name: str) -> tuple[str, ...]:
-    """What transformers' releases call a module that our table calls `name`, the newest last."""
+    """The names in transformers' releases of a module that our table calls `name`, the newest last."""
     return (name,) if config.vision is None else vision_family(config.vision).TENSOR_NAMES.spellings(name)
 
 
 def unused_tensors(config: StudentConfig) -> tuple[str, ...]:
-    """Tensors that a file may hold although the model computes nothing with them."""
+    """Tensors that a file may hold although the model does not use them."""
     return _family(config).UNUSED
 
 
 def build_tree(config: StudentConfig, make: Callable[[ParamSpec], Any]) -> ParamTree:
     """The nested tree with `make(spec)` for each parameter."""
     tree: ParamTree = {}
-    for leaf in param_specs(config):
+    for spec in param_specs(config):
         node = tree
-        for key in leaf.path[:-1]:
+        for key in spec.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = make(leaf)
+        node[spec.path[-1]] = make(spec)
     return tree

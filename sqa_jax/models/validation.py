@@ -1,4 +1,4 @@
-"""What every student's configuration is checked for, whichever format it comes from."""
+"""Checks of a configuration's numbers, whichever file format it comes from."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def blockwise_attention(
     B, T, H, d = query.shape
     K = key.shape[2]
     q = (query * d**-0.5).reshape(B, T, K, H // K, d).swapaxes(1, 2).reshape(B, K, -1, d)
-    out = _attend(q, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, softcap, causal)
+    out: Any = _attend(q, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, softcap, causal)
     return out.reshape(B, K, T, H // K, d).swapaxes(1, 2).reshape(B, T, H, d)
 
 

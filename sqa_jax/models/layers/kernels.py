@@ -22,7 +22,7 @@ from sqa_jax.parallel.mesh import BATCH
 
 # (query [B, T, H, d], key, value [B, T, K, d], segments [B, T], mask [B, T, T], whether that is a sliding window's) →
 # [B, T, H, d]
-FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | bool], jax.Array]
+FusedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | bool], jax.Array]
 
 _LANES, _BLOCK = 128, 512  # width of a TPU's vector registers, and the longest block of queries or keys
 KERNELS = ("auto", "plain", "splash", "cudnn")
@@ -132,7 +132,7 @@ def _splash(
 
     spec = P(rows, heads, None, None)
 
-    def kernel_with(mask):
+    def kernel_with(mask) -> Callable[..., Any]:
         return jax.shard_map(
             functools.partial(one_shard, mask), mesh=mesh, in_specs=(spec, spec, spec, P(rows, None)), out_specs=spec,
             check_vma=False,

@@ -34,7 +34,7 @@ def constrain_batch_sharding(x: Float[Array, "B ..."], sharding: NamedSharding |
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def scan_layers(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
+def scan_layers(block: type[nn.Module], depth: int, remat: str) -> Any:
     """`depth` blocks as one module that scans over stacked parameters: called with (carry, inputs per layer, shared).
 
     What a block sows into the collection `KV` is stacked, too.
@@ -49,7 +49,7 @@ def scan_layers(block: type[nn.Module], depth: int, remat: str) -> type[nn.Modul
         block,
         variable_axes={"params": 0, KV: 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, nn.broadcast),
+        in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
         length=depth,
     )
 

@@ -1,10 +1,10 @@
-"""The options of a T5 encoder–decoder: T5 1.0, T5 1.1 and FLAN-T5."""
+"""Configuration of a T5 encoder–decoder: T5 1.0, T5 1.1 and FLAN-T5."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any
 
 from sqa_jax.errors import UserError
 from sqa_jax.models.validation import check_numbers
@@ -24,13 +24,13 @@ class T5Config:
       num_layers: L, layers of the decoder.
       num_heads: H; each has its own keys and values.
       head_dim: d, width of one head; H · d need not be D.
-      num_buckets, max_distance: of the relative position bias; from `max_distance` on, all distances are one.
+      num_buckets, max_distance: of the relative position bias; all distances from `max_distance` on share a bucket.
       norm_epsilon: of the RMS norms.
       gated: MLPs are gated by an approximated GELU (T5 1.1); else they are plain ones with ReLU (T5 1.0).
       tie_embeddings: the output layer is the transposed embedding table (T5 1.0).
       scale_outputs: the output layer's input is multiplied by D^-1/2 (T5 1.0).
       decoder_start: id of the token that the decoder starts from.
-      max_positions: longest sequence that is allowed, prompt and target together. Relative positions know no limit;
+      max_positions: longest sequence that is allowed, prompt and target together. Relative positions have no limit;
         T5 was pretrained on 512 tokens, and FLAN-T5 tuned on up to 2,048.
     """
 
@@ -50,13 +50,34 @@ class T5Config:
     decoder_start: int = 0
     max_positions: int = 2048
 
-    family: ClassVar[str] = "t5"
-    is_encoder_decoder: ClassVar[bool] = True
-    bidirectional_prompt: ClassVar[bool] = True  # in the encoder
-    prefix_lm: ClassVar[bool] = False
-    vision: ClassVar[None] = None
-    norm_offset: ClassVar[bool] = False
-    embedding_scale: ClassVar[bool] = False
+    @property
+    def family(self) -> str:
+        return "t5"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return True
+
+    @property
+    def bidirectional_prompt(self) -> bool:
+        """In the encoder."""
+        return True
+
+    @property
+    def prefix_lm(self) -> bool:
+        return False
+
+    @property
+    def vision(self) -> None:
+        return None
+
+    @property
+    def norm_offset(self) -> bool:
+        return False
+
+    @property
+    def embedding_scale(self) -> bool:
+        return False
 
     @property
     def stack_depths(self) -> tuple[int, ...]:
@@ -71,8 +92,8 @@ class T5Config:
         """Of each linear layer of both stacks' blocks: its module, input width and output width."""
         D, inner = self.hidden_size, self.num_heads * self.head_dim
         attention = {"q": (D, inner), "k": (D, inner), "v": (D, inner), "o": (inner, D)}
-        ways_in = ("wi_0", "wi_1") if self.gated else ("wi",)
-        mlp = {**{name: (D, self.intermediate_size) for name in ways_in}, "wo": (self.intermediate_size, D)}
+        inputs = ("wi_0", "wi_1") if self.gated else ("wi",)
+        mlp = {**{name: (D, self.intermediate_size) for name in inputs}, "wo": (self.intermediate_size, D)}
         modules = {
             "encoder.self_attn": attention, "encoder.mlp": mlp,
             "decoder.self_attn": attention, "decoder.cross_attn": attention, "decoder.mlp": mlp,
@@ -119,7 +140,7 @@ def from_hf(raw: dict[str, Any], where: str) -> T5Config:
         raise UserError(
             f"{where}: feed_forward_proj {feed_forward!r} is not supported; supported: {', '.join(_FEED_FORWARD)}"
         )
-    # T5 1.0 ties and scales, 1.1 does neither, and files say it with one key; transformers 5 writes two.
+    # T5 1.0 ties embeddings and scales outputs, 1.1 does neither; files say so with one key, transformers 5 with two.
     tied = bool(raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True)))
     try:
         config = T5Config(

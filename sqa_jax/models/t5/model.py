@@ -147,7 +147,9 @@ class EncoderBlock(nn.Module):
         c, attention_lora = self.config, lora.get("self_attn", {})
         attention = Attention(c, self.dtype, self.lora_dropout, name="self_attn")
         y = RMSNorm(c.norm_epsilon, name="self_attn_layernorm")(x)
-        x += attention(y, *attention.keys_and_values(y, attention_lora), *bias_and_mask, attention_lora)
+        key, value = attention.keys_and_values(y, attention_lora)
+        bias, mask = bias_and_mask
+        x += attention(y, key, value, bias, mask, attention_lora)
         y = RMSNorm(c.norm_epsilon, name="mlp_layernorm")(x)
         return x + MLP(c, self.dtype, self.lora_dropout, name="mlp")(y, lora.get("mlp", {})), None
 
@@ -186,11 +188,13 @@ class DecoderBlock(nn.Module):
         y = RMSNorm(c.norm_epsilon, name="self_attn_layernorm")(x)
         key, value = attention.keys_and_values(y, self_lora)
         if cache is None:
+            assert context.encoded is not None
             encoded = cross.keys_and_values(context.encoded, cross_lora)
             self.sow(KV, "of_decoder", (key, value))
             self.sow(KV, "of_encoder", encoded)
             key, value = prepend_prefix_kv(prefix, key, value)
         else:
+            assert context.slots is not None
             cache = write_kv(cache, layer, jnp.arange(len(x)), context.slots, key, value)
             # Each slot of the cache holds keys and values of either the encoder's output or the decoder's tokens.
             key, value = encoded = read_kv(cache, layer, None, context.self_mask.shape[-1], self.dtype)
@@ -363,7 +367,8 @@ class T5(nn.Module):
         )
         inputs = (jnp.arange(self.config.num_layers), _lora(adaptation, "decoder"), None)
         hidden, kv = self.decoder((self.embed_tokens(tokens), (cache.key, cache.value)), inputs, context)
-        return self.decoder.norm(hidden), Cache(*kv, key_segments, cache.length + num_valid(segments))
+        length = cache.length + num_valid(segments)
+        return self.decoder.norm(hidden), Cache(kv[0], kv[1], key_segments, length)
 
     @nn.nowrap
     def split(self, tokens, positions, segments) -> Split:
@@ -396,7 +401,7 @@ class T5(nn.Module):
         Slots of the encoder's tokens get keys and values for cross-attention, those of the decoder's for self-attention.
         """
         (hidden, _), sown = self.apply({"params": params}, tokens, positions, segments, adaptation, mutable=[KV])
-        layers = sown[KV]["decoder"]["layers"]
+        layers: Any = sown[KV]["decoder"]["layers"]
         (of_decoder,), (of_encoder,) = layers["of_decoder"], layers["of_encoder"]
         parts = self.split(tokens, positions, segments)
         decoded = parts.decoded[..., None, None]

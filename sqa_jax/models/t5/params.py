@@ -10,7 +10,7 @@ _MODULES = {
     "encoder": {"self_attn": "SelfAttention", "mlp": "DenseReluDense"},
     "decoder": {"self_attn": "SelfAttention", "cross_attn": "EncDecAttention", "mlp": "DenseReluDense"},
 }
-# What files may hold besides: copies of the shared table, and a bias that transformers never applies.
+# Tensors that files may hold besides: copies of the shared embeddings, and a bias that transformers never applies.
 COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 
@@ -21,9 +21,9 @@ def param_specs(config: T5Config) -> list[ParamSpec]:
     depths = {"encoder": config.num_encoder_layers, "decoder": config.num_layers}
 
     def layered(module: str, path: tuple[str, ...], name: str, shape: tuple[int, ...], transposed: bool) -> ParamSpec:
-        stack, own = module.split(".")
-        place, depth = list(_MODULES[stack]).index(own), depths[stack]
-        names = tuple(f"{stack}.block.{i}.layer.{place}.{name}.weight" for i in range(depth))
+        stack, kind = module.split(".")
+        index, depth = list(_MODULES[stack]).index(kind), depths[stack]
+        names = tuple(f"{stack}.block.{i}.layer.{index}.{name}.weight" for i in range(depth))
         return ParamSpec((stack, "layers", *path), (depth, *shape), names, True, transposed)
 
     table = [ParamSpec(("embed_tokens", "embedding"), (V, D), ("shared.weight",), False, False)]
@@ -32,12 +32,12 @@ def param_specs(config: T5Config) -> list[ParamSpec]:
         bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         shape = (config.num_buckets, config.num_heads)
         table.append(ParamSpec((stack, "relative_attention_bias", "embedding"), shape, (bias,), False, False))
-        for own in modules:
-            table.append(layered(f"{stack}.{own}", (f"{own}_layernorm", "scale"), "layer_norm", (D,), False))
+        for kind in modules:
+            table.append(layered(f"{stack}.{kind}", (f"{kind}_layernorm", "scale"), "layer_norm", (D,), False))
     for layer, (module, width_in, width_out) in config.linear_shapes().items():
-        stack, own, name = layer.split(".")
-        path, theirs = (own, name, "kernel"), f"{_MODULES[stack][own]}.{name}"
-        table.append(layered(module, path, theirs, (width_in, width_out), True))
+        stack, kind, name = layer.split(".")
+        path, file_name = (kind, name, "kernel"), f"{_MODULES[stack][kind]}.{name}"
+        table.append(layered(module, path, file_name, (width_in, width_out), True))
     if not config.tie_embeddings:
         table.append(ParamSpec(("lm_head", "kernel"), (D, V), ("lm_head.weight",), False, True))
     return table
