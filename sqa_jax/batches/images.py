@@ -49,7 +49,7 @@ class ImageBatcher:
         _, numbers = self.images.renumber_by_row(np.asarray(tokens, np.int32))
         return sum(int((self._mrope_offsets(number)[:, 3] - 1).sum()) for number in numbers)
 
-    def __call__(self, tokens: Sequence[int] | np.ndarray, capacity: int) -> tuple[Int[np.ndarray, "T"], ImageInputs]:
+    def __call__(self, tokens: Sequence[int] | np.ndarray, capacity: int) -> tuple[Int[np.ndarray, " T"], ImageInputs]:
         """A row as the devices get it.
 
         Args:

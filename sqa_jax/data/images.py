@@ -97,7 +97,7 @@ class ImageStore:
         )
 
     @functools.cached_property
-    def feature_offsets(self) -> Int[np.ndarray, "N+1"]:
+    def feature_offsets(self) -> Int[np.ndarray, " offsets"]:
         """The number of each image's first feature, and the number of features in all."""
         return np.concatenate([[0], np.cumsum(self.sizes[:, 0])]) * self.vision.features_per_piece
 
@@ -110,7 +110,7 @@ class ImageStore:
         image_tokens = iter(range(*(self.vocab_size + self.feature_offsets[number : number + 2]).tolist()))
         return [next(image_tokens) if token == self.vision.image_token else token for token in ids]
 
-    def renumber_by_row(self, tokens: Int[np.ndarray, "T"]) -> tuple[Int[np.ndarray, "T"], list[int]]:
+    def renumber_by_row(self, tokens: Int[np.ndarray, " T"]) -> tuple[Int[np.ndarray, " T"], list[int]]:
         """A row's ids with its image tokens numbered from V on, image by image, and the numbers of its images."""
         is_image = tokens >= self.vocab_size
         features = tokens[is_image] - self.vocab_size

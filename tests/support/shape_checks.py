@@ -18,12 +18,15 @@ MODULES = (
     "sqa_jax.adapters",
     "sqa_jax.batches",
     "sqa_jax.inference",
+    "sqa_jax.metrics",
     "sqa_jax.models.api",
     "sqa_jax.models.decoder",
     "sqa_jax.models.layers",
     "sqa_jax.models.log_probs",
     "sqa_jax.models.rope_frequencies",
     "sqa_jax.models.t5",
+    "sqa_jax.models.vision",
+    "sqa_jax.parallel",
 )
 
 

@@ -30,8 +30,8 @@ class AttentionContext(NamedTuple):
       mask: which keys each patch attends to.
     """
 
-    sin: Float[Array, "B S d/2"]
-    cos: Float[Array, "B S d/2"]
+    sin: Float[Array, "B S half_head"]
+    cos: Float[Array, "B S half_head"]
     mask: Bool[Array, "B N S"]
 
 
