@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
 
-extra=test
+extra='test'
 for argument; do
   case $argument in
     --reference) extra=reference ;;

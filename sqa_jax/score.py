@@ -19,12 +19,13 @@ from pathlib import Path
 from absl import flags
 
 from sqa_jax import cli
-from sqa_jax.data.sources import problems_of_flag
 from sqa_jax.errors import UserError
-from sqa_jax.metrics.leaderboard import read_predictions, score
 
 
 def main() -> None:
+    from sqa_jax.data.sources import problems_of_flag
+    from sqa_jax.metrics.leaderboard import read_predictions, score
+
     FLAGS = flags.FLAGS
     if not FLAGS.problems or not FLAGS.predictions:
         raise UserError("--problems and --predictions are needed; see --help")

@@ -22,7 +22,7 @@ from sqa_jax.runtime import build_runtime
 from sqa_jax.training.loop import train
 from sqa_jax.training.workdir import bind_config, open_workdir
 from tests.support.bucket_server import BucketServer
-from tests.test_train import last_adapter, same, tiny_config
+from tests.support.runs import last_adapter, same, tiny_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:google"),  # how long Google will support this Python

@@ -60,6 +60,18 @@ def test_the_questions_are_shown_as_they_are_asked(sample):
         assert numbered(number, asked) in README
 
 
-def test_every_file_that_is_named_is_there():
-    for name in re.findall(r"(?:configs|launch|sqa_jax|tests)/[\w/.]+\.(?:py|sh)", README):
-        assert (ROOT / name).is_file(), name
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_file_that_is_named_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names = set(re.findall(r"(?:configs|docs|launch|sqa_jax|tests)/[\w/.]+\.(?:py|sh|svg)", text))
+    names |= set(re.findall(r"`((?:sqa_jax|tests)/[\w/]+/)`", text))
+    assert names and not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_every_name_of_the_contributing_page_is_in_its_file():
+    """ "NAME of FILE" and "NAME in FILE": the constants that a contributor is sent to."""
+    text = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
+    pairs = re.findall(r"`([A-Z_]+)` (?:of|in) `((?:sqa_jax|tests)/[\w/]+\.py)`", text)
+    assert len(pairs) >= 5
+    for name, file in pairs:
+        assert re.search(rf"^{name}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (name, file)

@@ -132,7 +132,7 @@ class Loop:
             f"{100 * data.rows.packing_efficiency():.1f} % real tokens; steps {self.first} → {data.steps} on {mesh.size} "
             f"{jax.devices()[0].platform} device{'s' * (mesh.size > 1)}{processes}"
         )
-        table, summary = parameter_overview(self.state.adapter, self.base)
+        table, summary = parameter_overview(self.state.adapter.get("full", self.state.adapter), self.base)
         if is_main():
             with atomic_write(self.root / "parameters.txt") as file:
                 file.write(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -23,13 +22,13 @@ class _Row(NamedTuple):
 
 
 def parameter_overview(trained: Any, frozen: Any) -> tuple[str, str]:
-    """(table, summary): one line a parameter, with subtotals by group; and all in one line.
+    """(table, summary): a line per parameter with subtotals by top-level module; and the totals in one line.
 
-    Scanned layers are one parameter with a leading dimension of layers. Layers that are separate parameters of one
-    shape, `block_0 … block_11`, share a line.
+    Scanned layers are one parameter with a leading dimension of layers; layers that are a list of parameters of one
+    shape share a line, too.
 
     Args:
-      trained, frozen: trees of arrays on devices; `frozen` is {} where all is trained.
+      trained, frozen: trees of arrays on devices; `frozen` is {} where everything is trained.
     """
     rows = [*_rows(trained, "trained"), *_rows(frozen, "frozen")]
     total = {status: sum(row.count for row in rows if row.status == status) for status in ("trained", "frozen")}
@@ -41,31 +40,24 @@ def parameter_overview(trained: Any, frozen: Any) -> tuple[str, str]:
     for group in dict.fromkeys((row.group, row.status) for row in rows):
         members = [row for row in rows if (row.group, row.status) == group]
         lines.append((group[0], "", "", "", f"{sum(row.count for row in members):,}", group[1]))
-        lines += [(f"  {row.name}", *row[2:5], f"{row.count:,}", row.status) for row in members if row.name]
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
-    right = 4  # the count's column
-    table = "\n".join(
-        "  ".join(
-            cell.rjust(width) if column == right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+        lines += [(f"  {row.name}", *row[2:5], f"{row.count:,}", row.status) for row in members]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{align}{width}}}" for align, width in zip("<<<<><", widths, strict=True))
+    table = "\n".join(form.format(*line).rstrip() for line in lines)
     return f"{table}\n\n{summary}\n", summary
 
 
 def _rows(tree: Any, status: str) -> Iterator[_Row]:
-    """The parameters of a tree, those of numbered layers together."""
+    """The parameters of a tree; those that differ in a layer's number only are one row."""
     merged: dict[tuple[str, ...], list[int]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        *parents, name = path_name(path).split("/")
-        name = "/".join([*parents, name])
-        key = (re.sub(r"\d+(?=/)", "*", name), "×".join(map(str, leaf.shape)) or "scalar", str(leaf.dtype), _spec(leaf))
-        merged.setdefault(key, []).append(math.prod(leaf.shape))
-    for (name, shape, dtype, sharding), counts in merged.items():
-        group = "/".join(name.split("/")[:2])
-        inner = name.removeprefix(group).removeprefix("/") or name
-        yield _Row(group, inner, shape, dtype, sharding, sum(counts), status)
+        name = re.sub(r"(?<=/)\d+(?=/)", "*", path_name(path))
+        key = (name, "×".join(map(str, leaf.shape)) or "scalar", str(leaf.dtype), _spec(leaf))
+        merged.setdefault(key, []).append(leaf.size)
+    for (name, shape, dtype, sharding), sizes in merged.items():
+        group, _, inner = name.partition("/")
+        shape = f"{len(sizes)} × {shape}" if len(sizes) > 1 else shape
+        yield _Row(group, inner or group, shape, dtype, sharding, sum(sizes), status)
 
 
 def _spec(leaf: jax.Array) -> str:

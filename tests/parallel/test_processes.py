@@ -1,14 +1,11 @@
-"""Two and four real processes: the result of one, whatever dies, comes late or stops; and one line that says so."""
+"""Runs of two and four processes: the result of one, whichever dies, comes late or stops; and one line that says so."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -25,55 +22,20 @@ from sqa_jax.parallel.rules import shardings
 from sqa_jax.parallel.supervisor import explain
 from sqa_jax.runtime import Runtime, make_decoder
 from sqa_jax.training.loop import train
-from tests.test_train import command, last_adapter, tiny_config, wait_for_step
+from tests.support.process_group import free_port, launch, wait_for_all
+from tests.support.runs import command, last_adapter, tiny_config, wait_for_step
 from tests.training.test_step import METHODS, on_one_device  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def environment(processes: int, devices: int) -> dict[str, str]:
-    flags = (
-        f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices // processes}"  # the last counts
-    )
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-
-
-def launch(arguments, processes: int, devices: int = 4):
-    """The same command as some processes: [(Popen, its stdout, its stderr)], in files, which never fill up."""
-    started = []
-    for index in range(processes):
-        out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-        words = [sys.executable, *(str(a) for a in arguments(index))]
-        started.append((subprocess.Popen(words, env=environment(processes, devices), stdout=out, stderr=err), out, err))
-    return started
-
-
-def ends(started, seconds=240):
-    """(exit code, stdout, stderr) of each; none may take longer."""
-    limit = time.monotonic() + seconds
-    try:
-        for process, _, _ in started:
-            process.wait(max(1, limit - time.monotonic()))
-    finally:
-        for process, out, err in started:
-            process.kill()
-            out.seek(0), err.seek(0)
-    return [(process.returncode, out.read(), err.read()) for process, out, err in started]
-
-
-# (methods, mesh); in one the `tensor` axis spans the processes, so that each reads every row.
+# (methods, mesh); in one the `tensor` axis spans the processes, so that each loads every row.
 CASES = {2: [(METHODS[0], (2, 2, 2)), (METHODS[1], (1, 1, 8))], 4: [(METHODS[0], (1, 2, 4)), (METHODS[1], (2, 4, 1))]}
 
 
 @pytest.mark.parametrize("processes", CASES)
 def test_processes_give_the_single_device_result(on_one_device, processes):  # noqa: F811
-    address, cases = f"127.0.0.1:{port()}", CASES[processes]
+    address, cases = f"127.0.0.1:{free_port()}", CASES[processes]
     started = launch(
         lambda index: [
             ROOT / "tests" / "support" / "processes_worker.py",
@@ -85,7 +47,7 @@ def test_processes_give_the_single_device_result(on_one_device, processes):  # n
         processes,
         8,
     )
-    for code, out, err in ends(started):
+    for code, out, err in wait_for_all(started):
         assert code == 0, err[-2000:]
         results = json.loads(next(line for line in out.splitlines() if line.startswith("RESULT "))[7:])
         for (methods, _), result in zip(cases, results, strict=True):
@@ -103,27 +65,27 @@ def test_processes_give_the_single_device_result(on_one_device, processes):  # n
 
 def verb(config, workdir, processes, **last):
     """Arguments of `train` for each process; `last` changes the last one's configuration."""
-    address = f"127.0.0.1:{port()}"
+    address = f"127.0.0.1:{free_port()}"
 
     def arguments(index):
-        own = config.copy_and_resolve_references()
-        own.update_from_flattened_dict(last if index == processes - 1 else {})
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(last if index == processes - 1 else {})
         return [
-            *command(own, workdir)[1:], "--coordinator", address, "--processes", processes, "--process", index,
-            "--start_timeout=60", "--heartbeat_timeout=10",
+            *command(changed, workdir)[1:], "--coordinator", address, "--processes", processes, "--process", index,
+            "--start_timeout=60", "--heartbeat_timeout=6",
         ]  # fmt: skip
 
     return arguments
 
 
-def said(out: str) -> list[str]:
-    """What the verb itself wrote. Gloo's threads write into each other's lines: any of its words may be in any order."""
-    theirs = set("[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :".split())
-    return [line for line in out.splitlines() if not all(word in theirs or word.isdigit() for word in line.split())]
+def verb_lines(out: str) -> list[str]:
+    """Lines of the verb itself. Gloo's threads write into each other's lines: its words may be in any order."""
+    gloo = set("[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :".split())
+    return [line for line in out.splitlines() if not all(word in gloo or word.isdigit() for word in line.split())]
 
 
 def four_devices(config, count: int = 4):
-    """The runtime of a process with four devices, as the others together have; or with another number of them."""
+    """The runtime of one process on as many devices as several processes have together, or on another number."""
     mesh = make_mesh(config.mesh, jax.devices()[:count])
     student = load_student(config.student.path, shardings_for=lambda tree: shardings(tree, mesh))
     return Runtime(mesh, student, make_decoder(config, student.config, mesh))
@@ -131,7 +93,7 @@ def four_devices(config, count: int = 4):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of one process that nothing interrupts, and its configuration."""
+    """An uninterrupted run of one process, and its configuration."""
     root = tmp_path_factory.mktemp("whole")
     config = tiny_config(
         root,
@@ -149,36 +111,36 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_survives_its_processes(whole, tmp_path):
-    """Four processes of which one is killed; two on another mesh, one of which is told to stop; then one, to the end."""
+    """Four processes of which one is killed; two on another mesh, one of which gets SIGTERM; then one, to the end."""
     config, reference = whole
     workdir = tmp_path / "run"
     four = launch(verb(config, workdir, 4), 4)
-    assert wait_for_step(workdir, 5, four[0][0])
-    os.kill(int(subprocess.check_output(["pgrep", "-P", str(four[3][0].pid)])), signal.SIGKILL)
+    assert wait_for_step(workdir, 5, four[0].process)
+    os.kill(int(subprocess.check_output(["pgrep", "-P", str(four[3].pid)])), signal.SIGKILL)
     killed_at = time.monotonic()
-    *others, killed = ends(four)
-    assert time.monotonic() - killed_at < 60
-    assert killed[0] == 1 and "process 3 of 4: ended by SIGKILL" in killed[2]
+    *others, killed = wait_for_all(four)
+    assert time.monotonic() - killed_at < 30  # heartbeats of six seconds, and the exits
+    assert killed.code == 1 and "process 3 of 4: ended by SIGKILL" in killed.err
     for code, _, err in others:
-        # What JAX's own threads still write may stand behind it.
+        # Threads of JAX may write after it.
         assert code != 0 and any(line.startswith("error: ") for line in err.splitlines()), err[-2000:]
         assert "Check failure stack trace" not in err
 
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 2, 2
     two = launch(verb(config, workdir, 2), 2)
-    assert wait_for_step(workdir, 11, two[0][0])
-    two[1][0].send_signal(signal.SIGTERM)
-    stopped = ends(two)
+    assert wait_for_step(workdir, 11, two[0].process)
+    os.kill(two[1].pid, signal.SIGTERM)
+    stopped = wait_for_all(two)
     assert [code for code, _, _ in stopped] == [0, 0], stopped
-    assert "saved; the same command continues" in stopped[0][1] and not said(stopped[1][1])
+    assert "saved; the same command continues" in stopped[0][1] and not verb_lines(stopped[1][1])
     step, _ = last_adapter(workdir, config)
     assert 11 <= step < 24
 
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 1, 1
     assert train(config, str(workdir), four_devices(config))["finished"]
-    mine, theirs = losses(workdir), losses(reference)
-    assert len(mine) == 24 + 2
-    np.testing.assert_allclose(mine, theirs, rtol=1e-4)  # Adam amplifies the last bit of a sum's order
+    found, expected = losses(workdir), losses(reference)
+    assert len(found) == 24 + 2
+    np.testing.assert_allclose(found, expected, rtol=1e-4)  # Adam amplifies the last bit of a sum's order
     adapters = [last_adapter(run, config)[1]["adapter"] for run in (workdir, reference)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *adapters)
 
@@ -188,12 +150,12 @@ def test_two_processes_evaluate_as_one(whole, tmp_path):
     alone = evaluate(config, str(reference), four_devices(config))
     predictions = (reference / "eval" / "test" / "predictions.jsonl").read_text()
     (reference / "eval" / "test").rename(reference / "eval" / "alone")
-    address = f"127.0.0.1:{port()}"
+    address = f"127.0.0.1:{free_port()}"
     flags = ["--coordinator", address, "--processes", 2, "--workdir", reference]
     started = launch(lambda index: ["-m", "sqa_jax.evaluate", *flags, "--process", index], 2)
-    (code, out, err), (other, silent, _) = ends(started)
+    (code, out, err), (other, silent, _) = wait_for_all(started)
     assert code == other == 0, err[-2000:]
-    assert f'"AVG": {alone["AVG"]}' in out and not said(silent)
+    assert f'"AVG": {alone["AVG"]}' in out and not verb_lines(silent)
     assert (reference / "eval" / "test" / "predictions.jsonl").read_text() == predictions
 
 
@@ -208,10 +170,10 @@ def losses(workdir) -> list[float]:
         {"student.path": "random:paligemma-tiny", "adapter.methods": ("prompt", "lora")},
         {"student.path": "random:qwen2-vl-tiny", "adapter.methods": ("lora",), "adapter.lora.vision_encoder": True},
     ],
-    ids=["features", "tower"],
+    ids=["cached features", "vision encoder"],
 )
-def test_students_that_see_train_as_one(changes, tmp_path):
-    """With the features of their pictures, that they compute together, and with the tower in each step."""
+def test_vision_language_models_train_as_one(changes, tmp_path):
+    """With cached image features, which the processes compute together, and with the vision encoder in each step."""
     config = tiny_config(
         tmp_path,
         **{
@@ -222,8 +184,8 @@ def test_students_that_see_train_as_one(changes, tmp_path):
     )  # fmt: skip
     train(config, str(tmp_path / "alone"), four_devices(config, 1))
     config.mesh.data = config.mesh.fsdp = 2
-    config.data.cache = str(tmp_path / "theirs")
-    for code, _, err in ends(launch(verb(config, tmp_path / "run", 2), 2)):
+    config.data.cache = str(tmp_path / "other")
+    for code, _, err in wait_for_all(launch(verb(config, tmp_path / "run", 2), 2)):
         assert code == 0, err[-2000:]
     alone = losses(tmp_path / "alone")
     assert len(alone) == 6 and alone[-1] < alone[0]
@@ -234,20 +196,23 @@ def test_an_error_in_one_process_ends_all(whole, tmp_path):
     config, _ = whole
     broken = {"data.source": "dir", "data.path": "/no/such/place"}
     started = launch(verb(config, tmp_path / "run", 2, **broken), 2)
-    (code, _, err), (other, _, why) = ends(started)
+    (code, _, err), (other, _, why) = wait_for_all(started)
     assert other == 2 and "/no/such/place" in why.splitlines()[-1]
     assert code == 1 and "process 1 of 2 failed: " in err.splitlines()[-1] and "/no/such/place" in err
 
 
 def test_processes_that_do_not_come(tmp_path):
-    """Nobody listens at the coordinator's address; and a coordinator waits for a process that never starts."""
-    address = f"127.0.0.1:{port()}"
-    alone = ["-m", "sqa_jax.train", "--workdir", tmp_path, "--processes", 2, "--start_timeout=3"]
+    """No coordinator listens at the address; and a coordinator waits for a process that never starts."""
+    address = f"127.0.0.1:{free_port()}"
+    single = ["-m", "sqa_jax.train", "--workdir", tmp_path, "--processes", 2, "--start_timeout=3"]
     started = [
-        launch(lambda _, a=a: [*alone, *a], 1)[0]
-        for a in (["--coordinator", address, "--process", 1], ["--coordinator", f"127.0.0.1:{port()}", "--process", 0])
+        launch(lambda _, a=a: [*single, *a], 1)[0]
+        for a in (
+            ["--coordinator", address, "--process", 1],
+            ["--coordinator", f"127.0.0.1:{free_port()}", "--process", 0],
+        )
     ]
-    (code, _, err), (other, _, waited) = ends(started, 90)
+    (code, _, err), (other, _, waited) = wait_for_all(started, 60)
     assert code == 2 and f"no coordinator at {address} within 3 s" in err and len(err.strip().splitlines()) == 1
     assert other == 1 and "not all processes came within 3 s" in waited.splitlines()[-1]
     assert "stack trace" not in waited
@@ -261,7 +226,7 @@ def test_flags_that_contradict_each_other_are_refused():
     check(Group("host:123", 2, 1))
 
 
-def test_the_last_words_of_the_runtime_are_explained():
+def test_fatal_logs_of_the_runtime_are_explained():
     group = Group("10.0.0.1:8476", 4, 2)
     lost = "UNAVAILABLE: The following tasks are unhealthy (stopped sending heartbeats):\n3\nThe tasks have crashed."
     assert "process 2 of 4: process 3 has ended" in explain(lost, signal.SIGABRT, group)
