@@ -1,76 +1,42 @@
-"""A teacher that misbehaves on request: Gemini's REST protocol with batch jobs, and OpenAI's chat protocol.
+"""A fake teacher service with fault injection: Gemini's REST API with batch jobs, and OpenAI's chat completions API.
 
-It finds a question's pid in its prompt as "[pid]", follows the script of that pid attempt by attempt, and keeps every
-call with the time it came and what it would be billed, so that a test counts money on the service's side.
+It finds a question's pid in its prompt as "[pid]", follows the script of that pid attempt by attempt, and records every
+call with its arrival time and its price, so that tests count money on the service's side.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import dataclasses
 import http.server
 import itertools
 import json
 import re
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-KEY = "sk-Very+Secret/0123456789=="  # with characters that are written otherwise in URLs and JSON
-KEY_ENV = "TEST_TEACHER_KEY"
-MODEL = "teacher-1"
-PRICES = ((MODEL, 1.0, 10.0),)  # US dollars a million tokens
-OUTPUT_TOKENS = 50
-GOOD = json.dumps({"reasoning": "Iron is attracted.", "answer": 0, "solution": "Magnets attract iron."})
-CLIENTS = ("gemini", "genai", "openai")
-
-
-@dataclasses.dataclass(frozen=True)
-class Say:
-    """A reply that is billed.
-
-    `finish`: stop, length, safety (the reply is blocked), prompt (the prompt is), or a number that only a newer client
-    knows.
-    """
-
-    text: str = GOOD
-    finish: str | int = "stop"
-    usage: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Fail:
-    """An HTTP error, which costs nothing. `retry_after`: "2" or a date; `delay`: Google's own form, in the body."""
-
-    code: int
-    message: str = "try again later"
-    retry_after: str = ""
-    delay: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Break:
-    """A reply that is billed and never arrives whole: late (after `seconds`), silent (the connection is closed), cut
-    (in the middle of the body), not_json, or held until the server's `go` is set."""
-
-    how: str
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass
-class Call:
-    path: str
-    headers: dict[str, str]
-    body: dict[str, Any]
-    at: float
-    pid: str = ""
-    prompt: str = ""
-    images: tuple[bytes, ...] = ()
-    dollars: float = 0.0
+from tests.support.teacher_messages import (  # noqa: F401  for the tests, too
+    CLIENTS,
+    KEY,
+    KEY_ENV,
+    MODEL,
+    PRICES,
+    Break,
+    Call,
+    Fail,
+    Say,
+    gemini_reply,
+    openai_reply,
+    price,
+    read_gemini,
+    read_openai,
+)
 
 
 class TeacherServer:
@@ -78,8 +44,8 @@ class TeacherServer:
 
     Attributes:
       script: {pid: what happens at its first, second, … attempt}; afterwards, `usual`.
-      lag: seconds that every reply takes.
-      calls: every generation asked for, batch jobs' own calls apart, in the order they came.
+      lag: latency of every reply, seconds.
+      calls: every generation requested, alone or in a batch job, in order of arrival.
       jobs: batch jobs by the service's name.
       job_state: how a job ends; "" leaves it under way.
       on_create: "" or what happens to calls that create a job: lost (made, but the answer never arrives), refused
@@ -123,7 +89,7 @@ class TeacherServer:
 
     @property
     def bill(self) -> float:
-        """US dollars that this service would charge, lost replies included."""
+        """US dollars that the service charges, lost replies included."""
         return sum(call.dollars for call in list(self.calls))
 
     def next_act(self, call: Call) -> Say | Fail | Break:
@@ -157,64 +123,6 @@ class TeacherServer:
         if state == "SUCCEEDED":
             metadata["output"] = {"inlinedResponses": {"inlinedResponses": job["rows"]}}
         return {"name": name, "metadata": metadata, "done": bool(self.job_state)}
-
-
-def tokens(prompt: str, images: tuple[bytes, ...]) -> int:
-    return len(prompt) // 4 + 258 * len(images)
-
-
-def price(prompt: str, images: tuple[bytes, ...]) -> float:
-    return (tokens(prompt, images) * PRICES[0][1] + OUTPUT_TOKENS * PRICES[0][2]) / 1e6
-
-
-def read_gemini(body: dict[str, Any]) -> tuple[str, str, tuple[bytes, ...]]:
-    """(pid, prompt, images) of a request in Gemini's form."""
-    parts = body["contents"][0]["parts"]
-    data = [part["inlineData"]["data"] for part in parts if "inlineData" in part]
-    # The protocol's JSON has standard base64; one of the clients writes the URL-safe kind, which is allowed.
-    images = tuple(base64.b64decode(text.replace("-", "+").replace("_", "/"), validate=True) for text in data)
-    return _found("".join(part.get("text", "") for part in parts), images)
-
-
-def read_openai(body: dict[str, Any]) -> tuple[str, str, tuple[bytes, ...]]:
-    content = body["messages"][0]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-    images = tuple(base64.b64decode(url.partition(";base64,")[2], validate=True) for url in urls)
-    return _found("".join(part.get("text", "") for part in parts), images)
-
-
-def _found(prompt: str, images: tuple[bytes, ...]) -> tuple[str, str, tuple[bytes, ...]]:
-    match = re.search(r"\[(\w+)\]", prompt)
-    return (match[1] if match else "", prompt, images)
-
-
-def gemini_reply(act: Say, call: Call, numbers: bool) -> dict[str, Any]:
-    """`numbers`: the query asked for enumerations as numbers."""
-    names = {"stop": ("STOP", 1), "length": ("MAX_TOKENS", 2), "safety": ("SAFETY", 3)}
-    asked = tokens(call.prompt, call.images)
-    # Part of the output is thought unseen, and has to be paid like the rest.
-    usage = {"promptTokenCount": asked, "candidatesTokenCount": 20, "thoughtsTokenCount": OUTPUT_TOKENS - 20}
-    usage["totalTokenCount"] = asked + OUTPUT_TOKENS
-    reply: dict[str, Any] = {"usageMetadata": usage} if act.usage else {}
-    if act.finish == "prompt":
-        return reply | {"promptFeedback": {"blockReason": 1 if numbers else "SAFETY"}}
-    newer = act.finish if numbers else f"REASON_{act.finish}"
-    finish = names[act.finish][numbers] if act.finish in names else newer
-    content = {"role": "model", "parts": [{"text": act.text}] if act.text else []}
-    return reply | {"candidates": [{"content": content, "finishReason": finish}]}
-
-
-def openai_reply(act: Say, call: Call) -> dict[str, Any]:
-    asked = tokens(call.prompt, call.images)
-    message: dict[str, Any] = {"role": "assistant", "content": act.text}
-    if act.finish == "prompt":
-        message |= {"content": None, "refusal": "I cannot help with that."}
-    finish = {"safety": "content_filter", "length": "length"}.get(act.finish, "stop")
-    usage = {"prompt_tokens": asked, "completion_tokens": OUTPUT_TOKENS, "total_tokens": asked + OUTPUT_TOKENS}
-    choice = {"index": 0, "message": message, "finish_reason": finish}
-    reply = {"id": "c", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [choice]}
-    return reply | ({"usage": usage} if act.usage else {})
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -379,6 +287,35 @@ def teach_flags(data: str, server: TeacherServer | None, client: str, workdir, *
     settings = teach_config(data, server, client, **change).teach
     flags = [f"--config.teach.{name}={settings[name]}" for name in dict.fromkeys((*changed, "poll_seconds", *change))]
     return ["--config.data.source=dir", f"--config.data.path={data}", f"--workdir={workdir}", *flags]
+
+
+@contextlib.contextmanager
+def teaching(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """`python -m sqa_jax.teach` in a process of its own, which does not outlive the block."""
+    command = [sys.executable, "-m", "sqa_jax.teach", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL, which must find the process alive."""
+    assert process.poll() is None, process.communicate()
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL
+
+
+def wait_for_handler(process: subprocess.Popen[str], number: int) -> None:
+    """Waits until the process has handled a signal: `StopSignal` then restores the default action (Linux)."""
+
+    def caught() -> bool:
+        status = open(f"/proc/{process.pid}/status").read()
+        match = re.search(r"SigCgt:\s*(\w+)", status)
+        return bool(match and int(match[1], 16) & (1 << (number - 1)))
+
+    wait_until(lambda: not caught())
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 30.0) -> None:

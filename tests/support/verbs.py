@@ -18,8 +18,8 @@ class Result(NamedTuple):
     stderr: str
 
 
-def run_verb(verb: str, *arguments: object) -> Result:
-    """`python -m sqa_jax.VERB ARGUMENTS`, as far as one process can tell.
+def run_verb(verb: str, *arguments: object, package: str = "sqa_jax") -> Result:
+    """`python -m PACKAGE.VERB ARGUMENTS`, as far as one process can tell.
 
     An exception that the verb does not turn into an exit code is raised here. Signals, threads that outlive the verb,
     and what happens when JAX starts need a real process.
@@ -33,7 +33,7 @@ def run_verb(verb: str, *arguments: object) -> Result:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module may be imported already
-            runpy.run_module(f"sqa_jax.{verb}", run_name="__main__", alter_sys=True)
+            runpy.run_module(f"{package}.{verb}", run_name="__main__", alter_sys=True)
     except SystemExit as exit:
         code = exit.code
     finally:

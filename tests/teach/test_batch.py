@@ -1,11 +1,8 @@
-"""Batch jobs through google-genai: half the price, and handed in once whatever happens."""
+"""Batch jobs through google-genai: half the price, and submitted exactly once whatever happens."""
 
 from __future__ import annotations
 
 import collections
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -19,10 +16,12 @@ from tests.support.teacher_server import (
     Fail,
     Say,
     TeacherServer,
+    kill,
     read_attempts,
     read_records,
     teach_config,
     teach_flags,
+    teaching,
     wait_until,
     write_questions,
 )
@@ -45,7 +44,7 @@ def batch_config(data, server, **change):
 
 
 def stop_at_the_first_wait(patch):
-    """As if a signal came while the jobs are under way."""
+    """As if a signal came while the jobs are running."""
     patch.setattr(StopSignal, "sleep", lambda self, seconds: setattr(self, "asked", True))
 
 
@@ -84,13 +83,12 @@ def test_replies_cost_half_and_find_their_questions(server, data, order, tmp_pat
     assert summary["dollars"] == pytest.approx(usual["dollars"] / 2, abs=2e-6)
 
 
-def test_killed_while_the_job_is_under_way(server, data, tmp_path):
-    """SIGKILL between handing in and collecting: the next run collects that job."""
+def test_killed_while_the_job_is_running(server, data, tmp_path):
+    """SIGKILL between submission and collection: the next run collects that job."""
     server.job_state = ""
-    command = [sys.executable, "-m", "sqa_jax.teach", *teach_flags(data, server, "genai", tmp_path / "run", batch=True)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with teaching(teach_flags(data, server, "genai", tmp_path / "run", batch=True)) as process:
         wait_until(lambda: server.polls >= 1)
-        process.send_signal(signal.SIGKILL)
+        kill(process)
     assert {row["state"] for row in read_attempts(tmp_path / "run")} == {"sent"}
     server.job_state = "SUCCEEDED"
     summary = teach(batch_config(data, server), str(tmp_path / "run"))
@@ -99,31 +97,30 @@ def test_killed_while_the_job_is_under_way(server, data, tmp_path):
 
 
 def test_killed_before_the_service_named_the_job(server, data, tmp_path):
-    """It was made, and nobody was told: it is found by its own name, behind pages of others."""
+    """It was created, but its name never arrived: it is found by its display name, after pages of others."""
     row = {"request": {"contents": [{"parts": [{"text": "?"}]}]}}
     for number in range(5):
         server.make_job("m", {"displayName": f"other {number}", "inputConfig": {"requests": {"requests": [row]}}})
     server.on_create = "held"
-    command = [sys.executable, "-m", "sqa_jax.teach", *teach_flags(data, server, "genai", tmp_path / "run", batch=True)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with teaching(teach_flags(data, server, "genai", tmp_path / "run", batch=True)) as process:
         wait_until(lambda: len(server.jobs) == 6)
-        process.send_signal(signal.SIGKILL)
+        kill(process)
     server.on_create = ""
     summary = teach(batch_config(data, server), str(tmp_path / "run"))
     assert len(server.jobs) == 6 and summary["replies"] == 6 and summary["dollars_perhaps"] == 0
     assert collections.Counter(server.asked)["q0"] == 1
 
 
-def test_an_answer_that_is_lost_does_not_hand_in_twice(server, data, tmp_path):
-    """Within one run: the next try looks for the job first."""
+def test_a_lost_response_does_not_submit_twice(server, data, tmp_path):
+    """Within one run: the next attempt looks for the job first."""
     server.on_create = "lost"
     summary = teach(batch_config(data, server), str(tmp_path / "run"))
     assert len(server.jobs) == 1 and summary["replies"] == 6
     assert summary["dollars"] == pytest.approx(server.bill, abs=1e-6)
 
 
-def test_a_job_that_was_never_handed_in_is_handed_in(server, data, tmp_path):
-    """Nothing was paid for the try, and the budget has its money back."""
+def test_a_job_that_was_never_submitted_is_submitted(server, data, tmp_path):
+    """Nothing was paid for the attempt, and its reservation is released."""
     server.on_create = "refused"
     with pytest.raises(UserError, match="keeps failing"):
         teach(batch_config(data, server, retries=1), str(tmp_path / "run"))
@@ -135,7 +132,7 @@ def test_a_job_that_was_never_handed_in_is_handed_in(server, data, tmp_path):
 
 
 def test_the_same_questions_elsewhere_are_another_job(server, data, tmp_path):
-    """A job of another workdir, even one that was given up, is not taken for this one's."""
+    """A job of another workdir, even an abandoned one, is not taken for this one's."""
     teach(batch_config(data, server), str(tmp_path / "one"))
     server.on_create = "refused"
     with pytest.raises(UserError):
@@ -146,7 +143,7 @@ def test_the_same_questions_elsewhere_are_another_job(server, data, tmp_path):
 
 
 def test_the_budget_holds_for_jobs_too(server, data, tmp_path):
-    """Only what fits is handed in, also while jobs are under way; more budget asks only for the rest."""
+    """Only what fits is submitted, also while jobs are running; more budget asks only for the rest."""
     with pytest.raises(UserError, match="budget of"):
         teach(batch_config(data, server, budget=0.0028, batch_requests=1), str(tmp_path / "run"))
     first = len(server.calls)
@@ -165,7 +162,7 @@ def test_what_a_job_did_not_cost_pays_for_the_next(server, data, tmp_path):
     assert summary["replies"] == 6 and summary["dollars"] == free["dollars"] and len(server.jobs) > 2
 
 
-def test_money_of_jobs_under_way_is_spent_after_a_restart(server, data, tmp_path, monkeypatch):
+def test_running_jobs_count_as_spent_after_a_restart(server, data, tmp_path, monkeypatch):
     server.job_state = ""
     with monkeypatch.context() as patch:
         stop_at_the_first_wait(patch)
@@ -195,10 +192,8 @@ def test_a_job_is_collected_although_no_reply_is_missing(server, data, tmp_path,
 
 def test_one_bad_question_in_a_job(server, data, tmp_path):
     """It costs nothing, is named, and is asked for alone by the same command."""
-    server.script["q2"] = [Fail(400, f"this picture of {KEY} cannot be read \ud83d")]
-    with pytest.raises(
-        UserError, match=r"1 questions got no reply, such as q2: this picture of \*\*\* cannot .* 5 of 6"
-    ):
+    server.script["q2"] = [Fail(400, f"this image of {KEY} cannot be read \ud83d")]
+    with pytest.raises(UserError, match=r"1 questions got no reply, such as q2: this image of \*\*\* cannot .* 5 of 6"):
         teach(batch_config(data, server), str(tmp_path / "run"))
     assert not any(KEY.encode() in path.read_bytes() for path in (tmp_path / "run").iterdir())
     server.script.clear()
@@ -230,7 +225,7 @@ def test_a_job_that_is_gone_counts_as_perhaps_paid(server, data, tmp_path, monke
 
 
 @pytest.mark.parametrize("wrong", ["key", "model"])
-def test_a_wrong_key_or_model_hands_nothing_in(server, data, wrong, tmp_path, monkeypatch):
+def test_a_wrong_key_or_model_submits_nothing(server, data, wrong, tmp_path, monkeypatch):
     change = {"model": "teacher-9", "prices": (("teacher-9", 1, 1), ("teacher-1", 1, 10))} if wrong == "model" else {}
     with monkeypatch.context() as patch:
         if wrong == "key":

@@ -1,11 +1,8 @@
-"""Each service's real client library against a server that speaks its protocol and misbehaves."""
+"""Each service's real client library against a fake server with fault injection."""
 
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -27,6 +24,7 @@ from tests.support.teacher_server import (
     teach_flags,
     write_questions,
 )
+from tests.support.verbs import run_verb
 
 
 @pytest.fixture
@@ -56,8 +54,8 @@ def holds_key(workdir, *texts):
     ("client", "setting"),
     [*(("gemini", setting) for setting in SETTINGS), ("genai", "QTCHLS"), ("openai", "QTCHLS"), ("openai", "QTCH")],
 )
-def test_questions_and_pictures_arrive_as_they_are(server, data, client, setting, tmp_path):
-    """The lecture and the solution are shown in exactly the settings that name them; pictures arrive byte for byte."""
+def test_questions_and_images_arrive_unchanged(server, data, client, setting, tmp_path):
+    """The lecture and the solution are shown in exactly the settings that name them; images arrive byte for byte."""
     summary = teach(teach_config(data, server, client, setting=setting), str(tmp_path / "run"))
     assert sorted(server.asked) == ["q0", "q1", "q2", "q3"] and summary["replies"] == 4 and summary["ended"] == "done"
     for call in server.calls:
@@ -66,8 +64,8 @@ def test_questions_and_pictures_arrive_as_they_are(server, data, client, setting
         number = int(call.pid[1:])
         assert len(call.images) == number % 2
         for image in call.images:
-            with Image.open(io.BytesIO(image)) as picture:
-                assert picture.size == (3 + number, 5) and picture.getpixel((0, 0)) == (40 * number, 7, 200)
+            with Image.open(io.BytesIO(image)) as decoded:
+                assert decoded.size == (3 + number, 5) and decoded.getpixel((0, 0)) == (40 * number, 7, 200)
     rows = read_records(tmp_path / "run")
     assert [(r["pid"], r["answer"], r["status"], r["setting"]) for r in rows] == [
         (f"q{k}", 0, "ok", setting) for k in range(4)
@@ -85,8 +83,8 @@ def test_what_is_sent_follows_the_settings(server, data, client, tmp_path):
         assert 77 in (options.get("maxOutputTokens"), options.get("max_tokens"))
 
 
-def test_a_picture_in_a_rare_format_is_sent_as_png(server, data, tmp_path):
-    """No service takes BMP; the pixels stay."""
+def test_an_image_in_a_rare_format_is_sent_as_png(server, data, tmp_path):
+    """No service accepts BMP; the pixels are unchanged."""
     root = tmp_path / "questions"
     root.mkdir()
     data = write_questions(root, 2)
@@ -94,8 +92,8 @@ def test_a_picture_in_a_rare_format_is_sent_as_png(server, data, tmp_path):
     Image.new("RGB", (9, 4), (1, 2, 3)).save(file, "BMP")
     teach(teach_config(data, server, "openai"), str(tmp_path / "run"))
     (image,) = server.of("q1")[0].images
-    with Image.open(io.BytesIO(image)) as picture:
-        assert (picture.format, picture.size, picture.getpixel((8, 3))) == ("PNG", (9, 4), (1, 2, 3))
+    with Image.open(io.BytesIO(image)) as decoded:
+        assert (decoded.format, decoded.size, decoded.getpixel((8, 3))) == ("PNG", (9, 4), (1, 2, 3))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +109,8 @@ def test_a_picture_in_a_rare_format_is_sent_as_png(server, data, tmp_path):
         (Break("not_json"), True),
     ],
 )
-def test_what_passes_is_asked_again(server, data, client, act, perhaps_paid, tmp_path):
-    """One failure, then an answer. What may have been charged counts, what was surely free does not."""
+def test_transient_errors_are_retried(server, data, client, act, perhaps_paid, tmp_path):
+    """One failure, then a reply. What may have been charged counts, what was certainly free does not."""
     server.script["q1"] = [act]
     config = teach_config(data, server, client, limit=2, timeout=1.0 if act == Break("late", 4.0) else 10.0)
     summary = teach(config, str(tmp_path / "run"))
@@ -233,29 +231,26 @@ def test_the_key_is_nowhere_whatever_happens(server, data, client, tmp_path, cap
     assert any(KEY in value for value in server.calls[0].headers.values())  # it was used
 
 
-def command(data, server, client, workdir, env, **change):
-    line = [sys.executable, "-m", "sqa_jax.teach", *teach_flags(data, server, client, workdir, **change)]
-    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **env})
-
-
 @pytest.mark.parametrize(
-    ("change", "env", "said"),
+    ("change", "key", "message"),
     [
-        ({}, {KEY_ENV: ""}, KEY_ENV),
-        ({"budget": 0.0}, {}, "--config.teach.budget=5"),
-        ({"model": "nobody"}, {}, "price of 'nobody' is not known"),
+        ({}, "", KEY_ENV),
+        ({"budget": 0.0}, KEY, "--config.teach.budget=5"),
+        ({"model": "nobody"}, KEY, "price of 'nobody' is not known"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(server, data, tmp_path, change, env, said):
-    result = command(data, server, "openai", tmp_path / "run", env, **change)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and said in result.stderr
+def test_bad_input_is_one_line_and_exit_code_2(server, data, tmp_path, monkeypatch, change, key, message):
+    monkeypatch.setenv(KEY_ENV, key)
+    result = run_verb("teach", *teach_flags(data, server, "openai", tmp_path / "run", **change))
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and not server.calls
     assert not (tmp_path / "run").exists() and KEY not in result.stdout + result.stderr
 
 
-def test_a_wrong_key_at_the_command_line(server, data, tmp_path):
-    """The bar of progress aside, one line."""
-    result = command(data, server, "gemini", tmp_path / "run", {KEY_ENV: "another-Key/1=="})
+def test_a_wrong_key_at_the_command_line(server, data, tmp_path, monkeypatch):
+    """The progress bar aside, one line."""
+    monkeypatch.setenv(KEY_ENV, "another-Key/1==")
+    result = run_verb("teach", *teach_flags(data, server, "gemini", tmp_path / "run"))
     lines = [
         line
         for line in result.stderr.replace("\r", "\n").splitlines()

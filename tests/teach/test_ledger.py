@@ -1,4 +1,4 @@
-"""Money and memory: the budget under every interleaving, the ledger under every crash, full and damaged disks."""
+"""The budget under every interleaving, the ledger under every crash, full disks and corrupt files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Teachers that cost nothing, a student on this machine and recorded replies; and what becomes of records."""
+"""Local teachers, a model on this machine and recorded replies; and datasets built from records."""
 
 from __future__ import annotations
 
@@ -188,9 +188,9 @@ def test_a_student_is_asked_without_key_or_money(data, tmp_path, monkeypatch):
     assert all((row["status"] == "cut_off") == (row["output_tokens"] == 6) for row in rows)
 
 
-def test_a_student_that_sees_is_shown_the_images(tmp_path, capsys):
-    """A prompt is longer by its picture, the reply depends on it, and a question whose picture the student's tower does
-    not take gets no reply in place of one to another question."""
+def test_a_vision_language_student_gets_the_images(tmp_path, capsys):
+    """A prompt is longer by its image tokens, the reply depends on them, and a question whose image the vision encoder
+    cannot process gets no reply, rather than one to another question."""
     data = write_questions(tmp_path / "questions", 6)
     Image.new("RGB", (1, 300)).save(tmp_path / "questions" / "images" / "train" / "q5" / "image.png")
     rows = {}
@@ -206,8 +206,8 @@ def test_a_student_that_sees_is_shown_the_images(tmp_path, capsys):
     longer = {pid: row["prompt_tokens"] - rows[False][pid]["prompt_tokens"] for pid, row in rows[True].items()}
     vision = SHAPES["qwen2-vl-tiny"].vision
     for k in (1, 3):
-        picture = vision_family(vision).preprocess_image(vision, Image.new("RGB", (3 + k, 5)))
-        assert longer[f"q{k}"] == len(picture.pieces) * vision.features_per_piece + 2 > 2  # between two marks
+        image = vision_family(vision).preprocess_image(vision, Image.new("RGB", (3 + k, 5)))
+        assert longer[f"q{k}"] == len(image.pieces) * vision.features_per_piece + 2 > 2  # and its two delimiter tokens
         assert rows[True][f"q{k}"]["raw"] != rows[False][f"q{k}"]["raw"]
     for k in (0, 2, 4):
         assert longer[f"q{k}"] == 0 and rows[True][f"q{k}"]["raw"] == rows[False][f"q{k}"]["raw"]

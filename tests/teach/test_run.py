@@ -1,4 +1,4 @@
-"""The loop: how fast it asks, what it asks again, when it stops, and that a restart pays for nothing twice."""
+"""The request loop: rate limit, retries, early stops, and that a restart pays for nothing twice."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import collections
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -30,10 +28,13 @@ from tests.support.teacher_server import (
     Fail,
     Say,
     TeacherServer,
+    kill,
     read_attempts,
     read_records,
     teach_config,
     teach_flags,
+    teaching,
+    wait_for_handler,
     wait_until,
     write_questions,
 )
@@ -53,14 +54,12 @@ def data(tmp_path_factory):
 
 @contextlib.contextmanager
 def running(data, server, client, workdir, **change):
-    """The verb in a process of its own."""
-    command = [sys.executable, "-m", "sqa_jax.teach", *teach_flags(data, server, client, workdir, **change)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    """The verb in a process of its own, with held replies released at the end."""
+    with teaching(teach_flags(data, server, client, workdir, **change)) as process:
         try:
             yield process
         finally:
             server.go.set()
-            process.kill()
 
 
 @pytest.mark.parametrize(
@@ -92,11 +91,11 @@ def test_a_service_that_asks_to_wait_is_not_asked_before(server, data, client, h
         ({}, "no wish", 0),
     ],
 )
-def test_ways_to_ask_for_a_wait(headers, body, seconds):
+def test_forms_of_retry_after(headers, body, seconds):
     assert retry_after(headers, body) == seconds
 
 
-def test_a_wait_until_a_date():
+def test_retry_after_a_date():
     import email.utils
 
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
@@ -105,7 +104,7 @@ def test_a_wait_until_a_date():
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.floats(0, 100), st.floats(0, 5))
-def test_waits_double_and_are_never_shorter_than_asked_for(attempt, asked, first):
+def test_backoff_doubles_and_is_never_shorter_than_asked_for(attempt, asked, first):
     """At most `backoff · 2^(tries - 1)`, a minute at most, and what the service asked for on top."""
     teach_settings = default().teach
     teach_settings.backoff = first
@@ -116,7 +115,7 @@ def test_waits_double_and_are_never_shorter_than_asked_for(attempt, asked, first
 
 
 def test_requests_are_evenly_spaced(server, data, tmp_path):
-    """Tries after an error stand in the same line."""
+    """Retries pass the same rate limiter."""
     server.script = {"q1": [Fail(500)], "q3": [Fail(429)]}
     config = teach_config(data, server, "openai", limit=5, requests_per_minute=600, image=False, backoff=0.0)
     teach(config, str(tmp_path / "run"))
@@ -126,7 +125,7 @@ def test_requests_are_evenly_spaced(server, data, tmp_path):
     assert all(later - earlier >= 0.15 for earlier, later in zip(times, times[3:], strict=False))
 
 
-def test_no_more_requests_are_under_way_than_allowed(server, data, tmp_path):
+def test_concurrency_is_bounded(server, data, tmp_path):
     server.lag = 0.15
     teach(teach_config(data, server, "openai", concurrency=3), str(tmp_path / "run"))
     assert server.most_under_way == 3 and len(server.calls) == 12
@@ -211,7 +210,7 @@ def test_several_samples_are_several_replies(server, data, tmp_path):
 
 
 def test_only_what_changed_is_asked_again(server, tmp_path):
-    """A changed question or picture is another question; a higher limit of tokens is not."""
+    """A changed question or image is another request; a higher token limit is not."""
     root = tmp_path / "questions"
     root.mkdir()
     data, workdir = write_questions(root, 4), str(tmp_path / "run")
@@ -220,8 +219,8 @@ def test_only_what_changed_is_asked_again(server, tmp_path):
     assert len(server.calls) == 4
     file = root / "problems.json"
     file.write_text(file.read_text().replace("to a magnet? [q2]", "to a strong magnet? [q2]"))
-    picture = root / "images" / "train"
-    (picture / "q1" / "image.png").write_bytes((picture / "q3" / "image.png").read_bytes())
+    images = root / "images" / "train"
+    (images / "q1" / "image.png").write_bytes((images / "q3" / "image.png").read_bytes())
     server.script["q2"] = [Say(), Fail(400, "not now")]
     with pytest.raises(UserError, match="3 of 4 replies are kept"):
         teach(teach_config(data, server, "openai"), workdir)
@@ -237,7 +236,7 @@ def test_only_what_changed_is_asked_again(server, tmp_path):
 
 
 def test_one_refused_question_does_not_stop_the_others(server, data, tmp_path):
-    server.script["q3"] = [Fail(400, "this picture cannot be read")] * 2
+    server.script["q3"] = [Fail(400, "this image cannot be read")] * 2
     config = teach_config(data, server, "openai", concurrency=2)
     with pytest.raises(UserError, match="1 questions got no reply, such as q3: .*cannot be read.*11 of 12"):
         teach(config, str(tmp_path / "run"))
@@ -280,8 +279,8 @@ def test_two_runs_at_once_are_refused(server, data, tmp_path):
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 def test_killed_in_the_middle_nothing_is_paid_twice(server, data, concurrency, tmp_path):
-    """SIGKILL with replies kept and questions under way: the next run asks only for those that have no reply, and
-    takes those under way for paid."""
+    """SIGKILL with replies kept and requests in flight: the next run asks only for those that have no reply, and counts
+    those in flight as paid."""
     under_way = [f"q{k}" for k in range(5, 5 + concurrency)]
     server.script = {pid: [Break("held")] for pid in under_way}
     config = teach_config(data, server, "openai", concurrency=concurrency, limit=10)
@@ -289,8 +288,7 @@ def test_killed_in_the_middle_nothing_is_paid_twice(server, data, concurrency, t
         # One at a time, the fifth question's reply is kept before the sixth is asked.
         wait_until(lambda: set(under_way) <= set(server.asked))
         wait_until(lambda: sum(row["state"] == "answered" for row in read_attempts(tmp_path / "run")) >= 5)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill(process)
         states = collections.Counter(row["state"] for row in read_attempts(tmp_path / "run"))
     kept = [row["pid"] for row in read_attempts(tmp_path / "run") if row["state"] == "answered"]
     assert states == {"answered": len(kept), "sent": concurrency}
@@ -304,12 +302,12 @@ def test_killed_in_the_middle_nothing_is_paid_twice(server, data, concurrency, t
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_is_under_way_come_to_its_end(server, data, number, tmp_path):
+def test_a_signal_waits_for_requests_in_flight(server, data, number, tmp_path):
     server.script = {pid: [Break("held")] for pid in ("q1", "q2")}
     with running(data, server, "openai", tmp_path / "run", concurrency=2) as process:
         wait_until(lambda: {"q1", "q2"} <= set(server.asked))
         process.send_signal(number)
-        time.sleep(0.2)
+        wait_for_handler(process, number)
         server.go.set()
         out, err = process.communicate(timeout=30)
     assert process.returncode == 0 and "the same command asks only for what is missing" in out, err
@@ -323,8 +321,7 @@ def test_a_signal_during_a_long_wait_ends_it(server, data, tmp_path):
     """Nobody waits an hour for Ctrl-C because a service asked for an hour."""
     server.usual = Fail(429, retry_after="3600")
     with running(data, server, "openai", tmp_path / "run", limit=4) as process:
-        wait_until(lambda: len(server.calls) >= 1)
-        time.sleep(0.3)
+        wait_until(lambda: server.calls and any(row["state"] == "free" for row in read_attempts(tmp_path / "run")))
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=10)
     assert process.returncode == 0 and "stopped" in out and server.bill == 0
@@ -342,7 +339,7 @@ def test_a_signal_before_the_first_request_sends_none(server, data, tmp_path, mo
     assert teach(teach_config(data, server, "openai"), str(tmp_path / "run"))["ended"] == "signal" and not server.calls
 
 
-def test_the_bar_shows_money_and_the_time_that_is_left(server, data, tmp_path, capfd):
+def test_the_progress_bar_shows_money_and_remaining_time(server, data, tmp_path, capfd):
     server.lag = 0.05
     teach(teach_config(data, server, "openai", concurrency=1, limit=6), str(tmp_path / "run"))
     last = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
