@@ -52,7 +52,7 @@ def describe(dataset: DistillationDataset, reused: bool, tokenizer: Any, vocabul
     first, end = tokens[0], int(prompt_lengths[0])
     lines += [
         "  first row:",
-        _indent(_readable(first[:end], tokenizer, vocabulary)),
+        _indent(_readable(first[:end].tolist(), tokenizer, vocabulary)),
         "  its target:",
         _indent(tokenizer.decode(first[end:])),
     ]

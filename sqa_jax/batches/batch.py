@@ -27,7 +27,7 @@ class Batch(NamedTuple):
       targets: ids of the target tokens.
       target_mask: 1 for a target, 0 for padding.
       branches: where a sequence forks or its prompt is attended to bidirectionally (prefix LM); see
-        `sqa_jax.models.layers.attention.attention_mask`.
+        `sqa_jax.models.layers.masks.attention_mask`.
       images: of the rows, for vision-language models.
     """
 

@@ -190,7 +190,7 @@ def _image_statistics(images: ImageStore) -> dict[str, Any]:
     }
 
 
-def _percentiles(lengths: list[int]) -> dict[str, float]:
+def _percentiles(lengths: list[int]) -> dict[str, int | float]:
     marks = np.percentile(lengths, [0, 50, 90, 99, 100])
     return {
         "total": int(np.sum(lengths)),

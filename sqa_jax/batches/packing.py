@@ -11,7 +11,7 @@ A packed row, for two sequences of three and four tokens whose last two are targ
 
 Tokens attend within their segment only. Logits are computed at `target_positions` only. In a prefix LM, `branches`
 marks the prompts, whose tokens attend to each other bidirectionally: see
-`sqa_jax.models.layers.attention.attention_mask`. Image inputs of a row: see `sqa_jax.batches.images`.
+`sqa_jax.models.layers.masks.attention_mask`. Image inputs of a row: see `sqa_jax.batches.images`.
 """
 
 from __future__ import annotations

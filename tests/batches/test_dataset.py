@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,14 +13,16 @@ import numpy as np
 import pytest
 
 from sqa_jax import files
-from sqa_jax.batches.config_data import load_config_problems
+from sqa_jax.batches.config_data import encoder_for
 from sqa_jax.batches.dataset import build_or_reuse
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
-from sqa_jax.data.problem import LETTERS
+from sqa_jax.data import sample
+from sqa_jax.data.problem import LETTERS, Problem
 from sqa_jax.data.sources import load_problems
-from sqa_jax.data.teacher_records import TeacherRecord, load_records, write_records
+from sqa_jax.data.teacher_records import TeacherRecord, load_records, make_records, write_records
 from sqa_jax.errors import UserError
+from sqa_jax.prompts.formats import Format
 from sqa_jax.prompts.recipes import ARMS, Unusable, arm_format, examples
 
 TOKENIZER = byte_tokenizer()
@@ -57,7 +58,7 @@ def test_rows_are_what_the_recipe_says(config, problems):
     )
 
 
-def test_arms_take_their_supervision_from_where_they_say(config, problems):
+def test_each_arm_takes_its_targets_from_its_sources(config, problems):
     problem = problems.split("train")[0]
     records = {
         "solution": [
@@ -67,26 +68,26 @@ def test_arms_take_their_supervision_from_where_they_say(config, problems):
                 "QTCHL",
                 "",
                 (problem.answer + 1) % len(problem.choices),
-                solution="so says the teacher",
+                solution="the teacher's solution",
             )
         ],
         "reasoning": [TeacherRecord(problem.pid, "m", "QTCH", "", problem.answer, reasoning="step by step")],
     }
-    seen = {}
+    targets = {}
     for arm in ARMS:
         config.recipe.arm, config.recipe.format = arm, "QCM-AE"
         made = examples(problem, records, config.recipe)
-        seen[arm] = [e.target for e in made]
+        targets[arm] = [e.target for e in made]
         assert ("L" in arm_format(config.recipe).inputs) == ARMS[arm].lecture
     gold = f"The answer is {problem.letter}."
-    assert seen["golden"] == [f"{gold} BECAUSE: {problem.solution}"]
-    assert seen["golden_answer_only"] == [gold]
-    assert seen["teacher_and_golden"] == seen["golden"] + seen["teacher_answer"]
-    assert "so says the teacher" in seen["teacher_answer"][0] and gold not in seen["teacher_answer"][0]
-    assert seen["teacher_cot"] == [f"step by step\n{gold}"]
-    wrong = f"First attempt: {LETTERS[records['solution'][0].answer]}. so says the teacher\nThis is wrong."
-    assert seen["mistakes"] == [f"{wrong}\n{problem.solution}\n{gold}"]
-    assert seen["domain_text"] == [problem.lecture]
+    assert targets["golden"] == [f"{gold} BECAUSE: {problem.solution}"]
+    assert targets["golden_answer_only"] == [gold]
+    assert targets["teacher_and_golden"] == targets["golden"] + targets["teacher_answer"]
+    assert "the teacher's solution" in targets["teacher_answer"][0] and gold not in targets["teacher_answer"][0]
+    assert targets["teacher_cot"] == [f"step by step\n{gold}"]
+    wrong = f"First attempt: {LETTERS[records['solution'][0].answer]}. the teacher's solution\nThis is wrong."
+    assert targets["mistakes"] == [f"{wrong}\n{problem.solution}\n{gold}"]
+    assert targets["domain_text"] == [problem.lecture]
     config.recipe.arm = "teacher_answer"
     assert examples(problem, {}, config.recipe) == [Unusable(problem.pid, "teacher's solution: no record")]
 
@@ -97,25 +98,25 @@ def teacher(problem, answers, **fields):
     }
 
 
-def test_which_replies_teach(config, problems):
-    """Rejection, several samples, votes: against a count by hand."""
+def test_filters_of_replies(config, problems):
+    """Rejection sampling, several samples, majority votes: against a count by hand."""
     problem = next(p for p in problems.split("train") if len(p.choices) > 2)
     right, wrong, other = problem.answer, *[k for k in range(len(problem.choices)) if k != problem.answer][:2]
     records = teacher(problem, [wrong, right, other, right])
     config.recipe.arm, recipe = "teacher_cot", config.recipe
 
-    def used():
+    def answers():
         return [int(e.target.split()[1]) for e in examples(problem, records, recipe)]
 
-    assert used() == [0]
+    assert answers() == [0]
     recipe.samples = 0
-    assert used() == [0, 1, 2, 3]
+    assert answers() == [0, 1, 2, 3]
     recipe.vote = True
-    assert used() == [1, 3]
+    assert answers() == [1, 3]
     recipe.samples = 1
-    assert used() == [1]
+    assert answers() == [1]
     recipe.vote, recipe.teacher_right_only = False, True
-    assert used() == [1]
+    assert answers() == [1]
     (nothing,) = examples(problem, teacher(problem, [wrong]), recipe)
     assert "answer is wrong" in nothing.reason
     recipe.teacher_right_only, recipe.require = False, ("solution",)
@@ -196,9 +197,6 @@ def test_teacher_records_round_trip_and_count(config, problems, tmp_path):
         "teacher's solution: malformed",
         "teacher's solution: unparsed",
     }
-    from sqa_jax.data import sample
-    from sqa_jax.data.teacher_records import make_records
-
     records = make_records(sample.teacher_replies(sample.generate()), problems.all())
     write_records(tmp_path / "r.jsonl", records)
     assert load_records([tmp_path / "r.jsonl"], problems.all()) == records
@@ -266,27 +264,35 @@ def test_bad_teacher_file_names_the_line(config, problems, tmp_path):
         build_or_reuse(config, TOKENIZER, problems)
 
 
-def test_killed_builds_leave_no_dataset(config, tmp_path):
-    """kill -9 at several moments of a build: what is there afterwards is whole, or nothing."""
-    program = (
-        "import sys; from sqa_jax.config import default; from sqa_jax.batches.config_data import *; from sqa_jax.batches.dataset import *; from sqa_jax.checkpoints.tokenizer import *\n"
-        "c = default(); c.data.cache = sys.argv[1]; c.recipe.format = 'QCML-ALE'; p = load_config_problems(c); print('go', flush=True)\n"
-        "build_or_reuse(c, byte_tokenizer(), p)"
-    )
-    cache = tmp_path / "killed"
-    for delay in (0.3, 0.9, 1.5):
-        process = subprocess.Popen([sys.executable, "-c", program, str(cache)], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for path in cache.glob("[!.]*"):
-            manifest = json.loads((path / "manifest.json").read_text())
-            assert manifest["rows"] == 1400
-    config.data.cache, config.data.train_limit, config.recipe.format = str(cache), 0, "QCML-ALE"
-    config.recipe.max_prompt, config.recipe.max_target = 384, 512
-    dataset, _ = build_or_reuse(config, TOKENIZER, load_config_problems(config))
-    assert len(dataset.columns()[0]) == dataset.manifest["rows"]
+KILLED_BUILD = """
+import os, signal, sys
+from sqa_jax import files
+from sqa_jax.batches import dataset
+from sqa_jax.batches.config_data import load_config_problems
+from sqa_jax.checkpoints.tokenizer import byte_tokenizer
+from sqa_jax.config import default
+from sqa_jax.prompts.encode import Encoder
+
+cache, moment = sys.argv[1:]
+owner, name = {"tokenizing": (Encoder, "encode"), "manifest": (dataset, "write_json"), "rename": (files.os, "replace")}[moment]
+setattr(owner, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+config = default()
+config.data.cache, config.data.train_limit = cache, 40
+dataset.build_or_reuse(config, byte_tokenizer(), load_config_problems(config))
+"""
+
+
+@pytest.mark.parametrize("moment", ["tokenizing", "manifest", "rename"])
+def test_a_killed_build_leaves_no_dataset(config, problems, moment):
+    """kill -9 while tokenizing, between rows and manifest, and before the rename."""
+    cache = Path(config.data.cache)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", KILLED_BUILD, str(cache), moment], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    left = list(cache.iterdir()) if cache.exists() else []
+    assert all(path.name.startswith(".") for path in left) and bool(left) == (moment != "tokenizing")
+    dataset, reused = build_or_reuse(config, TOKENIZER, problems)
+    assert not reused and len(dataset.columns().tokens) == dataset.manifest["rows"] == 40
 
 
 def test_leftovers_of_a_day_ago_are_removed(tmp_path):
@@ -299,21 +305,18 @@ def test_leftovers_of_a_day_ago_are_removed(tmp_path):
 
 
 def test_tokenizing_is_fast_enough(config):
-    """21,208 questions of ScienceQA's size take under a minute on two cores; a tenth of them here, with room."""
-    from sqa_jax.batches.config_data import encoder_for
-    from sqa_jax.data.problem import Problem
-    from sqa_jax.prompts.formats import Format
-
+    """21,208 questions of ScienceQA's size take less than a minute of one core: a tenth of them, a tenth of that."""
     rng = np.random.default_rng(0)
     words = ["photosynthesis", "the", "of", "river", "animal", "which", "because", "temperature", "and", "is"]
 
     def text(count):
         return " ".join(rng.choice(words, count))
 
-    made = [
+    questions = [
         Problem(str(k), text(25), (text(5), text(5)), 0, hint=text(30), lecture=text(120), solution=text(45))
         for k in range(2120)
     ]
-    start = time.perf_counter()
-    encoder_for(config, TOKENIZER).encode(made, [Format.parse("QCML-AE")] * len(made), [p.solution for p in made])
-    assert time.perf_counter() - start < 20
+    encoder, fmt = encoder_for(config, TOKENIZER), Format.parse("QCML-AE")
+    start = time.process_time()
+    encoder.encode(questions, [fmt] * len(questions), [problem.solution for problem in questions])
+    assert time.process_time() - start < 6

@@ -43,14 +43,14 @@ class Sample:
 @functools.lru_cache(maxsize=2)
 def generate(seed: int = 0) -> Sample:
     """The sample of a seed, the same on every machine. No two questions are equal, over all splits."""
-    seen: set[tuple] = set()
+    used: set[tuple] = set()
     made: list[tuple[str, Skill, Draft]] = []
     for split, size in SIZES.items():
         # One random generator for each split and skill: changing one skill leaves the others unchanged.
         rngs = [random.Random(f"{seed}/{split}/{skill.name}") for skill in SKILLS]
         for number in range(size):
             skill, rng = SKILLS[number % len(SKILLS)], rngs[number % len(SKILLS)]
-            made.append((split, skill, _new(skill, SplitSampler(rng, held_out=split != "train"), seen)))
+            made.append((split, skill, _new(skill, SplitSampler(rng, held_out=split != "train"), used)))
     rng = random.Random(f"{seed}/order")
     rng.shuffle(made)
     problems, splits, captions = {}, {name: [] for name in SIZES}, {}
@@ -81,13 +81,13 @@ def generate(seed: int = 0) -> Sample:
     return Sample(problems, splits, captions)
 
 
-def _new(skill: Skill, sampler: SplitSampler, seen: set[tuple]) -> Draft:
+def _new(skill: Skill, sampler: SplitSampler, used: set[tuple]) -> Draft:
     """A draft that differs from all before it by more than the order of its options."""
     for _ in range(2000):
         draft = skill.draft(sampler)
         key = (draft.question, draft.hint, draft.caption, *sorted((draft.right, *draft.wrong)))
-        if len(set(key[3:])) == 1 + len(draft.wrong) and key not in seen:
-            seen.add(key)
+        if len(set(key[3:])) == 1 + len(draft.wrong) and key not in used:
+            used.add(key)
             return draft
     raise RuntimeError(f"skill {skill.name!r} has run out of new questions; widen its banks")
 
