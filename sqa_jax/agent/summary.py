@@ -141,7 +141,7 @@ def _comparisons(
 
 
 def _compared(name: str, other: str, ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    result = dataclasses.asdict(compare(theirs, ours, over_seeds=False))
+    result = dataclasses.asdict(compare(theirs[None], ours[None], over_seeds=False))
     return {"first": other, "second": name, **{k: v for k, v in result.items() if k != "by_seed"}}
 
 
