@@ -6,7 +6,7 @@ from sqa_jax.config import default
 def get_config():
     config = default()
     config.student.path = "weights/SmolLM2-135M-Instruct.Q4_1.gguf"
-    config.recipe.chat = False  # lines in place of turns: a student this small answers better
+    config.recipe.chat = False  # plain lines instead of chat turns: a student this small answers better
     config.recipe.answer = "text"
     config.recipe.max_prompt = 320
     config.train.row_length = 640

@@ -6,10 +6,10 @@ from sqa_jax.config import default
 def get_config():
     config = default()
     config.student.path = "weights/SmolLM2-135M-Instruct.Q4_1.gguf"
-    config.recipe.chat = False  # the template's system prompt would be a third of these short prompts
-    config.recipe.answer = "text"  # a student this small cannot tie letters to options, but can write an option
+    config.recipe.chat = False  # the chat template's system prompt would be a third of these short prompts
+    config.recipe.answer = "text"  # a student this small cannot bind letters to options, but can write an option
     config.train.row_length = 256
-    config.train.batch_rows = 2  # about eight questions a step: many small steps learn more than few large ones
+    config.train.batch_rows = 2  # about eight questions per step: many small steps learn more than few large ones
     config.train.eval_every = 50
     config.eval.row_length = 256
     config.eval.batch_rows = 8

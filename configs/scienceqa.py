@@ -1,4 +1,4 @@
-"""ScienceQA from its own directory layout: --config.data.path names it. Rows and steps are sized for a CPU."""
+"""ScienceQA in its original directory layout: --config.data.path names it. Rows and steps are sized for a CPU."""
 
 from sqa_jax.config import default
 

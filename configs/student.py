@@ -1,7 +1,7 @@
 """Any published student on ScienceQA: --config configs/student.py:NAME,METHOD,…, such as student.py:qwen3-0.6b,lora.
 
 NAME is one of `sqa_jax.models.catalogue`, METHOD one or more of lora, prefix, prompt, or full. Rows and steps are
-sized for an accelerator; learning rates are where to begin, not what was found to be best.
+sized for an accelerator; learning rates are starting points, not tuned values.
 """
 
 from sqa_jax.adapters import METHODS
@@ -10,7 +10,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.models.catalogue import CATALOGUE
 
 _RATES = {"lora": 1e-3, "prefix": 1e-2, "prompt": 3e-2, "full": 2e-5}
-_LARGE = 1500  # from this width on, LoRA learns at a fifth of the rate
+_LARGE = 1500  # hidden size from which on LoRA gets a fifth of the rate
 
 
 def get_config(which="smollm2-135m,lora"):
@@ -24,7 +24,9 @@ def get_config(which="smollm2-135m,lora"):
     config.student.path = CATALOGUE[name].hub
     config.adapter.methods = tuple(methods or ["lora"])
     config.recipe.answer = "text"
-    config.recipe.caption = CATALOGUE[name].config.vision is None  # who sees the image needs no description of it
+    config.recipe.caption = (
+        CATALOGUE[name].config.vision is None
+    )  # a vision-language model needs no caption of the image
     config.train.row_length = 1024
     config.train.batch_rows = 8
     config.eval.row_length = 1024

@@ -13,11 +13,11 @@ def get_config():
     config.recipe.max_prompt = 256
     config.recipe.max_target = 256
     config.train.eval_every = 30
-    config.eval.checkpoint = "last"  # all arms train equally long; none may choose a moment that suits it
+    config.eval.checkpoint = "last"  # all arms train equally long; early stopping would favour some
     config.eval.max_new_tokens = 160
     config.study.seeds = (0, 1, 2)
     config.study.explanations = 48
-    # Rates that each way of training wants; LoRA's is configs/scienceqa.py's.
+    # Learning rates of the adapters; LoRA's is that of configs/scienceqa.py.
     config.study.overrides = (
         "prefix optimizer.learning_rate=2e-2",
         "prompt optimizer.learning_rate=5e-2",

@@ -1,6 +1,6 @@
 """The whole study in small, on the embedded sample with its simulated teacher: minutes on two CPU cores.
 
-So few questions decide nothing; it shows what a study makes, and that it can be made here.
+Too few questions for conclusions: it shows what a study produces, and that it runs on this machine.
 """
 
 from configs.quickstart import get_config as quickstart
@@ -16,7 +16,7 @@ def get_config():
     config.train.batch_rows = 1
     config.train.eval_every = 0
     config.train.save_every = 0
-    config.eval.checkpoint = "last"  # all arms train equally long; none may choose a moment that suits it
+    config.eval.checkpoint = "last"  # all arms train equally long; early stopping would favour some
     config.eval.val_limit = 8
     config.eval.limit = 100
     config.eval.max_new_tokens = 64

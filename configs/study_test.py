@@ -1,4 +1,4 @@
-"""The whole study with a random student that learns nothing, in minutes: for the tests, and for trying the verb."""
+"""The whole study with a tiny random student, in minutes: to try the verb, and for the tests."""
 
 from configs.test import get_config as tiny
 

@@ -1,4 +1,4 @@
-"""A random student that runs anywhere in seconds: for trying the verbs, and for the tests."""
+"""A tiny random student that runs anywhere in seconds: to try the verbs, and for the tests."""
 
 from sqa_jax.config import default
 

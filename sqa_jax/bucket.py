@@ -1,7 +1,7 @@
-"""Files in a Google Cloud Storage bucket: what may be done there, what its answers mean, files that grow.
+"""Files in a Google Cloud Storage bucket: access check, error messages, and logs by repeated upload.
 
-An object is there whole or not at all, and is replaced at once, but nothing can be appended to it and no folder can be
-renamed. Paths are `etils.epath`s, which orbax writes checkpoints to as well; gcsfs carries them.
+Objects are atomic: written and replaced as a whole. Nothing can be appended to one, and no folder can be renamed. Paths
+are `etils.epath`s on gcsfs, which orbax writes checkpoints to as well.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any, cast
 
 from sqa_jax.errors import UserError
 
-# Google's libraries say at import for how long they will support this Python; TensorBoard's writer imports them too.
+# Google's libraries warn at import about the Python versions that they will support; TensorBoard's writer imports them.
 warnings.filterwarnings("ignore", "You are using a Python version", FutureWarning)
 
-UPLOAD_SECONDS = 30.0  # the least time between two uploads of a growing object
-ANSWER_SECONDS = 60.0  # what `check_access` does must be done by then
-REQUEST_SECONDS = 60.0  # of a single request, one of several tries
+UPLOAD_SECONDS = 30.0  # minimum time between two uploads of a growing object
+ANSWER_SECONDS = 60.0  # time limit of `check_access`
+REQUEST_SECONDS = 60.0  # time limit of a single request, which is retried
 
-# What is found in the error of any of the three libraries that talk to the bucket, and what to do about it.
-_MEANINGS = (
+# (regex on an error of any of the three libraries that access the bucket, what is wrong and what to do about it)
+_EXPLANATIONS = (
     (
         r"DefaultCredentials|Anonymous caller|Invalid Credentials|UNAUTHENTICATED|Unauthorized|HttpError.*, 401",
         "there are no valid Google credentials here; run `gcloud auth application-default login`, or give the machine a service account "
@@ -58,7 +58,7 @@ def bucket_path(path: Any) -> Path:
     """The `epath.Path` of gs://bucket/….
 
     Raises:
-      UserError: what talks to buckets is not installed.
+      UserError: the libraries for buckets are not installed.
     """
     from etils import epath
     from fsspec import config as fsspec_config
@@ -67,9 +67,9 @@ def bucket_path(path: Any) -> Path:
         import gcsfs  # noqa: F401
     except ImportError as error:
         raise UserError(f"{path}: buckets need `pip install -e '.[gcs]'` ({error})") from None
-    # Others write there too, so what was listed before says nothing now. Before the first connection, which keeps it.
+    # No listings cache, since other processes write there too. Set before the first connection, which keeps it.
     fsspec_config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": REQUEST_SECONDS}
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # the exception says it once
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # the exception reports it once
     return cast(Path, epath.Path(path))  # it has pathlib's methods, without being a subclass
 
 
@@ -79,22 +79,22 @@ def bucket_name(path: Any) -> str:
 
 @contextlib.contextmanager
 def bucket_errors(path: Any) -> Iterator[None]:
-    """Turns what a bucket refuses, or the network, into a `UserError`. On a disk, does nothing."""
+    """Turns errors of a bucket or of the network into a `UserError`. No effect for a local path."""
     try:
         yield
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        words = next((words for pattern, words in _MEANINGS if re.search(pattern, said)), None)
-        if not in_bucket(path) or isinstance(error, UserError) or words is None:
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        explanation = next((text for pattern, text in _EXPLANATIONS if re.search(pattern, message)), None)
+        if not in_bucket(path) or isinstance(error, UserError) or explanation is None:
             raise
-        raise UserError(f"{path}: {words.format(bucket=bucket_name(path))} ({said[:300]})") from error
+        raise UserError(f"{path}: {explanation.format(bucket=bucket_name(path))} ({message[:300]})") from error
 
 
 def check_access(path: Path) -> None:
-    """Does once what a run does all the time: looks at the bucket, writes, reads, lists and removes an object.
+    """Tries every operation that a run needs: gets the bucket, writes, reads, lists and deletes an object.
 
     Raises:
-      UserError: the bucket does not allow it, does not exist or has not answered within `ANSWER_SECONDS`.
+      UserError: an operation is refused, the bucket does not exist, or it has not answered within `ANSWER_SECONDS`.
     """
     answer: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -102,7 +102,7 @@ def check_access(path: Path) -> None:
         try:
             from google.cloud import storage
 
-            # Orbax asks for it, to know how folders are made there, and it finds the credentials or says that there are none.
+            # Orbax does the same to find out how folders work there; it fails if there are no credentials.
             storage.Client().get_bucket(bucket_name(path))
             probe = path / f".probe-{uuid.uuid4().hex}"
             probe.write_bytes(b"probe")
@@ -113,7 +113,7 @@ def check_access(path: Path) -> None:
         except Exception as error:
             answer.set_exception(error)
 
-    # Not waited for after its time: the search for credentials, for one, can take minutes and cannot be told to stop.
+    # A daemon thread, not joined after the time limit: a search for credentials can take minutes and cannot be cancelled.
     threading.Thread(target=ask, daemon=True).start()
     with bucket_errors(path):
         if not concurrent.futures.wait([answer], ANSWER_SECONDS).done:
@@ -122,36 +122,36 @@ def check_access(path: Path) -> None:
 
 
 class GrowingObject:
-    """An object that holds what grows here: uploaded anew, as a whole, by a thread of its own.
+    """An object with growing content, which a background thread uploads again as a whole.
 
-    An upload that failed is raised by the next call.
+    The error of a failed upload is raised by the next call.
 
     Args:
       path: of the object.
-      content: called for what it should hold now.
+      content: returns the current content.
     """
 
     def __init__(self, path: Path, content: Callable[[], bytes]):
         self._path, self._content = path, content
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._upload: concurrent.futures.Future[Any] | None = None
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
 
     def update(self) -> None:
-        """Starts an upload if the one before is done and began `UPLOAD_SECONDS` ago; else a later call will."""
+        """Starts an upload if the last one is done and started `UPLOAD_SECONDS` ago; else a later call does."""
         if self._upload is None or self._upload.done():
             self._settle()
-            if time.monotonic() - self._began >= UPLOAD_SECONDS:
+            if time.monotonic() - self._started_at >= UPLOAD_SECONDS:
                 self._start()
 
     def flush(self) -> None:
-        """Uploads what there is and waits for it."""
+        """Uploads the content and waits for it."""
         self._settle()
         self._start()
         self._settle()
 
     def _start(self) -> None:
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         self._upload = self._thread.submit(self._path.write_bytes, self._content())
 
     def _settle(self) -> None:
@@ -161,7 +161,7 @@ class GrowingObject:
 
 
 class BucketLog:
-    """A text that grows by lines, as a file that was opened for appending does; see `sqa_jax.files.open_log`."""
+    """A log of lines in a bucket, with the methods of a file opened for appending; see `sqa_jax.files.open_log`."""
 
     def __init__(self, path: Path):
         self._text = bytearray(path.read_bytes() if path.exists() else b"")

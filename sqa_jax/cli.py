@@ -1,4 +1,4 @@
-"""What all verbs share: flags, locked configurations, and one line with exit code 2 for a user's mistake."""
+"""Shared by all verbs: flags, locked configurations, and one line with exit code 2 for a mistake of the user."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sqa_jax.errors import UserError
 from sqa_jax.parallel import processes
 from sqa_jax.parallel.supervisor import supervise
 
-_defaults: dict[str, str] = {}  # the settings file of a verb that is started without --config
+_defaults: dict[str, str] = {}  # configuration file of a verb that is started without --config
 
 
 def define_config(default: str) -> None:
@@ -25,20 +25,22 @@ def define_config(default: str) -> None:
     from ml_collections import config_flags
 
     _defaults["config"] = default
-    config_flags.DEFINE_config_file("config", None, "Settings: a Python file with get_config().", lock_config=True)
-    flags.DEFINE_string("workdir", "", "Where this run's files are kept.")
+    config_flags.DEFINE_config_file("config", None, "Configuration: a Python file with get_config().", lock_config=True)
+    flags.DEFINE_string("workdir", "", "Directory of this run's files.")
 
 
 def define_processes() -> None:
     """Defines the flags of a verb that may run as several processes (see `sqa_jax.parallel.processes`)."""
     group = processes.Group("")
     flags.DEFINE_string(
-        "coordinator", "", "Several processes: HOST:PORT of process 0, or auto on TPU pods and under Slurm."
+        "coordinator", "", "Multi-process: HOST:PORT of process 0, or auto on TPU pods and under Slurm."
     )
-    flags.DEFINE_integer("processes", group.processes, "How many; with --coordinator HOST:PORT.")
-    flags.DEFINE_integer("process", group.process, "Which this is, from 0 on; with --coordinator HOST:PORT.")
-    flags.DEFINE_integer("start_timeout", group.start_timeout, "Seconds until all processes must be there.")
-    flags.DEFINE_integer("heartbeat_timeout", group.heartbeat_timeout, "Silent seconds after which one is lost.")
+    flags.DEFINE_integer("processes", group.processes, "Number of processes; with --coordinator HOST:PORT.")
+    flags.DEFINE_integer("process", group.process, "Index of this process, from 0; with --coordinator HOST:PORT.")
+    flags.DEFINE_integer("start_timeout", group.start_timeout, "Seconds for all processes to connect.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout", group.heartbeat_timeout, "Seconds without a heartbeat after which a process is lost."
+    )
 
 
 def _start_processes() -> None:
@@ -56,7 +58,7 @@ def _start_processes() -> None:
 
 
 def given_config(argv: list[str]) -> str | None:
-    """The settings file that a command line names, or None."""
+    """The configuration file that a command line names, or None."""
     for arg, following in zip(argv, [*argv[1:], ""], strict=True):
         if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
             return match[1] if match[1] is not None else following
@@ -90,7 +92,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    """Exits with an error, in all processes."""
+    """Exits with an error, and ends the other processes of the run."""
     print(f"error: {message}", file=sys.stderr)
     if "jax" in sys.modules:
         processes.fail(message, code)
@@ -101,8 +103,8 @@ def _parse(argv: list[str]) -> None:
     """Parses flags.
 
     Raises:
-      UserError: a flag or a configuration key is not known (the nearest known one is named), a value does
-        not fit its type, or the configuration file cannot be read.
+      UserError: a flag or a configuration key is unknown (the closest known one is named), a value has the wrong
+        type, or the configuration file cannot be loaded.
     """
     if "config" in flags.FLAGS:
         # The flags of overrides are made from sys.argv.
@@ -125,7 +127,7 @@ def _parse(argv: list[str]) -> None:
 
 
 def _load_config(file: str) -> Any:
-    """The configuration of a file, before overrides."""
+    """The configuration of a file, without overrides."""
     from sqa_jax.config import check_names
 
     if not Path(file.partition(":")[0]).is_file():

@@ -1,11 +1,11 @@
-"""The one exception that stands for a mistake a user can mend."""
+"""Errors that the user can fix."""
 
 
 class UserError(Exception):
-    """A problem with the input, said in one line: what, where, and what to do.
+    """A mistake in the input, as one line: what is wrong, where, and what to do.
 
-    Every verb turns it into that line on standard error and exit code 2. Anything else that escapes
-    is a defect of this package and keeps its traceback.
+    Every verb prints that line on standard error and exits with code 2. Any other exception is a bug of this package
+    and keeps its traceback.
     """
 
 
@@ -13,7 +13,7 @@ class UnusableImage(UserError):
     """An image that cannot be used.
 
     Attributes:
-      reason: what is wrong, in the same words for every image of which it is.
+      reason: what is wrong; the same text for every image with this problem, so that they can be counted.
     """
 
     def __init__(self, where: str, reason: str, remedy: str, detail: str = ""):

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write beside, flush, rename. On a disk or, where it says so, in a bucket."""
+"""Atomic files and folders: write to a temporary, fsync, rename. On a disk or, where documented, in a bucket."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from sqa_jax.errors import UserError
 
 
 def as_path(path: str | Path) -> Path:
-    """A path on this machine's disk, or for gs://bucket/… an `epath.Path`: the same methods work on both.
+    """A local path, or for gs://bucket/… an `epath.Path`, which has the same methods.
 
     Raises:
-      UserError: it is in another kind of store, or what talks to buckets is not installed.
+      UserError: it is in another kind of store, or the libraries for buckets are not installed.
     """
     if in_bucket(path):
         return bucket_path(path)
@@ -34,10 +34,10 @@ def local_path(path: str | Path, what: str) -> Path:
     """A path on this machine's disk.
 
     Args:
-      what: must be there, for the error.
+      what: what must be on the disk, for the error.
 
     Raises:
-      UserError: it is elsewhere.
+      UserError: it is a URL.
     """
     if "://" in str(path):
         raise UserError(f"{path}: {what} must be on this machine's disk; name a place there")
@@ -46,13 +46,13 @@ def local_path(path: str | Path, what: str) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission or a bucket's refusal met while writing `path` into a `UserError`."""
+    """Turns a full disk, a missing permission or an error of a bucket while writing `path` into a `UserError`."""
     try:
         with bucket_errors(path):
             yield
     except (OSError, ValueError) as error:
         number = error.errno if isinstance(error, OSError) else None
-        # Checkpoints are written by a library that reports a full disk as a ValueError of its own.
+        # Orbax reports a full disk as a ValueError.
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise UserError(f"{path}: the disk is full; free some space or choose another place") from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
@@ -64,10 +64,10 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
-    """Opens a temporary file beside `path` and renames it over `path` when the block succeeds.
+    """Opens a temporary file in the same folder and renames it to `path` when the block succeeds.
 
-    After a crash, a full disk or an exception, `path` holds what it held before. In a bucket, what is written is kept
-    in memory and uploaded at once.
+    After a crash, a full disk or an exception, `path` is unchanged. In a bucket, the content is kept in memory and
+    uploaded as a whole.
 
     Raises:
       UserError: the disk is full or the place cannot be written.
@@ -84,7 +84,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
-            # mkstemp makes the file private; what replaces it should be as readable as any new file.
+            # mkstemp creates a private file; give it the permissions of any new file.
             umask = os.umask(0)
             os.umask(umask)
             os.fchmod(descriptor, 0o666 & ~umask)
@@ -101,7 +101,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[Any]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yields a new directory beside `path` that becomes `path` when the block succeeds.
+    """Yields a temporary directory that is renamed to `path` when the block succeeds.
 
     Raises:
       UserError: the disk is full, the place cannot be written or is a bucket, or `path` exists already.
@@ -123,24 +123,24 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Removes what killed processes left beside `path`; a day old, so that nobody is still writing it."""
+    """Removes temporary directories of killed processes; only those a day old, which no process still writes."""
     for left in path.parent.glob(f".{path.name}.*"):
         if left.is_dir() and time.time() - left.stat().st_mtime > 86400:
             shutil.rmtree(left, ignore_errors=True)
 
 
 def open_log(path: str | Path) -> IO[str] | BucketLog:
-    """Opens a file that grows by lines, for `write`, `flush` and `close`.
+    """Opens a log file for appending lines, with `write`, `flush` and `close`.
 
-    On a disk each line is there when `write` returns. In a bucket lines arrive some seconds later, and all of them when
-    `flush` or `close` returns.
+    On a disk a line is stored when `write` returns. In a bucket it is uploaded some seconds later, or when `flush` or
+    `close` returns.
     """
     path = as_path(path)
     return BucketLog(path) if in_bucket(path) else open(path, "a", encoding="utf-8", buffering=1)
 
 
 def archive(folder: str | Path, target: str | Path) -> None:
-    """Renames a folder of files. In a bucket nothing is removed before all is copied, and `folder` may stay half empty."""
+    """Renames a folder of files. In a bucket all files are copied before any is removed; a failure may leave some in `folder`."""
     folder, target = as_path(folder), as_path(target)
     with disk_errors(folder):
         if not in_bucket(folder):
@@ -154,7 +154,7 @@ def archive(folder: str | Path, target: str | Path) -> None:
 
 
 def read_json(path: str | Path, what: str) -> Any:
-    """Reads a JSON file; `what` says in the error what the file is for.
+    """Reads a JSON file; `what` describes its content, for the error.
 
     Raises:
       UserError: the file is missing, cut off or not JSON.
@@ -172,13 +172,13 @@ def read_json(path: str | Path, what: str) -> Any:
 
 
 def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
-    """Reads a file of one JSON object a line, skipping blank lines.
+    """Reads a JSONL file, one JSON object per line, skipping blank lines.
 
     Raises:
       UserError: the file is missing, or a line is not a JSON object (the line is named).
     """
     try:
-        # Not splitlines(): a text may hold U+2028 and other characters that it takes for line ends.
+        # Not splitlines(), which also splits at U+2028 and other characters that texts may contain.
         lines = _read_text(path).split("\n")
     except FileNotFoundError:
         raise UserError(f"{path}: not found; it should hold {what}") from None
@@ -212,12 +212,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256_file(path: str | Path) -> str:
-    """Hex digest of a file's bytes, read in pieces."""
+    """SHA-256 of a file as a hex digest, read in chunks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
-    """Hex digest of a JSON value in canonical form (sorted keys, no spaces)."""
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces), as a hex digest."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()

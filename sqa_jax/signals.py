@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first asks to stop when what is under way has been kept, the second ends the process."""
+"""SIGINT and SIGTERM: the first requests a stop after the work in progress is saved, the second ends the process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 class StopSignal:
-    """While entered, remembers that a signal came.
+    """While entered, records that a signal was received.
 
     Attributes:
-      asked: a signal came.
-      name: which, "" before.
-      on_stop: called when it comes, in the main thread.
+      asked: a signal was received.
+      name: its name, "" before.
+      on_stop: called when it is received, in the main thread.
     """
 
     def __init__(self) -> None:
@@ -38,5 +38,5 @@ class StopSignal:
         self.on_stop()
 
     def sleep(self, seconds: float) -> None:
-        """Sleeps, less long where a signal comes."""
+        """Sleeps until the time is over or a signal is received."""
         self._event.wait(seconds)

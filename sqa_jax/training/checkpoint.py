@@ -1,4 +1,4 @@
-"""The checkpoints of a run: the last state, from which it resumes, and the best adapter, which is evaluated."""
+"""Checkpoints of a run: the last train state, to resume from, and the best adapter, to evaluate."""
 
 from __future__ import annotations
 
@@ -16,28 +16,27 @@ from sqa_jax.training.step import TrainState
 
 
 class Checkpoints:
-    """Asynchronous checkpoints under a directory, on a disk or in a bucket, each whole or not there.
+    """Asynchronous, atomic checkpoints (orbax) in a directory, on a disk or in a bucket.
 
-    `last/` holds train states with the loader's position; `best/` holds the adapter with the lowest
-    validation loss so far.
+    `last/` holds train states with the loader's position; `best/` holds the adapter with the lowest validation loss.
     """
 
     def __init__(self, directory: str | Path):
         root = as_path(directory)
         self._root = root if in_bucket(root) else root.absolute()
-        # orbax logs each failure of each of its threads; the exception says it once.
+        # orbax logs the failure of each of its threads; the exception reports it once.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._last, self._best = self._manager("last", max_to_keep=2), self._manager("best", max_to_keep=1)
 
     def _manager(self, name: str, max_to_keep: int) -> ocp.CheckpointManager:
-        # Both save at once: under one name, their threads would take each other's barriers between processes.
+        # Both managers save at the same time: with one prefix, their barriers between processes would mix.
         barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, multiprocessing_options=barriers)
         with disk_errors(self._root):
             return ocp.CheckpointManager(self._root / name, options=options)
 
     def save(self, step: int, state: TrainState, loader_state: dict[str, Any], best_loss: float | None) -> None:
-        """Starts to save; the arrays are copied before this returns, so training may go on."""
+        """Starts an asynchronous save; the arrays are copied before this returns, so training may go on."""
         if self._last.latest_step() == step:
             return
         extra = {"loader": loader_state, "best_loss": best_loss}
@@ -47,21 +46,20 @@ class Checkpoints:
             )
 
     def save_best(self, step: int, adapter: Any) -> None:
-        """Starts to save the adapter of a step.
+        """Starts an asynchronous save of the adapter of a step.
 
-        A run that was killed between this and its train state comes to the same step again, and finds it there:
-        the same configuration and data made it, so it stays. A later one is from validations that are now
-        made at other steps.
+        A run that was killed between this save and that of its train state reaches the same step again. The adapter is
+        the same then, and is kept. Adapters of later steps are from before such a kill, and are removed.
         """
-        if step in (there := self._best.all_steps()):
+        if step in (saved := self._best.all_steps()):
             return
         with disk_errors(self._root):
-            for later in (s for s in there if s > step):
+            for later in (s for s in saved if s > step):
                 self._best.delete(later)
             self._best.save(step, args=ocp.args.Composite(adapter=ocp.args.StandardSave(adapter)), force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The last state, on the devices that `like` (shapes with shardings) says, and what was saved with it."""
+        """The last train state, sharded like `like` (shapes with shardings), and the extra values saved with it."""
         step = self._last.latest_step()
         if step is None:
             return None
@@ -84,7 +82,7 @@ class Checkpoints:
 
     def _restore(self, manager: ocp.CheckpointManager, step: int, args: Any) -> Any:
         try:
-            # A bucket that cannot be reached says nothing about the checkpoint.
+            # A bucket that cannot be reached does not make the checkpoint damaged.
             with bucket_errors(self._root):
                 return manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
@@ -128,7 +126,7 @@ class BestCheckpoint:
 
 
 def abstract(tree: Any, placed: Any) -> Any:
-    """Shapes and types of a tree, with the shardings of another: what `restore` wants."""
+    """Shapes and dtypes of a tree with the shardings of another: the template for `restore`."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placed
     )

@@ -1,4 +1,4 @@
-"""AdamW with warm-up, decay, clipping and a mask for weight decay."""
+"""AdamW with learning-rate warm-up and decay, gradient clipping, and weight decay on matrices only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_schedule(settings, steps: int) -> optax.Schedule:
         decay = optax.constant_schedule(peak)
     else:
         raise UserError(f"config.optimizer.schedule is {settings.schedule!r}; choose cosine, linear or constant")
-    # The first step is not wasted on a rate of zero: warm-up reaches the peak at step `warmup`.
+    # Warm-up starts above zero, so that the first step trains, and reaches the peak at step `warmup`.
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), decay], [warmup])
 
 

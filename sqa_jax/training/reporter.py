@@ -1,4 +1,4 @@
-"""What a run tells: a live line for a person, metrics.jsonl for a program, TensorBoard events for a browser."""
+"""Reports of a run: a progress bar, metrics.jsonl and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from sqa_jax.parallel.processes import is_main
 
 
 class Reporter:
-    """Writes a run's metrics. On resume, what was written of later steps is cut off, so no step is there twice.
+    """Writes a run's metrics. On resume, lines of later steps are removed first, so that no step is there twice.
 
-    Of several processes the first one writes and speaks; in the others nothing happens.
+    Only the main process writes and prints.
 
     Args:
       workdir: of the run.
-      first, last: the step that this run starts behind, and the run's last one.
+      first, last: the last step before this start, and the last step of the run.
 
     Raises:
       UserError, from every method that writes: the disk is full, or the disk or the bucket cannot be written.
     """
 
     def __init__(self, workdir: Path, first: int, last: int):
-        self._speaks = is_main()
+        self._is_main = is_main()
         self._path = workdir / "metrics.jsonl"
-        if self._speaks:
+        if self._is_main:
             self._open(workdir, first)
-        # Where nobody watches, a line now and then is better than a bar.
+        # Into a log file, a line now and then instead of a bar.
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
             initial=first,
@@ -43,7 +43,7 @@ class Reporter:
             dynamic_ncols=True,
             mininterval=0.5 if self._live else 15.0,
             file=sys.stderr,
-            disable=not self._speaks,
+            disable=not self._is_main,
         )
         self._clock, self._seconds, self._tokens, self._rate = time.perf_counter(), 0.0, 0, 0.0
 
@@ -57,13 +57,13 @@ class Reporter:
             self._events = _Events(workdir / "tensorboard", first)
 
     def step(self, step: int, metrics: dict[str, float], write: bool) -> None:
-        """Reports an optimizer step; `write` also puts it into the files."""
+        """Reports an optimizer step on the progress bar, and with `write` in the files."""
         now = time.perf_counter()
         self._seconds += now - self._clock
         self._clock = now
         self._tokens += int(metrics["tokens"])
         if write:
-            # Tokens and seconds since the line before, so that sums over the lines are the run's.
+            # Tokens and seconds since the last written line: their sums over the lines are the run's.
             since = {"tokens": self._tokens, "seconds": max(self._seconds, 1e-9)}
             self._rate = since["tokens"] / since["seconds"]
             self._seconds, self._tokens = 0.0, 0
@@ -73,39 +73,39 @@ class Reporter:
         self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Puts scalars of a step into the files."""
-        if self._speaks:
+        """Writes scalars of a step to the files."""
+        if self._is_main:
             with disk_errors(self._path):
                 row = {"step": step, **{name: _rounded(name, float(value)) for name, value in metrics.items()}}
                 self._log.write(json.dumps(row) + "\n")
                 self._events.write(step, metrics)
 
     def say(self, text: str) -> None:
-        """A line above the live one. The time it took to get here does not count as training."""
-        if self._speaks:
+        """Prints a line above the progress bar. The time since the last step does not count as training."""
+        if self._is_main:
             tqdm.write(text, file=sys.stderr)
         self._clock = time.perf_counter()
 
     def flush(self) -> None:
-        """Returns when every line is where it belongs: before a checkpoint, behind which no step is reported again."""
-        if self._speaks:
+        """Returns when every line is stored: called before a checkpoint, since its steps are not reported again."""
+        if self._is_main:
             with disk_errors(self._path):
                 self._log.flush()
                 self._events.flush()
 
     def close(self) -> None:
         self._bar.close()
-        if self._speaks:
+        if self._is_main:
             with disk_errors(self._path):
                 self._log.close()
                 self._events.close()
 
 
 class _Events:
-    """TensorBoard's events, in a folder on a disk or in a bucket.
+    """TensorBoard events, in a folder on a disk or in a bucket.
 
-    TensorBoard's writer has its own way into a bucket, and hangs there once an upload has failed. So it writes to this
-    machine's disk, and the file is uploaded as it grows.
+    TensorBoard's writer can write to a bucket, but hangs once an upload has failed. So it writes to the local disk, and
+    the file is uploaded as it grows.
     """
 
     def __init__(self, folder: Path, first: int):
@@ -144,4 +144,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # the half line of a killed run
+        return float("inf")  # a line cut off when the run was killed

@@ -20,7 +20,7 @@ from sqa_jax.training.step import TrainState, init_state
 
 
 class Position(NamedTuple):
-    """Where an interrupted run goes on, besides its train state.
+    """Where an interrupted run continues, besides its train state.
 
     Attributes:
       loader: the loader's state.
@@ -41,7 +41,7 @@ def init_or_restore(
     """The last checkpoint's train state, or a new one: sharded over the mesh either way.
 
     Args:
-      peft: the adapter to start from, in place of a newly initialized one.
+      peft: the adapter to start from, instead of a newly initialized one.
 
     Returns:
       (state, position); the position of a new run is None.
@@ -67,7 +67,7 @@ def check_checkpoint(config, root: Path) -> None:
     """Checks, before anything is loaded, that `config.eval.checkpoint` can be in ROOT.
 
     Raises:
-      UserError: it is not known, or ROOT is of no training.
+      UserError: the value is unknown, or ROOT has no checkpoints.
     """
     if config.eval.checkpoint not in ("best", "last", "none"):
         raise UserError(f"config.eval.checkpoint is {config.eval.checkpoint!r}; choose best, last or none")
@@ -78,23 +78,23 @@ def check_checkpoint(config, root: Path) -> None:
         )
 
 
-def restore_adapter(config, root: Path, runtime: Runtime, given: PeftAdapter | None = None) -> tuple[int | None, Any]:
-    """(step, adapter) of the checkpoint of ROOT that `config.eval.checkpoint` asks for.
+def restore_adapter(config, root: Path, runtime: Runtime, peft: PeftAdapter | None = None) -> tuple[int | None, Any]:
+    """(step, adapter) of the checkpoint of ROOT that `config.eval.checkpoint` names.
 
-    Where that is none: (None, the given adapter), or (None, {}) for the bare student.
+    For "none": (None, the PEFT adapter), or (None, {}) for the student without an adapter.
 
     Raises:
       UserError: there is no such checkpoint.
     """
     which = config.eval.checkpoint
     if which == "none":
-        tree = {} if given is None else given.tree
+        tree = {} if peft is None else peft.tree
         return None, jax.jit(lambda tree: tree, out_shardings=shardings(tree, runtime.mesh))(tree)
 
-    words = adapters.prompt_text_tokens(config.adapter, runtime.student.tokenizer)
+    prompt = adapters.prompt_text_tokens(config.adapter, runtime.student.tokenizer)
 
     def new(base):
-        adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed, words)
+        adapter = adapters.init_adapter(config.adapter, runtime.student.config, base, config.seed, prompt)
         return adapter if which == "best" else init_state(adapter, make_optimizer(config.optimizer, 1))
 
     shape = jax.eval_shape(new, runtime.student.params)

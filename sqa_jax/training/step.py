@@ -1,4 +1,4 @@
-"""One optimizer step as a pure function, and its jit with explicit shardings."""
+"""The optimizer step with gradient accumulation, as a pure function, and its jit with explicit shardings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sqa_jax.training.loss import row_losses
 
 
 class TrainState(NamedTuple):
-    """All that training changes; nothing of the frozen base.
+    """What training updates; the frozen base is not part of it.
 
     Attributes:
-      step: steps done, int32 scalar.
-      adapter: the adapter tree, float32.
-      optimizer: optax's state of it.
+      step: number of steps done, int32 scalar.
+      adapter: the trained parameters, float32.
+      optimizer: optax's state for them.
     """
 
     step: jax.Array
@@ -38,16 +38,16 @@ def init_state(adapter: Any, optimizer: optax.GradientTransformation) -> TrainSt
 def make_step(settings, decoder: StudentModel, optimizer: optax.GradientTransformation, seed: int) -> Callable:
     """`step(state, base, batch) -> (state, metrics)`.
 
-    The batch's arrays are [A, B, …]: A micro-batches. Gradients of *summed* losses are added up over them and
-    divided once by the number of target tokens of the whole step, which is exactly the gradient of the big
-    batch, however the targets are spread.
+    Gradient accumulation: the batch's arrays are [A, B, …], A micro-batches. Gradients of *summed* losses are added
+    over them and divided once by the number of target tokens of the step, which is exactly the gradient of the large
+    batch, however the targets are distributed.
 
-    Metrics: loss (nats a target token), tokens (real ones), targets, grad_norm, adapter_norm, and row_losses
-    [A, B], which say where a loss that is not finite comes from.
+    Metrics: loss (nats per target token), tokens (without padding), targets, grad_norm, adapter_norm, and row_losses
+    [A, B], which locate a loss that is not finite.
     """
 
     def step(state: TrainState, base: Any, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Dropout, too, is a pure function of (seed, step, micro-batch).
+        # Dropout is a function of (seed, step, micro-batch), so that a resumed run draws the same.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
 
         def micro_loss(adapter, micro, index):
@@ -81,10 +81,10 @@ def make_step(settings, decoder: StudentModel, optimizer: optax.GradientTransfor
 
 
 def compile_step(step: Callable, state: Any, base: Any, mesh: Mesh):
-    """The jitted step: state donated, everything placed by the rules.
+    """Jits the step with shardings from the rules; the state is donated.
 
     Args:
-      state, base: trees of arrays or of shapes.
+      state, base: trees of arrays or of their shapes.
     """
     placed = shardings(state, mesh)
     everywhere = replicated(mesh)

@@ -24,15 +24,15 @@ from sqa_jax.training.loss import row_losses
 
 
 class Validator:
-    """Looks at the same questions in the same way each time.
+    """Validation loss and accuracy on a fixed set of questions.
 
     Args:
       problems: the validation questions.
-      virtual: tokens of a soft prompt.
-      pictures: of the questions, where the student sees.
+      soft_prompt: token ids that stand for the trained soft prompt.
+      images: image inputs of the questions, for a vision-language model.
 
     Raises:
-      UserError: no question fits into a row, so there is nothing to look at.
+      UserError: no question fits into a row.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Validator:
         config,
         runtime: Runtime,
         problems: Sequence[Problem],
-        virtual: SoftPromptTokens,
+        soft_prompt: SoftPromptTokens,
         images: ImageBatcher | None = None,
     ):
         self._problems, self._mesh = problems, runtime.mesh
@@ -48,7 +48,7 @@ class Validator:
         gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, config.recipe.answer) for p in problems]
         encoder = encoder_for(config, tokenizer, images and images.images)
         encoded = [e for e in encoder.encode(problems, [fmt] * len(problems), gold) if e.fits]
-        encoded = [e for e in encoded if len(e.tokens) + virtual.count <= config.train.row_length]
+        encoded = [e for e in encoded if len(e.tokens) + soft_prompt.count <= config.train.row_length]
         if not encoded:
             raise UserError(
                 f"none of the {len(problems)} questions of {config.eval.val_split!r} fits into a row of {config.train.row_length} "
@@ -56,8 +56,8 @@ class Validator:
                 "config.recipe.max_prompt), or choose another config.eval.val_split"
             )
         rows = pack_sequences(
-            [virtual.put(e.tokens, e.image_end) for e in encoded],
-            np.array([virtual.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
+            [soft_prompt.put(e.tokens, e.image_end) for e in encoded],
+            np.array([soft_prompt.count + e.prompt_length for e in encoded]), [""] * len(encoded), config.train.row_length,
             tokenizer.pad_token_id, 0, runtime.student.config.prefix_lm, images,
         )  # fmt: skip
         self._batches = _batches(rows, config.train.batch_rows)
@@ -68,23 +68,22 @@ class Validator:
         self._answers = LikelihoodAnswerer(config, runtime, images) if fmt.answer_first else None
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
-        """{"val_loss": nats a target token, "val_accuracy": percent (only where the answer comes first)}."""
+        """{"val_loss": nats per target token, "val_accuracy": percent (only where the answer comes first)}."""
         total = targets = 0.0
         for batch in self._batches:
             total += float(self._loss(adapter, base, place_rows(batch, self._mesh, len(batch.tokens))))
             targets += float(batch.target_mask.sum())
         metrics = {"val_loss": total / targets}
         if self._answers is not None:
-            right = sum(
-                one.answer == self._problems[one.index].answer for one in self._answers(adapter, base, self._problems)
-            )
-            metrics["val_accuracy"] = 100 * right / len(self._problems)
+            predictions = self._answers(adapter, base, self._problems)
+            correct = sum(prediction.answer == self._problems[prediction.index].answer for prediction in predictions)
+            metrics["val_accuracy"] = 100 * correct / len(self._problems)
         return metrics
 
 
 def _batches(rows: PackedRows, batch_rows: int) -> list[Batch]:
-    """One epoch in batches of one shape; the last is filled up with rows that have no target."""
+    """One epoch in batches of one shape; the last is padded with rows that have no target."""
     count = rows.rows_of_epoch(0)
-    made = [rows[k] for k in range(count)]
-    made += [empty_like(made[0])] * (-count % batch_rows)
-    return [stack_rows(made[start : start + batch_rows]) for start in range(0, len(made), batch_rows)]
+    packed = [rows[k] for k in range(count)]
+    packed += [empty_like(packed[0])] * (-count % batch_rows)
+    return [stack_rows(packed[start : start + batch_rows]) for start in range(0, len(packed), batch_rows)]

@@ -1,4 +1,4 @@
-"""A run's directory, and the guard that it belongs to one configuration."""
+"""A run's directory: its config.json, and the check that it belongs to one configuration."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from sqa_jax.config_aliases import current_names
 from sqa_jax.errors import UserError
 from sqa_jax.files import as_path, read_json, write_json
 
-# Settings that change what a run shows or how it is cut into pieces, never what it computes.
-# Where the student lies (its fingerprint says what it is) and how it is computed.
-_PLACE = (
+# Where the student is stored (its fingerprint identifies it) and how it is computed: evaluation may change these.
+_STORAGE_AND_COMPUTE = (
     "student.path",
     "student.revision",
     "student.dtype",
@@ -28,7 +27,8 @@ _PLACE = (
     "student.attention",
     "student.cache_features",
 )
-_FREE = (
+# Settings that change what a run reports or how it is divided, never its results: a continued run may change these.
+_CHANGEABLE = (
     "data.cache",
     "train.log_every",
     "train.eval_every",
@@ -44,10 +44,10 @@ _FREE = (
 
 
 def open_workdir(workdir: str | Path) -> Path:
-    """The path of --workdir, on a disk or in a bucket; the first thing that each process of a run asks for.
+    """The path of --workdir, on a disk or in a bucket; every process calls it first.
 
     Raises:
-      UserError: it is in a bucket that does not let this process read and write, or cannot be reached.
+      UserError: it is in a bucket that this process may not read and write, or that cannot be reached.
     """
     root = as_path(workdir)
     if in_bucket(root):
@@ -56,30 +56,30 @@ def open_workdir(workdir: str | Path) -> Path:
 
 
 def bind_config(workdir: str | Path, config, fingerprints: dict[str, str]) -> Path:
-    """Makes the directory the run's own, or checks that it is.
+    """Writes config.json into a new directory; in an existing one, checks that the configuration is the same.
 
     Args:
-      fingerprints: of what else decides the run (student, dataset).
+      fingerprints: of everything else that decides the run (student, dataset).
 
     Raises:
       UserError: it belongs to another configuration; the settings that differ are named.
     """
     workdir = as_path(workdir)
-    mine = {"config": config.to_dict(), **fingerprints}
+    current = {"config": config.to_dict(), **fingerprints}
     file = workdir / "config.json"
     with bucket_errors(workdir):
-        there = file.exists()
-    if not there:
+        exists = file.exists()
+    if not exists:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir {workdir}: is a file; name a directory")
-        write_json(file, mine)
+        write_json(file, current)
         return workdir
-    _refuse(workdir, _differing(mine, read_saved(file), lambda key: not key.startswith(_FREE)))
+    _refuse(workdir, _differing(current, read_saved(file), lambda key: not key.startswith(_CHANGEABLE)))
     return workdir
 
 
 def check_evaluable(workdir: str | Path, config, student: str) -> None:
-    """Checks that a run is evaluated with the student, the prompts and the adapter that it was trained with.
+    """Checks that a run is evaluated with the student, prompts and adapter that it was trained with.
 
     Raises:
       UserError: it is not; the settings that differ are named.
@@ -87,25 +87,30 @@ def check_evaluable(workdir: str | Path, config, student: str) -> None:
     workdir = as_path(workdir)
     trained = read_saved(workdir / "config.json")
     trained["config"] = with_defaults(trained["config"]).to_dict()
-    asked = {"config": config.to_dict(), "student": student}
+    current = {"config": config.to_dict(), "student": student}
     _refuse(
         workdir,
         _differing(
-            asked, trained, lambda key: key.startswith(("recipe.", "adapter.", "student")) and key not in _PLACE
+            current,
+            trained,
+            lambda key: key.startswith(("recipe.", "adapter.", "student")) and key not in _STORAGE_AND_COMPUTE,
         ),
     )
 
 
 def _differing(
-    ours: dict[str, Any], theirs: dict[str, Any], counts: Callable[[str], bool]
+    current: dict[str, Any], saved: dict[str, Any], is_compared: Callable[[str], bool]
 ) -> list[tuple[str, Any, Any]]:
-    """(key, theirs, ours) where the two differ in a key that counts; keys without the leading "config."."""
-    mine, other = (flatten(json.loads(json.dumps(side))) for side in (ours, theirs))  # tuples become lists
-    keys = sorted(mine.keys() | other.keys())
+    """(key, saved, current) of the values that differ.
+
+    Args:
+      is_compared: by the key without its leading "config.".
+    """
+    now, before = (flatten(json.loads(json.dumps(side))) for side in (current, saved))  # tuples become lists
     return [
-        (key, other.get(key), mine.get(key))
-        for key in keys
-        if mine.get(key) != other.get(key) and counts(key.removeprefix("config."))
+        (key, before.get(key), now.get(key))
+        for key in sorted(now.keys() | before.keys())
+        if now.get(key) != before.get(key) and is_compared(key.removeprefix("config."))
     ]
 
 
@@ -117,8 +122,8 @@ def _refuse(workdir: Path, differing: list[tuple[str, Any, Any]]) -> None:
 
 
 def described(differing: Sequence[tuple[str, Any, Any]]) -> str:
-    """The first three of (name, before, now), in words."""
-    return ", ".join(f"{key} was {theirs!r} and is {ours!r}" for key, theirs, ours in differing[:3])
+    """The first three of (key, before, now) as text."""
+    return ", ".join(f"{key} was {before!r} and is {now!r}" for key, before, now in differing[:3])
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
