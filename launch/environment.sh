@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes .venv in the clone with what the given requirements need, once.
+# Sourced by the other scripts: creates .venv in the clone and installs the given requirements, once.
 # Usage: prepare_environment NAME ARGUMENTS-OF-PIP-INSTALL...
 
 PYTHON=${PYTHON:-python3}
 VENV=.venv
 
-# Large arrays on large pages, kept between steps: faster on CPUs with glibc.
+# Huge pages for large arrays, and freed memory kept between steps: faster on CPUs with glibc.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=34359738368:glibc.malloc.trim_threshold=34359738368}
 
 fail() {
@@ -17,11 +17,11 @@ prepare_environment() {
   local name=$1 stamp
   shift
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$PYTHON is older than 3.11; name a newer one: PYTHON=python3.12 $0"
-  # The stamp says which requirements are installed, so a second run installs nothing.
+  # The stamp file names the installed requirements, so that a second run installs nothing.
   stamp=$VENV/.installed-$name-$(cat requirements.txt pyproject.toml | cksum | cut -d' ' -f1)
   [ -e "$stamp" ] && return
   [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || fail "cannot make $VENV; on Debian and Ubuntu: apt install python3-venv"
   echo "installing into $VENV (some minutes, once)"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || fail "installing failed; mend what pip says above and run this again"
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || fail "installing failed; fix what pip reports above and run this again"
   touch "$stamp"
 }

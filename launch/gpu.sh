@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a verb on the GPUs of this machine: one process sees them all, config.mesh says how it uses them.
+# Runs a verb on the GPUs of this machine: one process for all of them, with the mesh of config.mesh.
 # Usage: [CUDA_VISIBLE_DEVICES=0,1] bash launch/gpu.sh VERB ARGUMENTS...     such as: train --config configs/scienceqa.py
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The main job on a CPU, end to end: environment, student, zero-shot, LoRA training, evaluation, table.
 # Usage: bash launch/quickstart.sh [--data DIR [--splits FILE]] [--out DIR] [--config.key=value ...]
-#   --data DIR      a ScienceQA directory (problems.json, pid_splits.json, captions.json) in place of the sample
-#   --splits FILE   which file in DIR deals questions to splits
+#   --data DIR      a ScienceQA directory (problems.json, pid_splits.json, captions.json) instead of the sample
+#   --splits FILE   the file in DIR that assigns questions to splits
 #   --out DIR       where the runs go (default: runs/quickstart)
-# Safe to run again: what is done is not done twice.
+# Safe to run again: finished steps are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/environment.sh
@@ -45,13 +45,13 @@ done
 
 step "the training set"
 "$python" -m sqa_jax.preprocess "${config[@]}"
-step "before training: the student as it is"
+step "before training: the student zero-shot"
 "$python" -m sqa_jax.evaluate "${config[@]}" --workdir "$out/zero-shot" --config.eval.checkpoint=none
 step "training"
 "$python" -m sqa_jax.train "${config[@]}" --workdir "$out/trained"
 step "after training"
 "$python" -m sqa_jax.evaluate "${config[@]}" --workdir "$out/trained"
-step "a baseline that only counts words"
+step "a bag-of-words baseline"
 "$python" -m sqa_jax.metrics.bag_of_words --problems "$problems" --splits "$splits" --split "$split" --limit "$limit" --out "$out/bag_of_words.jsonl"
 step "accuracy in percent on the first $limit questions of the $split split"
 "$python" -m sqa_jax.score --problems "$problems" --splits "$splits" --split "$split" --limit "$limit" --format table \

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by pod.sh: every call of gcloud, the pod's state, how it comes and goes.
+# Sourced by pod.sh: all gcloud calls, the pod's state, its creation and deletion.
 
-errors=$(mktemp) # what the last command said on stderr
+errors=$(mktemp) # stderr of the last command
 trap 'rm -f "$errors"' EXIT
 exec 3>&1 # where a dry run prints, also inside $(...)
 worker='bash sqa_jax/launch/tpu_vm/worker.sh'
@@ -9,7 +9,7 @@ worker='bash sqa_jax/launch/tpu_vm/worker.sh'
 say() { [ -n "$dry_run" ] || echo "$(date '+%F %T') $*" >&2; }
 pause() { [ -n "$dry_run" ] || sleep "$1"; }
 
-# The words as a shell reads them back.
+# Quotes its arguments for a shell.
 quote() {
   local word line=''
   for word; do
@@ -21,7 +21,7 @@ quote() {
   echo "${line% }"
 }
 
-# Runs a command; a dry run prints it and goes on as if it had answered $answer.
+# Runs a command; a dry run prints it instead and continues as if its output were $answer.
 call() {
   if [ -n "$dry_run" ]; then
     quote "$@" >&3
@@ -33,10 +33,10 @@ call() {
 
 tpus() { call gcloud compute tpus "$@" --project="$PROJECT" --zone="$ZONE" --quiet; }
 
-# gcloud's own reason for the failure of the last call, in one line.
+# gcloud's reason for the failure of the last call, in one line.
 reason() { grep -m 1 -i error "$errors" || tail -n 1 "$errors"; }
 
-# Ends with one line: what cannot be done, why, and what may help.
+# Exits with one line: what failed, why, and what may help.
 refused() {
   local why advice
   why=$(reason)
@@ -64,7 +64,7 @@ on_workers() {
   for node in $(nodes); do ssh_to "$node" all "$1" || return; done
 }
 
-# Repeats what a broken connection cut off; so whatever goes through here may happen twice.
+# Retries a command after a broken connection; the command must be idempotent.
 patiently() {
   local try=1 code
   until "$@"; do
@@ -75,12 +75,12 @@ patiently() {
   done
 }
 
-# A state in gcloud's words; ABSENT if there is no such thing, UNKNOWN if gcloud cannot tell.
+# A resource's state as gcloud reports it; ABSENT if it does not exist, UNKNOWN if gcloud fails.
 state_of() {
   tpus "$@" || { grep -q NOT_FOUND "$errors" && echo ABSENT; } || echo UNKNOWN
 }
 
-# ACTIVE if the request and all its nodes are well, else the first state that differs.
+# ACTIVE if the request is active and all its nodes are ready, else the first other state.
 pod_state() {
   local state node
   state=$(state_of queued-resources describe "$NAME" --format='value(state.state)')
@@ -97,7 +97,7 @@ pod_state() {
   echo "$state"
 }
 
-# Whether a pod in this state never comes back by itself.
+# Whether a pod in this state does not recover by itself.
 lost() {
   case $1 in
     ABSENT | FAILED | SUSPENDING | SUSPENDED | DELETING | DELETED | PREEMPTED | TERMINATED | STOPPING | STOPPED) return 0 ;;
@@ -105,13 +105,13 @@ lost() {
   esac
 }
 
-# Before anything that costs.
+# Fails before anything is paid for if the bucket cannot be written.
 check_bucket() {
   { call gcloud storage cp launch/tpu_vm/pod.sh "$WORKDIR.probe" && call gcloud storage rm "$WORKDIR.probe"; } >/dev/null ||
     fail "cannot write to $WORKDIR: $(reason); make the bucket, or ask for roles/storage.objectAdmin and roles/storage.legacyBucketReader on it"
 }
 
-# Asks for the pod if nobody has, and waits for it. 3: it came to nothing.
+# Requests the pod unless it is requested already, and waits for it. Returns 3 if it was not created.
 create() {
   local state seen='' deadline=$((SECONDS + WAIT_SECONDS)) request=(--accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME")
   if [ "$SLICES" -eq 1 ]; then request+=(--node-id="$NAME"); else request+=(--node-count="$SLICES" --node-prefix="$NAME"); fi
@@ -137,7 +137,7 @@ delete() {
   tpus queued-resources delete "$NAME" --force >/dev/null || grep -q NOT_FOUND "$errors" || refused "cannot delete $NAME; it may still cost"
 }
 
-# Packs the files that git tracks, as they are here.
+# Packs the files that git tracks, with their local changes.
 pack() {
   local command
   archive=runs/$NAME.tgz
@@ -151,7 +151,7 @@ pack() {
   fi
 }
 
-# Puts the packed files in place of what was sent before; what was installed or built there stays.
+# Replaces the clone on every worker by the packed files; .venv and datasets stay.
 send() {
   local node
   for node in $(nodes); do

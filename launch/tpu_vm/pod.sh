@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# A TPU pod's life, from this machine, through gcloud.
+# Creates, uses and deletes a TPU pod from this machine, through gcloud.
 # Usage: bash launch/tpu_vm/pod.sh COMMAND [--settings FILE] [--dry-run]
-#   create              asks for the pod and waits until it is there
+#   create              requests the pod and waits until it is active
 #   push                copies the files that git tracks to every worker
 #   setup               installs them there
 #   run VERB ARGS...    runs `python -m sqa_jax.VERB ARGS` on every worker until it is done; creates, pushes and sets up what
-#                       is not there, and again after a preemption; where the same run goes on already, follows it
-#   status              what the pod and its workers are doing
+#                       is missing, and again after a preemption; if the same run is going on, follows it
+#   status              state of the pod and its workers
 #   logs [WORKER [SLICE]]  follows a worker's log (default: 0 0)
-#   stop                lets a run that nobody follows any more save and end; the pod stays
+#   stop                stops a run that is no longer followed, after it has saved; the pod stays
 #   fetch [DIRECTORY]   copies the run's directory from the bucket (default: runs/NAME)
 #   delete              deletes the pod; the bucket stays
 #   --settings FILE     default: launch/tpu_vm/settings.sh, made from settings.example.sh
-#   --dry-run           prints each command in place of running it
+#   --dry-run           prints each command instead of running it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=launch/environment.sh
@@ -39,7 +39,7 @@ set -- "${words[@]}"
 [[ $settings == */* ]] || settings=./$settings
 [ -e "$settings" ] || fail "$settings: not found; copy launch/tpu_vm/settings.example.sh there and fill it in"
 needed=(PROJECT ZONE NAME ACCELERATOR RUNTIME SLICES SPOT WORKDIR EXTRA_FILES POLL_SECONDS WAIT_SECONDS STOP_SECONDS PATIENCE MAX_RESTARTS)
-unset "${needed[@]}" # the file's own, not the environment's
+unset "${needed[@]}" # from the file, not from the environment
 # shellcheck source=launch/tpu_vm/settings.example.sh
 . "$settings"
 for name in "${needed[@]}"; do

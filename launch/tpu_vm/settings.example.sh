@@ -11,8 +11,8 @@ SPOT=true                      # true: far cheaper, may be taken away at any tim
 WORKDIR=gs://my-bucket/runs/sqa # of the run; a bucket in the zone's region costs nothing to read and write
 EXTRA_FILES=()                 # what git does not track but the run needs, such as weights/student.gguf
 
-POLL_SECONDS=30                # between two looks at the pod
+POLL_SECONDS=30                # between two polls of the pod
 WAIT_SECONDS=86400             # for the pod to come; the request stays in the queue after that
 STOP_SECONDS=120               # for a worker to save before it is killed
-PATIENCE=10                    # looks in a row at workers that do not answer
+PATIENCE=10                    # consecutive polls without an answer of the workers
 MAX_RESTARTS=20                # after preemptions and failures

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# Sourced by pod.sh: keeps a verb on all workers until it is done, through broken connections, failures and preemptions.
+# Sourced by pod.sh: runs a verb on all workers until it is done, through broken connections, failures and preemptions.
 
 # The lines of worker.sh's status.
 is_running='^[^ ]+ running'
 is_well='^[^ ]+ (running|ended 0)( |$)'
 
-# Runs VERB ARGUMENTS... to its end; the checkpoint in WORKDIR carries it over a restart.
+# Runs VERB ARGUMENTS... to its end; after a restart it resumes from the checkpoint in WORKDIR.
 supervise() {
   local restarts=0 code why state
-  pack # once: a restart goes on with the code that the run began with
+  pack # once: a restart uses the same code
   while :; do
     code=0 why=''
     { create && start "$@" && follow; } || { code=$? why=$(reason); }
@@ -36,12 +36,12 @@ supervise() {
   say "$1 is done: $WORKDIR; $NAME costs until it is deleted"
 }
 
-# Starts the verb everywhere, or leaves it alone where it runs. 2: something else runs; 3: the workers do not answer.
+# Starts the verb on all workers, unless it is running. Returns 2 if another run is going on, 3 if workers do not answer.
 start() {
   local lines code=0
   lines=$(patiently on_workers "[ ! -e sqa_jax ] || ${worker:?} status") || return 3
   if ! grep -qE "$is_running" <<<"$lines" || grep -qvE "$is_running" <<<"$lines"; then
-    # What is left of a run whose other workers have ended would wait for them for ever.
+    # The remaining workers of a run whose other workers have ended would wait for them forever.
     ! grep -qE "$is_running" <<<"$lines" || patiently on_workers "$worker stop $STOP_SECONDS" || return 3
     { send && setup; } || return 3
   fi
@@ -53,7 +53,7 @@ start() {
   esac
 }
 
-# Watches the run to its end. 0: every worker ended with 0; 1 or 2: one did not; 3: the workers do not answer.
+# Follows the run to its end. Returns 0 if every worker exited with 0, 1 or 2 if one did not, 3 if workers do not answer.
 follow() {
   local lines news='' node count workers=0 missed=0
   for node in $(nodes); do
@@ -79,12 +79,12 @@ follow() {
   done
 }
 
-# Stops the other workers, shows what the one that failed said last, and returns 2 for a user's mistake, else 1.
+# Stops the other workers, shows the end of the failed one's log, and returns 2 for a mistake of the user, else 1.
 failure() {
   local failed mistake
   failed=$(grep -m 1 -vE "$is_well" <<<"$1")
   patiently on_workers "$worker stop $STOP_SECONDS" || return 3
-  # A process that ends for a mistake takes the others with it, and one of them may have been seen first.
+  # A process that exits for a mistake ends the others, one of which may have been noticed first.
   mistake=$(patiently on_workers "$worker status" | grep -m 1 -E '^[^ ]+ ended 2( |$)') && failed=$mistake
   patiently on_workers "$worker tail" | grep "^${failed%% *}: " >&2
   echo "error: worker $(cut -d ' ' -f 1,2,3 <<<"$failed"); the last lines of its log are above" >&2
@@ -92,7 +92,7 @@ failure() {
   return 1
 }
 
-# Whether a verb whose processes ended with 0 has come to its end: training that is told to stop saves and ends with 0 too.
+# Whether a verb whose processes exited with 0 is finished: training that is stopped saves and exits with 0, too.
 finished() {
   [ "$1" != train ] || call gcloud storage ls "$WORKDIR/train.json" >/dev/null
 }

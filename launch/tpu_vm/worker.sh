@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What pod.sh asks of one worker, in the clone that it pushed there.
+# Commands of pod.sh for one worker, in the clone that it pushed there.
 # Usage: worker.sh setup | start VERB ARGUMENTS... | status | tail | stop SECONDS
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -9,11 +9,11 @@ cd "$(dirname "$0")/../.."
 run=$HOME/sqa_jax_run # beside the clone, which a push replaces
 mkdir -p "$run"
 
-# The run's processes hold this lock, so it is free as soon as the last of them is gone, however it went.
+# The run's processes hold this lock, so it is free as soon as the last of them has ended, for whatever reason.
 running() { ! flock --nonblock "$run/lock" true; }
 
 setup() {
-  # The images of TPU VMs come with a Python that is too old and without venv; uv brings one.
+  # TPU VM images have a Python that is too old and lacks venv; uv installs a newer one.
   [ -x "$VENV/bin/python" ] || {
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --seed --python 3.12 "$VENV"
   } || fail "cannot make $VENV"
@@ -30,8 +30,8 @@ start() {
   rm -f "$run/exit"
   echo "$*" >"$run/command"
   echo "== $(date '+%F %T') $*" >>"$run/log"
-  # A session of its own outlives the connection. A signal to its group reaches the verb, which saves and ends; the
-  # shell around it stays to write down how.
+  # A new session outlives the connection. A signal to its group reaches the verb, which saves and exits; the shell
+  # around it survives, and records the exit code.
   # shellcheck disable=SC2016
   setsid bash -c 'trap : TERM; exit=$1; shift; "$@"; echo $? >"$exit"' run "$run/exit" \
     "$VENV/bin/python" -m "sqa_jax.$1" "${@:2}" </dev/null >>"$run/log" 2>&1 &
@@ -50,7 +50,7 @@ stop() {
   kill -TERM -- "-$(cat "$run/pid")" || true
   flock --wait "$1" "$run/lock" true || {
     pkill -KILL --session "$(cat "$run/pid")"
-    flock --wait 30 "$run/lock" true # until the system has taken the chips back
+    flock --wait 30 "$run/lock" true # until the system has released the chips
   }
 }
 
