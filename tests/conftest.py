@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import shape_checks
+
 LOOPS = "--xla_cpu_use_fusion_emitters=false"
 
 # Before JAX is imported anywhere; what pytest starts beside itself has it all from there.
@@ -27,6 +29,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+shape_checks.install()  # before sqa_jax is imported anywhere
 
 ROOT = Path(__file__).parent.parent
 

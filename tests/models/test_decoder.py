@@ -1,16 +1,16 @@
-"""The decoder against transformers' PyTorch models of every family: logits, cache, padding, packing, branches."""
+"""The decoder against transformers' PyTorch models of every family: logits, KV cache, padding, packing, branches."""
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
+from safetensors.numpy import load_file
 
 from sqa_jax.checkpoints.hf_config import from_hf
 from sqa_jax.checkpoints.load import load_student
@@ -18,26 +18,38 @@ from sqa_jax.checkpoints.safetensors_source import read_hf_config
 from sqa_jax.checkpoints.sources import SafetensorsSource
 from sqa_jax.checkpoints.weights import read_params, save_safetensors
 from sqa_jax.models.decoder import Decoder
-from sqa_jax.models.layers.kv_cache import Adaptation, init_cache
-from sqa_jax.models.params import build, param_specs
-from tests.support.torch_models import FAMILIES, VARIANTS, make_model
+from sqa_jax.models.layers.kv_cache import init_cache
+from sqa_jax.models.params import build_tree, param_specs
+from tests.support.torch_models import FAMILIES, VARIANTS, torch_model, write_checkpoint
 
 ALL = FAMILIES | VARIANTS
 FEW = pytest.mark.parametrize(
-    "pair", [ALL["llama"], ALL["gemma2"]], ids=["llama", "gemma2"], indirect=True
-)  # what no option of a family can change is tried on the plainest and on one of the richest
+    "family", ["llama", "gemma2"], indirect=True
+)  # what depends on no option of a family is tested with the plainest and with one of the richest
+
+# Three sequences of T tokens, of which the third forks from the first after TRUNK tokens.
+T, TRUNK = 12, 6
+TOKENS = np.random.default_rng(0).integers(0, 264, (3, T))
+TOKENS[2, :TRUNK] = TOKENS[0, :TRUNK]
+PADDED = np.arange(T) >= np.array([[5], [0]])  # left padding of the first of two rows
 
 
-@pytest.fixture(scope="module", params=ALL.values(), ids=ALL.keys())
-def pair(request, tmp_path_factory):
-    """A random PyTorch model and our reading of the files that it saves."""
-    family, options = request.param
-    model = make_model(family, **options)
-    directory = tmp_path_factory.mktemp(family)
-    model.save_pretrained(directory)
-    ours = from_hf(read_hf_config(directory), "config")
-    params = read_params(SafetensorsSource(directory), ours)
-    return model, Decoder(ours), params
+class Family:
+    """A random checkpoint of a family: our model of its files, and PyTorch's logits."""
+
+    def __init__(self, name: str, directory: Path, reference):
+        kind, options = ALL[name]
+        self.directory = write_checkpoint(directory, kind, **options)
+        config = from_hf(read_hf_config(directory), "config")
+        self.decoder, self.params = Decoder(config), read_params(SafetensorsSource(directory), config)
+        slug = name.replace(", ", "-").replace(" ", "-")
+        self.expected = reference(f"models/decoder/{slug}", partial(logits_of_torch, directory), tolerance=5e-5)
+
+    def logits(self, tokens, positions=None, segments=None, **kwargs):
+        """(logits, cache), by default of rows of one sequence each."""
+        positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1)) if positions is None else positions
+        segments = np.ones_like(positions) if segments is None else segments
+        return run(self.decoder, self.params, tokens, positions, segments, **kwargs)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -45,156 +57,163 @@ def run(decoder, params, tokens, positions, segments, **kwargs):
     return decoder.apply({"params": params}, tokens, positions, segments, method="logits", **kwargs)
 
 
-def reference(model, tokens, positions=None, mask=None):
+def logits_of_torch(directory) -> dict[str, np.ndarray]:
+    import torch
+
+    model = torch_model(directory)
+    positions = torch.tensor(np.maximum(np.cumsum(PADDED, axis=1) - 1, 0))
     with torch.no_grad():
-        out = model(
-            torch.tensor(tokens),
-            position_ids=None if positions is None else torch.tensor(positions),
-            attention_mask=None if mask is None else torch.tensor(mask),
-        )
-    return out.logits.numpy()
+        return {
+            "logits": model(torch.tensor(TOKENS)).logits.numpy(),
+            "left_padded": model(
+                torch.tensor(TOKENS[:2]), attention_mask=torch.tensor(PADDED.astype(int)), position_ids=positions
+            ).logits.numpy()[:, ::3],
+        }
 
 
-def test_logits(pair):
-    model, decoder, params = pair
-    tokens = np.random.default_rng(0).integers(0, 264, (3, 20))
-    positions, ones = np.tile(np.arange(20), (3, 1)), np.ones((3, 20), int)
-    ours, _ = run(decoder, params, tokens, positions, ones)
-    np.testing.assert_allclose(ours, reference(model, tokens), atol=1e-4)
+@pytest.fixture(scope="module", params=ALL)
+def family(request, tmp_path_factory, reference):
+    return Family(request.param, tmp_path_factory.mktemp("family") / "model", reference)
 
 
-def test_cache_reads_in_pieces(pair):
-    model, decoder, params = pair
-    tokens = np.random.default_rng(1).integers(0, 264, (2, 16))
-    expected = reference(model, tokens)
-    cache = init_cache(decoder.config, 2, 20, Adaptation())
+def assert_close(ours, theirs):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_logits(family):
+    assert_close(family.logits(TOKENS)[0], family.expected["logits"])
+
+
+def test_prefill_and_decode_steps_with_a_cache(family):
+    cache = init_cache(family.decoder.config, 3, T + 4)
     pieces = []
-    for start, stop in [(0, 11), *((k, k + 1) for k in range(11, 16))]:
-        positions = np.tile(np.arange(start, stop), (2, 1))
-        logits, cache = run(decoder, params, tokens[:, start:stop], positions, np.ones_like(positions), cache=cache)
+    for start, stop in [(0, 8), *((k, k + 1) for k in range(8, T))]:
+        positions = np.tile(np.arange(start, stop), (3, 1))
+        logits, cache = family.logits(TOKENS[:, start:stop], positions, cache=cache)
         pieces.append(logits)
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-4)
+    assert_close(np.concatenate(pieces, axis=1), family.expected["logits"])
+
+
+def test_packed_segments_and_branches_are_separate(family):
+    """A row of three packed sequences and padding, and a row whose trunk is continued by two branches."""
+    lengths, forked = (5, 8, 2), T - TRUNK
+    packed = np.concatenate([*(TOKENS[k, :n] for k, n in enumerate(lengths)), [7, 7, 7]])
+    branching = np.concatenate([TOKENS[0], TOKENS[2, TRUNK:]])
+    branches = np.array([[0] * 18, [0] * TRUNK + [1] * forked + [2] * forked])
+    segments = np.array([[1] * 5 + [2] * 8 + [3] * 2 + [0] * 3, [1] * 18])
+    positions = np.array([[*range(5), *range(8), *range(2), 0, 0, 0], [*range(T), *range(TRUNK, T)]])
+    ours, _ = family.logits(np.stack([packed, branching]), positions, segments, branches=branches)
+    expected = family.expected["logits"]
+    for k, start, n in zip(range(3), (0, 5, 13), lengths, strict=True):
+        assert_close(ours[0, start : start + n], expected[k, :n])
+    assert_close(ours[1, :T], expected[0])
+    assert_close(ours[1, T:], expected[2, TRUNK:])
 
 
 @FEW
-def test_left_padding_and_cache_equal_reference_with_padding(pair):
-    model, decoder, params = pair
-    tokens = np.random.default_rng(2).integers(0, 264, (2, 12))
-    mask = np.ones((2, 12), int)
-    mask[0, :5] = 0
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    expected = reference(model, tokens, positions, mask)
-    cache = init_cache(decoder.config, 2, 12, Adaptation())
-    first, cache = run(decoder, params, tokens[:, :9], positions[:, :9], mask[:, :9], cache=cache)
-    rest, _ = run(decoder, params, tokens[:, 9:], positions[:, 9:], mask[:, 9:], cache=cache)
-    ours = np.concatenate([first, rest], axis=1)
-    np.testing.assert_allclose(ours[mask == 1], expected[mask == 1], atol=1e-4)
+def test_left_padding_with_a_cache(family):
+    segments = PADDED.astype(int)
+    positions = np.maximum(np.cumsum(segments, axis=1) - 1, 0)
+    cache = init_cache(family.decoder.config, 2, T)
+    first, cache = family.logits(TOKENS[:2, :9], positions[:, :9], segments[:, :9], cache=cache)
+    rest, _ = family.logits(TOKENS[:2, 9:], positions[:, 9:], segments[:, 9:], cache=cache)
+    ours = np.concatenate([first, rest], axis=1)[:, ::3]
+    assert_close(ours[PADDED[:, ::3]], family.expected["left_padded"][PADDED[:, ::3]])
 
 
 @FEW
-def test_right_padded_rows_continue_where_each_ends(pair):
-    """What generation does: rows of different length in one cache, each continued behind its own end."""
-    model, decoder, params = pair
-    rng = np.random.default_rng(3)
+def test_right_padded_rows_continue_after_their_last_token(family):
+    """What generation does: prompts of different lengths in one cache."""
     lengths = np.array([4, 9])
-    tokens = rng.integers(0, 264, (2, 12))
-    read = np.arange(9) < lengths[:, None]
-    cache = init_cache(decoder.config, 2, 12, Adaptation())
-    _, cache = run(decoder, params, tokens[:, :9], np.tile(np.arange(9), (2, 1)), read.astype(int), cache=cache)
+    cache = init_cache(family.decoder.config, 2, T)
+    _, cache = family.logits(TOKENS[:2, :9], segments=(np.arange(9) < lengths[:, None]).astype(int), cache=cache)
     np.testing.assert_array_equal(cache.length, lengths)
-    new = rng.integers(0, 264, (2, 2))
     for k in range(2):
-        logits, cache = run(
-            decoder, params, new[:, k : k + 1], (lengths + k)[:, None], np.ones((2, 1), int), cache=cache
-        )
-        for row in range(2):
-            whole = np.concatenate([tokens[row, : lengths[row]], new[row, : k + 1]])[None]
-            np.testing.assert_allclose(logits[row, 0], reference(model, whole)[0, -1], atol=1e-4)
-
-
-def test_packed_segments_do_not_see_each_other(pair):
-    model, decoder, params = pair
-    tokens = np.random.default_rng(4).integers(0, 264, (1, 18))
-    segments = np.array([[1] * 5 + [2] * 9 + [3] * 2 + [0] * 2])
-    positions = np.concatenate([np.arange(n) for n in (5, 9, 2, 2)])[None]
-    ours, _ = run(decoder, params, tokens, positions, segments)
-    for start, stop in [(0, 5), (5, 14), (14, 16)]:
-        np.testing.assert_allclose(ours[:, start:stop], reference(model, tokens[:, start:stop]), atol=1e-4)
-
-
-def test_branches_see_the_trunk_and_themselves(pair):
-    model, decoder, params = pair
-    rng = np.random.default_rng(5)
-    trunk, one, two = rng.integers(0, 264, 6), rng.integers(0, 264, 3), rng.integers(0, 264, 4)
-    tokens = np.concatenate([trunk, one, two])[None]
-    branches = np.array([[0] * 6 + [1] * 3 + [2] * 4])
-    positions = np.concatenate([np.arange(6), 6 + np.arange(3), 6 + np.arange(4)])[None]
-    ours, _ = run(decoder, params, tokens, positions, np.ones_like(tokens), branches=jnp.asarray(branches))
-    np.testing.assert_allclose(ours[0, 6:9], reference(model, np.concatenate([trunk, one])[None])[0, 6:], atol=1e-4)
-    np.testing.assert_allclose(ours[0, 9:], reference(model, np.concatenate([trunk, two])[None])[0, 6:], atol=1e-4)
+        positions = (lengths + k)[:, None]
+        logits, cache = family.logits(np.take_along_axis(TOKENS[:2], positions, axis=1), positions, cache=cache)
+        assert_close(logits[:, 0], family.expected["logits"][[0, 1], lengths + k])
 
 
 @FEW
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_nothing(pair, remat):
-    _, decoder, params = pair
+def test_remat_changes_no_gradient(family, remat):
     tokens = np.arange(10)[None] % 97
     positions, ones = np.arange(10)[None], np.ones((1, 10), int)
 
-    def loss(params, d):
-        logits, _ = run(d, params, tokens, positions, ones)
+    def loss(params, decoder):
+        logits, _ = run(decoder, params, tokens, positions, ones)
         return jnp.square(logits).mean()
 
-    plain, again = (jax.grad(loss)(params, dataclasses.replace(decoder, remat=r)) for r in ("none", remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, again)
+    plain, recomputed = (
+        jax.grad(loss)(family.params, dataclasses.replace(family.decoder, remat=policy)) for policy in ("none", remat)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, recomputed)
 
 
 @FEW
-def test_module_initialises_the_tree_that_files_are_read_into(pair):
-    _, decoder, params = pair
+def test_module_initialises_the_tree_of_the_parameter_table(family):
     one = jnp.ones((1, 1), int)
-    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), one, one, one, method="logits"))["params"]
-    expected = build(decoder.config, lambda leaf: leaf.shape)
+    shapes = jax.eval_shape(lambda: family.decoder.init(jax.random.key(0), one, one, one, method="logits"))["params"]
+    expected = build_tree(family.decoder.config, lambda spec: spec.shape)
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == expected
-    assert len(param_specs(decoder.config)) == len(jax.tree.leaves(params))
+    assert len(param_specs(family.decoder.config)) == len(jax.tree.leaves(family.params))
 
 
-def test_saved_weights_load_in_transformers(pair, tmp_path):
-    model, decoder, params = pair
-    save_safetensors(params, decoder.config, tmp_path / "out")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
-    tokens = np.arange(11)[None] + 3
-    np.testing.assert_allclose(reference(again, tokens), reference(model, tokens), atol=1e-6)
+def test_saved_weights_are_those_of_the_checkpoint(family, tmp_path):
+    """The files that `test_saved_weights_load_in_transformers` reads with transformers."""
+    save_safetensors(family.params, family.decoder.config, tmp_path / "out")
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", family.directory))
+    assert saved.keys() == original.keys()
+    for name, tensor in original.items():
+        np.testing.assert_array_equal(saved[name], tensor, err_msg=name)
+    assert from_hf(read_hf_config(tmp_path / "out"), "out") == family.decoder.config
 
 
-def test_smollm2_equals_reference(smollm2):
-    """The real weights: logits and tokenizer of the GGUF file against transformers' own reading of it."""
-    from pathlib import Path
+@pytest.mark.live
+def test_saved_weights_load_in_transformers(family, tmp_path):
+    save_safetensors(family.params, family.decoder.config, tmp_path / "out")
+    np.testing.assert_allclose(logits_of_torch(tmp_path / "out")["logits"], family.expected["logits"], atol=1e-6)
 
-    path = Path(smollm2).resolve()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    student = load_student(smollm2)
-    texts = [
-        "Question: Which of these states is farthest north?\nContext: N/A\nOptions: (A) Ohio (B) Maine",
-        # No ½ or ² here: transformers reads this file without its pre-tokenizer, which splits at such digits.
-        "  two  blanks\t\ttabs\n\n\nlines 1234567890 3.14 50% é ü ß 日本語 🎉👩‍🔬 <|im_end|> <|endoftext|>x",
-        "def f(x):\n    return x**2  # CamelCase snake_case don't I'll we've",
-        "",
-    ]
-    assert student.tokenizer(texts)["input_ids"] == tokenizer(texts)["input_ids"]
-    for turns in ([("user", "Hi")], [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes"), ("user", "Why?")]):
+
+TEXTS = [
+    "Question: Which of these states is farthest north?\nContext: N/A\nOptions: (A) Ohio (B) Maine",
+    # No ½ or ² here: transformers reads this file without its pre-tokenizer, which splits at such digits.
+    "  two  blanks\t\ttabs\n\n\nlines 1234567890 3.14 50% é ü ß 日本語 🎉👩‍🔬 <|im_end|> <|endoftext|>x",
+    "def f(x):\n    return x**2  # CamelCase snake_case don't I'll we've",
+    "",
+]
+CHATS = [[("user", "Hi")], [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes"), ("user", "Why?")]]
+
+
+def tokenized(tokenizer) -> dict[str, np.ndarray]:
+    """Ids of texts, and chats as text."""
+    arrays = {f"ids_{k}": np.asarray(tokenizer(text)["input_ids"], np.int32) for k, text in enumerate(TEXTS)}
+    for k, turns in enumerate(CHATS):
         messages = [{"role": role, "content": text} for role, text in turns]
-        kwargs = dict(tokenize=False, add_generation_prompt=True)
-        assert student.tokenizer.apply_chat_template(messages, **kwargs) == tokenizer.apply_chat_template(
-            messages, **kwargs
-        )
-    tokens = np.array([tokenizer(texts[0])["input_ids"]])
+        arrays[f"chat_{k}"] = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return arrays
+
+
+def test_smollm2_equals_reference(smollm2, reference):
+    """The real weights: logits and tokenizer of the GGUF file, and as transformers reads it."""
+    path, columns = Path(smollm2).resolve(), slice(None, None, 61)
+
+    def compute():
+        import torch
+        import transformers
+
+        files = dict(pretrained_model_name_or_path=path.parent, gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**files, dtype=torch.float32).eval()
+        arrays = tokenized(transformers.AutoTokenizer.from_pretrained(**files))
+        with torch.no_grad():
+            logits = model(torch.tensor(arrays["ids_0"][None].astype(int))).logits
+        return {**arrays, "logits": logits.numpy()[0, :, columns]}
+
+    expected, student = reference("models/decoder/smollm2", compute, tolerance=1e-3), load_student(smollm2)
+    for key, value in tokenized(student.tokenizer).items():
+        np.testing.assert_array_equal(value, expected[key], err_msg=key)
+    tokens = expected["ids_0"][None]
     positions = np.arange(tokens.shape[1])[None]
-    ours, _ = jax.jit(lambda params, *a: run(Decoder(student.config), params, *a))(
-        student.params, tokens, positions, np.ones_like(tokens)
-    )
-    # Logits reach 30; 1e-4 beside them is float32's own rounding, which is the same size in PyTorch.
-    np.testing.assert_allclose(ours, reference(model, tokens), atol=1e-4, rtol=1e-5)
+    ours, _ = run(Decoder(student.config), student.params, tokens, positions, np.ones_like(tokens))
+    # Logits reach 30; 1e-4 relative to them is float32's rounding, which is as large in PyTorch.
+    np.testing.assert_allclose(ours[0, :, columns], expected["logits"], atol=1e-4, rtol=1e-5)

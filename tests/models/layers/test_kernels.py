@@ -1,4 +1,4 @@
-"""Fused attention gives what plain attention gives: interpreted here, compiled ahead of time for the real platform."""
+"""Fused and blockwise attention equal plain attention: interpreted here, compiled ahead of time for the real platform."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.layers.attention import attention_mask, dot_product_attention, sliding_window_mask
+from sqa_jax.models.layers.attention import dot_product_attention
 from sqa_jax.models.layers.blockwise_attention import blockwise_attention
 from sqa_jax.models.layers.kernels import fused_attention
+from sqa_jax.models.layers.masks import attention_mask, sliding_window_mask
 from sqa_jax.parallel.mesh import make_mesh
 
 CONFIG = DecoderConfig(64, 64, 64, 2, 4, 2, 64, tie_embeddings=True)
@@ -32,7 +33,7 @@ def mesh(shape, devices=None):
 
 
 def packed(rows):
-    """Query, key, value, segments: five sequences a row, and padding behind them."""
+    """Query, key, value, segments: eight sequences a row, and padding after them."""
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (
         jax.random.normal(k, (rows, T, h, CONFIG.head_dim)) for k, h in zip(keys, (4, 2, 2), strict=True)
@@ -41,7 +42,7 @@ def packed(rows):
     return query, key, value, segments
 
 
-def seen(segments):
+def causal_mask(segments):
     slots = jnp.broadcast_to(jnp.arange(T), segments.shape)
     return attention_mask(segments, segments, slots, slots)
 
@@ -62,41 +63,38 @@ def outputs_and_gradients(attention, query, key, value, segments):
     ("shape", "softcap", "windowed"), [((1, 1, 1), 0.0, False), ((2, 2, 2), 1.5, False), ((2, 2, 2), 0.0, True)]
 )
 def test_splash_equals_plain_attention(shape, softcap, windowed):
-    """Also where scores are bounded, and in a layer with a sliding window."""
+    """Also with soft-capped scores, and in a layer with a sliding window."""
     query, key, value, segments = packed(4)
     student = dataclasses.replace(CONFIG, attention_softcap=softcap, window=10)
-    visible, places = seen(segments), jnp.broadcast_to(jnp.arange(T), segments.shape)
+    mask, positions = causal_mask(segments), jnp.broadcast_to(jnp.arange(T), segments.shape)
     if windowed:
-        visible &= sliding_window_mask(places, places, student.window)
+        mask &= sliding_window_mask(positions, positions, student.window)
     devices = mesh(shape, jax.devices()[: np.prod(shape)])
     splash = fused_attention("splash", student, jnp.float32, devices)
     ours = outputs_and_gradients(
         lambda *qkv: splash(*qkv, segments, None, jnp.asarray(windowed)), query, key, value, segments
     )
-    plain = outputs_and_gradients(
-        lambda *qkv: dot_product_attention(*qkv, visible, softcap), query, key, value, segments
-    )
+    plain = outputs_and_gradients(lambda *qkv: dot_product_attention(*qkv, mask, softcap), query, key, value, segments)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 @pytest.mark.parametrize(("softcap", "causal"), [(0.0, True), (1.5, True), (1.5, False)])
-def test_blocks_of_queries_change_nothing(softcap, causal):
+def test_blockwise_attention_equals_plain_attention(softcap, causal):
     query, key, value, segments = packed(2)
-    visible = seen(segments) if causal else (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
+    bidirectional = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, None]
+    mask = causal_mask(segments) if causal else bidirectional
     ours = outputs_and_gradients(
-        lambda *qkv: blockwise_attention(*qkv, visible, softcap, causal), query, key, value, segments
+        lambda *qkv: blockwise_attention(*qkv, mask, softcap, causal), query, key, value, segments
     )
-    plain = outputs_and_gradients(
-        lambda *qkv: dot_product_attention(*qkv, visible, softcap), query, key, value, segments
-    )
+    plain = outputs_and_gradients(lambda *qkv: dot_product_attention(*qkv, mask, softcap), query, key, value, segments)
     for one, other in zip(ours, plain, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("methods", [("lora", "prompt"), ("prefix",)])
 def test_a_decoder_with_splash_is_the_same_decoder(methods):
-    """With a prefix, which segments cannot express, it is plain attention that answers."""
+    """With a prefix, which segments cannot express, plain attention is used."""
     config = default()
     config.adapter.methods = methods
     base = random_params(CONFIG, 0)
@@ -118,6 +116,7 @@ def test_a_decoder_with_splash_is_the_same_decoder(methods):
     np.testing.assert_allclose(hidden(splash), hidden(None), atol=2e-5)
 
 
+@pytest.mark.live
 def test_splash_compiles_for_a_tpu(monkeypatch, tpu_compiler):
     """Mosaic, the TPU's own compiler, takes the kernel and its gradient, split over rows and heads."""
     from jax.experimental import topologies
@@ -147,13 +146,13 @@ def test_cudnn_is_called_with_the_mask_as_its_bias(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
     shapes = [jax.ShapeDtypeStruct((2, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
-    visible = jax.ShapeDtypeStruct((2, 256, 256), bool)
+    mask = jax.ShapeDtypeStruct((2, 256, 256), bool)
     gradient = jax.grad(lambda *a: _cudnn(*a[:3], None, a[3], False).astype(jnp.float32).sum(), (0, 1, 2))
-    text = jax.jit(gradient).trace(*shapes, visible).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(gradient).trace(*shapes, mask).lower(lowering_platforms=("cuda",)).as_text()
     assert "@__cudnn$fmhaScaleBiasSoftmax(" in text and "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
 
 
-def test_attention_that_cannot_be_had_is_refused():
+def test_unsupported_attention_is_refused():
     here = mesh((1, 1, 1), jax.devices()[:1])
     assert fused_attention("auto", CONFIG, jnp.float32, here) is None
     with pytest.raises(UserError, match="choose one of auto, plain, splash, cudnn"):
@@ -164,5 +163,5 @@ def test_attention_that_cannot_be_had_is_refused():
     gpu = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform="gpu")]))
     assert fused_attention("auto", CONFIG, jnp.bfloat16, gpu) is not None
     assert fused_attention("auto", capped, jnp.bfloat16, gpu) is None
-    with pytest.raises(UserError, match="cannot bound scores by 50"):
+    with pytest.raises(UserError, match="cannot soft-cap attention scores \(at 50\)"):
         fused_attention("cudnn", capped, jnp.bfloat16, gpu)
