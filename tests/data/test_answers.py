@@ -1,4 +1,4 @@
-"""Reading the chosen option out of replies as teachers and students really write them."""
+"""Parsing of the chosen option, in replies as teachers and students really write them."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ options = st.lists(
 @given(
     choices=options, data=st.data(), style=st.sampled_from(ANSWER_STYLES), targets=st.sampled_from(["A", "AE", "EA"])
 )
-def test_what_a_student_learns_to_write_is_read_back(choices, data, style, targets):
-    """Every target of every format says, to the parser, the option that it was made for."""
+def test_targets_are_parsed_as_their_answer(choices, data, style, targets):
+    """Of every format and style."""
     index = data.draw(st.integers(0, len(choices) - 1))
     assume(not any(word in choices for word in ("not", "neither")))
     text = render_target(Format("QCM", targets), tuple(choices), index, "", "some solid reason", style)
@@ -88,13 +88,13 @@ def test_what_a_student_learns_to_write_is_read_back(choices, data, style, targe
     data=st.data(),
     form=st.sampled_from(["({i})", "The answer is **({i}) {t}**.", "{t}", '{{"answer": {i}}}', "({i}) {t}\n\nsince"]),
 )
-def test_numbered_replies_are_read_back(choices, data, form):
+def test_numbered_replies_are_parsed(choices, data, form):
     index = data.draw(st.integers(0, len(choices) - 1))
     assert parse_answer(form.format(i=index, t=choices[index]), choices, numbering="zero") == index
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=200), choices=options)
-def test_never_fails_and_never_leaves_the_options(text, choices):
+def test_any_text_gives_an_option_or_none(text, choices):
     answer = parse_answer(text, choices)
     assert answer is None or 0 <= answer < len(choices)

@@ -1,4 +1,4 @@
-"""The embedded sample: enough, varied, unambiguous in form, and not solved by counting words."""
+"""The embedded sample: large, varied, unambiguous in form, and not solved by a bag of words."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def test_is_the_same_each_time():
     assert sample.generate(1).problems != sample.generate(0).problems
 
 
-def test_place_of_the_right_option_says_nothing(problems):
+def test_positions_of_the_right_option_are_uniform(problems):
     for size in (2, 3):
-        places = [p.answer for p in problems.all().values() if len(p.choices) == size]
-        assert chisquare(np.bincount(places, minlength=size)).pvalue > 0.001
+        positions = [p.answer for p in problems.all().values() if len(p.choices) == size]
+        assert chisquare(np.bincount(positions, minlength=size)).pvalue > 0.001
 
 
-def test_counting_words_does_not_solve_it(problems):
+def test_a_bag_of_words_does_not_solve_it(problems):
     chance = 100 * np.mean([1 / len(p.choices) for p in problems.split("test")])
     found = score(problems.split("test"), predict(problems.split("train"), problems.split("test")))["AVG"]
     assert chance < found < 60
 
 
-def test_pictures_open_and_differ(problems):
+def test_images_open_and_differ(problems):
     drawn = random.Random(0).sample([p for p in problems.all().values() if p.image], 25)
     images = [p.image.open() for p in drawn]
     assert all(image.size == (320, 240) for image in images)
@@ -85,9 +85,9 @@ def test_simulated_teacher_errs_at_its_rate(problems):
     records = [r for r in make_records(replies, problems.all()) if r.status == "ok"]
     assert {r.model for r in records} == {"simulated-teacher"}
     for setting in ("QTCH", "QTCHL"):
-        own = [r for r in records if r.setting == setting]
-        wrong = np.mean([r.answer != problems.all()[r.pid].answer for r in own])
-        assert abs(wrong - 0.15) < 3 * np.sqrt(0.15 * 0.85 / len(own)) and len(own) > 1450
+        replies_of = [r for r in records if r.setting == setting]
+        wrong = np.mean([r.answer != problems.all()[r.pid].answer for r in replies_of])
+        assert abs(wrong - 0.15) < 3 * np.sqrt(0.15 * 0.85 / len(replies_of)) and len(replies_of) > 1450
     statuses = collections.Counter(r.status for r in make_records(replies, problems.all()))
     assert statuses["empty"] > 20 and statuses["malformed"] + statuses["unparsed"] > 20
 

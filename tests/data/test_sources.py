@@ -1,4 +1,4 @@
-"""Questions from directories and hub copies, good and bad."""
+"""Questions from directories and hub copies, valid and damaged."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_images_are_checked_where_asked(directory):
     with pytest.raises(UserError, match="image.png: not a readable image"):
         load(directory, images="check")
     made = sample.generate()
-    pid = next(pid for pid, row in made.problems.items() if row["picture"])
+    pid = next(pid for pid, row in made.problems.items() if row["drawing"])
     png = sample.draw(pid, made.problems[pid])
     file.write_bytes(png[: len(png) // 2])
     with pytest.raises(UserError, match="not a readable image"):
@@ -109,7 +109,7 @@ def test_local_copy_of_the_hub_dataset(tmp_path):
         rows = [made.problems[pid] for pid in own]
         columns = {name: [row[name] for row in rows] for name in features if name != "image"}
         columns["image"] = [
-            {"bytes": sample.draw(pid, row), "path": None} if row["picture"] else None
+            {"bytes": sample.draw(pid, row), "path": None} if row["drawing"] else None
             for pid, row in zip(own, rows, strict=True)
         ]
         datasets.Dataset.from_dict(columns, features=features).to_parquet(
@@ -128,7 +128,7 @@ def test_local_copy_of_the_hub_dataset(tmp_path):
 
 
 def test_images_of_the_hub_stay_on_disk(tmp_path):
-    """What is held is far less than one image of ten, and each is there when somebody looks at it."""
+    """Less than one image of ten is in memory, and each is loaded when it is needed."""
     size, count = 1 << 20, 10
     contents = [np.random.default_rng(k).bytes(size) for k in range(count)]
     features = datasets.Features(
@@ -147,9 +147,9 @@ def test_images_of_the_hub_stay_on_disk(tmp_path):
     arrow = pyarrow.total_allocated_bytes()
     tracemalloc.start()
     problems = load_problems("hub", str(tmp_path)).split("train")
-    held, most = tracemalloc.get_traced_memory()
+    current, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert most < size and pyarrow.total_allocated_bytes() - arrow < size, held
+    assert peak < size and pyarrow.total_allocated_bytes() - arrow < size, current
     assert problems[0].image is None
     assert [problem.image.read() for problem in problems[1:]] == contents
 

@@ -1,4 +1,4 @@
-"""Teacher replies: whole, empty, damaged, numbered one way or another."""
+"""Teacher replies: complete, empty, damaged, with options numbered in several ways."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def reply(raw, model="m"):
     return {"pid": "7", "model": model, "setting": "QTCH", "raw": raw}
 
 
-def test_numbering_is_read_from_what_the_model_quotes():
-    """A bare "(1)" means what the model's other replies of the same setting say it means."""
+def test_numbering_is_inferred_from_quoted_options():
+    """A bare "(1)" is the option that the model's other replies in the same setting number so."""
     for mark, index in (("1", 1), ("2", 1), ("B", 1)):
         rows = [reply(f"({mark}) minute")] * 3 + [reply(f"The answer is ({mark}).")]
         assert [r.answer for r in make_records(rows, {"7": PROBLEM})] == [index] * 4
@@ -47,7 +47,7 @@ def test_unknown_questions_are_left_out_and_service_status_kept():
     assert [(r.pid, r.status, r.price) for r in records] == [("7", "ok", None), ("7", "blocked", 0.5)]
 
 
-def test_kind_says_what_a_record_can_teach():
+def test_kinds_of_a_record():
     texts = ['{"answer": 1, "solution": "s"}', "Since m-i, the answer is (1) minute", "(1) minute", ""]
     kinds = [r.kinds for r in make_records(map(reply, texts), {"7": PROBLEM})]
     assert kinds == [("solution",), ("reasoning",), (), ()]

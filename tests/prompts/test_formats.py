@@ -1,4 +1,4 @@
-"""Prompt formats, the chat template, and ids: training and inference see the same prompt."""
+"""Prompt formats, chat templates, tokenization: training and inference have the same prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prompt(fmt, problem=PROBLEM):
     return "\n".join(label + text for _, label, text in sections(problem, Format.parse(fmt), True))
 
 
-def test_formats_show_their_parts_in_order():
+def test_parts_of_each_format():
     context, options = "Context: It barks. Image: a dog", "Options: (A) a cat (B) a dog"
     assert prompt("QCM-A") == f"Question: What is it?\n{context}\n{options}"
     assert prompt("CQM-A") == f"{context}\nQuestion: What is it?\n{options}"
@@ -66,7 +66,7 @@ def test_targets(targets, text):
 
 
 @pytest.mark.parametrize("text", ["QCM", "QCM-X", "QC-A", "QQM-A", "QTCM-A", "", "QCM-AA", "-A"])
-def test_what_is_no_format_is_refused(text):
+def test_unknown_formats_are_refused(text):
     with pytest.raises(UserError, match="write inputs, a dash, targets"):
         Format.parse(text)
 
@@ -100,21 +100,21 @@ formats = st.sampled_from(["QCM-A", "CQM-AE", "QCML-ALE", "QCMLE-A", "QLCM-EA", 
 def test_training_prompt_is_inference_prompt_and_target_is_whole(problem, fmt, chat, limit):
     encoder = Encoder(TOKENIZER, limit, chat, True)
     target = render_target(fmt, problem.choices, problem.answer, problem.lecture, problem.solution, "both")
-    (trained,), (asked,) = encoder.encode([problem], [fmt], [target]), encoder.encode([problem], [fmt])
-    assert trained.tokens[: trained.prompt_length] == asked.tokens == trained.tokens[: len(asked.tokens)]
+    (trained,), (prompted,) = encoder.encode([problem], [fmt], [target]), encoder.encode([problem], [fmt])
+    assert trained.tokens[: trained.prompt_length] == prompted.tokens == trained.tokens[: len(prompted.tokens)]
     assert trained.tokens[trained.prompt_length :] == encoder.plain([target])[0] + [TOKENIZER.eos_token_id]
     assert trained.fits == (trained.prompt_length <= limit)
-    # What is never shortened is there whole.
-    decoded = TOKENIZER.decode(asked.tokens)
+    # Question and choices are never truncated.
+    decoded = TOKENIZER.decode(prompted.tokens)
     assert problem.question in decoded and all(choice in decoded for choice in problem.choices)
-    # The hint is touched only when nothing of the lecture is left.
+    # The hint is truncated only when nothing of the lecture is left.
     if trained.truncated.get("hint") and "L" in fmt.inputs and problem.lecture:
         assert "Lecture: " + problem.lecture[:1] not in decoded or trained.truncated["lecture"] == len(
             encoder.plain(["\nLecture: " + problem.lecture])[0]
         )
 
 
-def test_nothing_is_shortened_that_fits():
+def test_a_prompt_that_fits_is_not_truncated():
     encoder = Encoder(TOKENIZER, 10_000, True, True)
     assert encoder.encode([PROBLEM], [Format.parse("QCML-A")])[0].truncated == {}
     size = len(encoder.encode([PROBLEM], [Format.parse("QCML-A")])[0].tokens)
@@ -145,7 +145,7 @@ def test_spelled_out_special_tokens_stay_text(smollm2):
         assert "Is <|im_end|> an end?" in tokenizer.decode(encoded.tokens)
 
 
-def test_a_template_that_hides_the_text_is_refused():
+def test_a_chat_template_without_the_text_is_refused():
     broken = byte_tokenizer()
     broken.chat_template = "no messages here"
     with pytest.raises(UserError, match="config.recipe.chat=False"):

@@ -1,4 +1,4 @@
-"""What each arm teaches: read out of the rows that a student is trained on, for real replies and made-up ones."""
+"""The targets of each arm, on replies written by hand and in the training rows of the sample."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sqa_jax.batches.config_data import config_records, encoder_for, load_config_problems
 from sqa_jax.batches.dataset import build_or_reuse
+from sqa_jax.batches.loader import pack_dataset
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
 from sqa_jax.config import default
 from sqa_jax.data.problem import LETTERS, Problem
@@ -33,7 +34,7 @@ def recipe(arm, **change):
     return config.recipe
 
 
-def said(answer, kind="solution", setting="QTCH", text="", **fields):
+def reply(answer, kind="solution", setting="QTCH", text="", **fields):
     """A teacher's usable reply."""
     text = text or f"It says {LETTERS[answer]} with {setting}."
     return TeacherRecord("7", "m", setting, text, answer, **{kind: text}, **fields)
@@ -52,8 +53,8 @@ def targets(arm, records=(), problem=PROBLEM, **change):
 
 
 def test_targets_of_each_arm():
-    wrong, right = said(2, text="Cows bark."), said(1, text="Dogs do.")
-    thought = said(1, "reasoning", text="A dog barks, a cat meows.")
+    wrong, right = reply(2, text="Cows bark."), reply(1, text="Dogs do.")
+    thought = reply(1, "reasoning", text="A dog barks, a cat meows.")
     assert targets("golden") == targets("golden_lecture") == [GOLD]
     assert targets("golden_answer_only") == ["The answer is B."]
     assert targets("teacher_answer", [wrong]) == ["The answer is C. BECAUSE: Cows bark."]
@@ -77,7 +78,7 @@ def test_a_reasoning_target_ends_with_one_answer(style):
         assert target.endswith(f"\nThe answer is {written[style]}.") and target.count("The answer is") == 1
 
 
-def test_the_lecture_is_shown_where_the_arm_says_so_and_once():
+def test_the_prompt_has_the_lecture_once_where_the_arm_has_it():
     for arm, row in ARMS.items():
         for written in ("QCM-AE", "QCML-AE", "QTCH-AE", "QTCHL-AE"):
             inputs = arm_format(recipe(arm, format=written)).inputs
@@ -85,18 +86,18 @@ def test_the_lecture_is_shown_where_the_arm_says_so_and_once():
     assert {arm for arm, row in ARMS.items() if row.lecture} == {"golden_lecture", "teacher_lecture", "mistakes"}
 
 
-# ---- which replies teach
+# ---- filters of replies
 
 
 replies = st.lists(
-    st.builds(said, st.integers(0, 2), st.just("solution"), st.sampled_from(["QTCH", "QTCHL"])), min_size=1, max_size=9
+    st.builds(reply, st.integers(0, 2), st.just("solution"), st.sampled_from(["QTCH", "QTCHL"])), min_size=1, max_size=9
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(replies)
-def test_a_vote_is_the_majority_of_which_the_first_speaks(records):
-    """Against a count by hand; of equally many, the answer that was recorded first."""
+def test_majority_vote(records):
+    """Against a count by hand; ties go to the answer that was recorded first."""
     counts = {answer: sum(r.answer == answer for r in records) for answer in {r.answer for r in records}}
     most = max(counts.values())
     winner = next(r.answer for r in records if counts[r.answer] == most)
@@ -108,7 +109,7 @@ def test_a_vote_is_the_majority_of_which_the_first_speaks(records):
 @settings(max_examples=60, deadline=None)
 @given(replies, st.integers(0, 4), st.booleans(), st.booleans())
 def test_arms_that_share_replies_keep_the_same_questions(records, samples, vote, right_only):
-    """Whatever is rejected or voted for: an arm with the lecture prefers other replies, never other questions."""
+    """Whatever the filters: an arm with the lecture prefers other replies, but has the same questions."""
     change = {"samples": samples, "vote": vote, "teacher_right_only": right_only}
     made = {}
     for arm in ("golden", "teacher_answer", "teacher_lecture", "mistakes", "teacher_and_golden"):
@@ -125,16 +126,16 @@ def test_arms_that_share_replies_keep_the_same_questions(records, samples, vote,
 
 
 def test_rejection_keeps_only_right_answers():
-    records = [said(0), said(1, setting="QTCHL"), said(2)]
+    records = [reply(0), reply(1, setting="QTCHL"), reply(2)]
     assert targets("teacher_answer", records, teacher_right_only=True, samples=0) == [
         "The answer is B. BECAUSE: It says B with QTCHL."
     ]
-    (reason,) = targets("teacher_answer", [said(0)], teacher_right_only=True)
+    (reason,) = targets("teacher_answer", [reply(0)], teacher_right_only=True)
     assert reason == "teacher's solution: answer is wrong (config.recipe.teacher_right_only)"
 
 
-def test_replies_that_saw_what_the_prompt_shows_come_first():
-    records = [said(0, setting="QTCH"), said(1, setting="QTCHL")]
+def test_replies_to_the_same_prompt_come_first():
+    records = [reply(0, setting="QTCH"), reply(1, setting="QTCHL")]
     assert "with QTCH." in targets("teacher_answer", records)[0]
     assert "with QTCHL." in targets("teacher_lecture", records)[0] and "with QTCHL." in targets("mistakes", records)[0]
     assert len(targets("teacher_answer", records, samples=0)) == 2
@@ -145,13 +146,13 @@ def test_an_unusable_reply_is_counted_by_its_reason(status):
     record = TeacherRecord("7", "m", "QTCH", "", status=status)
     for arm, kind in (("teacher_answer", "solution"), ("teacher_cot", "reasoning"), ("mistakes", "solution")):
         assert targets(arm, [record]) == [f"teacher's {kind}: {status}"]
-    assert targets("teacher_answer", [record, said(1)]) == ["The answer is B. BECAUSE: It says B with QTCH."]
+    assert targets("teacher_answer", [record, reply(1)]) == ["The answer is B. BECAUSE: It says B with QTCH."]
     assert targets("teacher_and_golden", [record]) == [GOLD, f"teacher's solution: {status}"]
 
 
 def test_other_reasons():
     assert targets("teacher_answer") == ["teacher's solution: no record"]
-    assert targets("teacher_cot", [said(1)]) == ["teacher's reasoning: no record"]
+    assert targets("teacher_cot", [reply(1)]) == ["teacher's reasoning: no record"]
     assert targets("teacher_cot", [TeacherRecord("7", "m", "QTCH", "(1)", 1)]) == [
         "teacher's reasoning: only an answer"
     ]
@@ -168,7 +169,7 @@ def test_other_reasons():
         ({"require": ("reasoning",)}, "'golden' needs a teacher's reasoning"),
     ],
 )
-def test_what_cannot_be_made_is_refused(change, words):
+def test_unusable_recipes_are_refused(change, words):
     with pytest.raises(UserError, match=re.escape(words)):
         check_recipe(recipe(**{"arm": "golden"} | change), has_records=False)
 
@@ -200,7 +201,7 @@ def rows(config, problems):
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "domain_text"])
 def test_rows_of_an_arm(sample, arm):
-    """The prompt asks and does not tell; the target is the arm's text and the end token."""
+    """The prompt does not contain the answer; the target is the arm's text and the EOS token."""
     config, problems, by_pid = sample
     config = config.copy_and_resolve_references()
     config.recipe.arm = arm
@@ -217,18 +218,16 @@ def test_rows_of_an_arm(sample, arm):
         assert (f"\nLecture: {problem.lecture}" in prompt) == ARMS[arm].lecture
         assert problem.question in prompt and all(choice in prompt for choice in problem.choices)
         other = (problem.answer + 1) % len(problem.choices)
-        untold = dataclasses.replace(problem, answer=other, solution="something else")
-        (asked,) = encoder_for(config, TOKENIZER).encode([untold], [arm_format(config.recipe)])
+        other_answer = dataclasses.replace(problem, answer=other, solution="something else")
+        (asked,) = encoder_for(config, TOKENIZER).encode([other_answer], [arm_format(config.recipe)])
         assert prompt == TOKENIZER.decode(asked.tokens), "the prompt does not depend on the right answer"
         if ARMS[arm].targets == "EA":
             assert re.search(r"The answer is [A-J]\.$", target.removesuffix(end)), target
 
 
 @pytest.mark.parametrize("arm", list(ARMS))
-def test_the_loss_looks_at_the_target_and_nothing_else(sample, arm):
-    """Packed as for training: what is predicted where the mask is on is every row's target, end token included."""
-    from sqa_jax.batches.loader import pack_dataset
-
+def test_loss_mask_covers_exactly_the_targets(sample, arm):
+    """In packed rows: the tokens under the mask are every row's target, EOS token included."""
     config, problems, _ = sample
     config = config.copy_and_resolve_references()
     config.recipe.arm, config.train.row_length = arm, 4096
@@ -239,10 +238,12 @@ def test_the_loss_looks_at_the_target_and_nothing_else(sample, arm):
     for k in range(packed.rows_of_epoch(0)):
         row = packed[k]
         mask = row.target_mask > 0
-        places, ids = row.target_positions[mask], row.targets[mask]
-        assert (row.tokens[places + 1] == ids).all() and (row.segments[places + 1] == row.segments[places]).all()
-        for segment in sorted(set(row.segments[places].tolist())):
-            learned.append(TOKENIZER.decode(ids[row.segments[places] == segment]))
+        positions, ids = row.target_positions[mask], row.targets[mask]
+        assert (row.tokens[positions + 1] == ids).all() and (
+            row.segments[positions + 1] == row.segments[positions]
+        ).all()
+        for segment in sorted(set(row.segments[positions].tolist())):
+            learned.append(TOKENIZER.decode(ids[row.segments[positions] == segment]))
     assert collections.Counter(learned) == wanted
 
 
@@ -263,8 +264,8 @@ def test_questions_that_all_arms_can_use_are_the_same_in_all(sample):
     assert 20 < len(questions["golden"]) < 60 and all(pids == questions["golden"] for pids in questions.values())
 
 
-def test_rejection_on_the_samples_teacher(sample):
-    """It is wrong at a known rate: with rejection nothing it says contradicts the data."""
+def test_rejection_sampling_on_the_simulated_teacher(sample):
+    """The teacher is wrong at a known rate; with rejection no target contradicts the data."""
     config, problems, _ = sample
     for right_only in (False, True):
         own = config.copy_and_resolve_references()
@@ -275,7 +276,7 @@ def test_rejection_on_the_samples_teacher(sample):
         assert (wrong > 0, dropped is None) == (not right_only, not right_only)
 
 
-def test_subjects_narrow_every_arm(sample):
+def test_subjects_apply_to_every_arm(sample):
     config, problems, _ = sample
     config = config.copy_and_resolve_references()
     config.data.subjects, config.data.train_limit = ("social science",), 0

@@ -1,4 +1,4 @@
-"""DecodeSlots as ids: three forms, each read back as it was written."""
+"""Dialogues with tools, tokenized: three forms, each parsed as it was written."""
 
 from __future__ import annotations
 
@@ -35,21 +35,26 @@ def dialogue(form):
     recipe.chat, recipe.answer, recipe.max_prompt = form != "plain", "text", 600
     if form == "native":
         tokenizer.chat_template = NATIVE
-    made = Dialogue(tokenizer, recipe, TOOLS)
-    assert made.form == form
-    return made, tokenizer
+    tool_dialogue = Dialogue(tokenizer, recipe, TOOLS)
+    assert tool_dialogue.form == form
+    return tool_dialogue, tokenizer
 
 
 FORMS = ["plain", "chat", "native"]
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_whole_conversation_reads_as_a_person_would_write_it(form):
-    made, tokenizer = dialogue(form)
-    (opening,) = made.encode_questions([PROBLEM])
-    result, left_out = made.encode_result("Ice is cold.", 500)
+def test_text_of_a_whole_dialogue(form):
+    tool_dialogue, tokenizer = dialogue(form)
+    (opening,) = tool_dialogue.encode_questions([PROBLEM])
+    result, left_out = tool_dialogue.encode_result("Ice is cold.", 500)
     whole = tokenizer.decode(
-        [*opening.tokens, *made.encode_call(Call("retrieve", "cold things")), *result, *made.encode_answers(PROBLEM)[0]]
+        [
+            *opening.tokens,
+            *tool_dialogue.encode_call(Call("retrieve", "cold things")),
+            *result,
+            *tool_dialogue.encode_answers(PROBLEM)[0],
+        ]
     )
     assert left_out == 0 and "an ice cube" not in whole and whole.count("Ice is cold.") == 1
     question = "Question: Which is cold?\nContext: Think.\nOptions: (A) ice (B) fire"
@@ -65,10 +70,14 @@ def test_a_whole_conversation_reads_as_a_person_would_write_it(form):
     assert all(tool.description in whole for tool in TOOLS)
 
 
-def test_the_native_form_is_what_the_template_itself_renders():
-    made, tokenizer = dialogue("native")
-    (opening,) = made.encode_questions([PROBLEM])
-    ours = [*opening.tokens, *made.encode_call(Call("retrieve", 'a "b"')), *made.encode_result("x", 100)[0]]
+def test_native_form_equals_the_chat_template():
+    tool_dialogue, tokenizer = dialogue("native")
+    (opening,) = tool_dialogue.encode_questions([PROBLEM])
+    ours = [
+        *opening.tokens,
+        *tool_dialogue.encode_call(Call("retrieve", 'a "b"')),
+        *tool_dialogue.encode_result("x", 100)[0],
+    ]
     user = "Question: Which is cold?\nContext: Think.\nOptions: (A) ice (B) fire"
     call = {"type": "function", "function": {"name": "retrieve", "arguments": {"query": 'a "b"'}}}
     messages = [
@@ -86,11 +95,11 @@ def test_the_native_form_is_what_the_template_itself_renders():
     argument=st.text(st.characters(codec="ascii", exclude_characters="()\"'\\", exclude_categories=["Cc"]), min_size=1)
 )
 @settings(max_examples=30, deadline=None)
-def test_a_call_is_read_as_it_was_written(form, argument):
-    made, tokenizer = dialogue(form)
+def test_a_written_call_is_parsed(form, argument):
+    tool_dialogue, tokenizer = dialogue(form)
     call = Call("retrieve", argument.strip())
-    said = made.parse(tokenizer.decode(made.encode_call(call)) + " and so on", PROBLEM)
-    assert said.call == call and not said.error
+    reply = tool_dialogue.parse(tokenizer.decode(tool_dialogue.encode_call(call)) + " and so on", PROBLEM)
+    assert reply.call == call and not reply.error
 
 
 @pytest.mark.parametrize(
@@ -100,7 +109,7 @@ def test_a_call_is_read_as_it_was_written(form, argument):
         ("Action: describe_image(the cat)", Call("describe_image"), None, ""),
         ("Let me see. retrieve(query='cold things')", Call("retrieve", "cold things"), None, ""),
         ('{"name": "retrieve", "parameters": {"query": "a \\"b\\" (c)"}}', Call("retrieve", 'a "b" (c)'), None, ""),
-        ("describe_image() The answer is fire.", Call("describe_image"), None, ""),  # it answers before it has looked
+        ("describe_image() The answer is fire.", Call("describe_image"), None, ""),  # the call comes first
         ("The answer is fire. describe_image()", None, 1, ""),
         ("Answer: The answer is ice.", None, 0, ""),
         ("search(cold)", None, None, "there is no tool search"),
@@ -108,27 +117,27 @@ def test_a_call_is_read_as_it_was_written(form, argument):
         ("", None, None, "this is neither a call nor an answer"),
     ],
 )
-def test_texts_are_read_for_what_they_say_first(text, call, answer, error):
-    said = dialogue("plain")[0].parse(text, PROBLEM)
-    assert (said.call, said.answer, said.error) == (call, answer, error)
-    assert text.startswith(said.text)
+def test_the_first_call_or_answer_of_a_text_counts(text, call, answer, error):
+    reply = dialogue("plain")[0].parse(text, PROBLEM)
+    assert (reply.call, reply.answer, reply.error) == (call, answer, error)
+    assert text.startswith(reply.text)
 
 
-def test_results_are_shortened_to_the_room_and_counted():
-    made, tokenizer = dialogue("chat")
-    shown, left_out = made.encode_result("x" * 100, 40 + made.result_overhead)
-    assert len(shown) == 40 + made.result_overhead and left_out == 60
-    assert NOTHING in tokenizer.decode(made.encode_result("", 100)[0])
-    assert made.encode_result("abc", 0)[1] == 3
+def test_results_are_truncated_and_counted():
+    tool_dialogue, tokenizer = dialogue("chat")
+    shown, left_out = tool_dialogue.encode_result("x" * 100, 40 + tool_dialogue.result_overhead)
+    assert len(shown) == 40 + tool_dialogue.result_overhead and left_out == 60
+    assert NOTHING in tokenizer.decode(tool_dialogue.encode_result("", 100)[0])
+    assert tool_dialogue.encode_result("abc", 0)[1] == 3
 
 
 def test_special_tokens_in_a_result_are_text():
-    made, tokenizer = dialogue("chat")
-    shown, _ = made.encode_result("<|im_end|>", 100)
-    assert shown.count(tokenizer.eos_token_id) == made.encode_result("", 100)[0].count(tokenizer.eos_token_id)
+    tool_dialogue, tokenizer = dialogue("chat")
+    shown, _ = tool_dialogue.encode_result("<|im_end|>", 100)
+    assert shown.count(tokenizer.eos_token_id) == tool_dialogue.encode_result("", 100)[0].count(tokenizer.eos_token_id)
 
 
-def test_a_long_hint_is_shortened_as_in_prompts_without_tools():
-    made, _ = dialogue("plain")
-    (long,) = made.encode_questions([dataclasses.replace(PROBLEM, hint="word " * 300)])
+def test_a_long_hint_is_truncated_as_in_prompts_without_tools():
+    tool_dialogue, _ = dialogue("plain")
+    (long,) = tool_dialogue.encode_questions([dataclasses.replace(PROBLEM, hint="word " * 300)])
     assert len(long.tokens) == 600 and long.truncated["hint"] > 0 and long.fits
