@@ -1,7 +1,7 @@
-"""Soft prompts on students that see (H2): a multimodal student bare, soft-prompted and with LoRA, beside one of text.
+"""Soft prompts on vision-language models (H2): one zero-shot, with soft prompts and with LoRA, beside a model of text.
 
 On ScienceQA: --config.data.source=hub, or --config.data.source=dir with --config.data.path; --config.data.teacher names
-recorded replies. The text student reads the images' captions, which the other does not need.
+recorded replies. The model of text gets the images' captions, which the other does not need.
 """
 
 from configs.study import get_config as study

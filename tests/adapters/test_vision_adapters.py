@@ -545,7 +545,7 @@ def test_all_methods_of_a_vision_encoder_train_and_answer(tmp_path, capsys):
     assert all(np.any(state["adapter"]["lora"][f"vision.{name}"]["b"]) for name in ("fc2", "projector"))
     assert not list((tmp_path / "datasets").glob("features-*"))
     words = json.loads((tmp_path / "run/prompt.json").read_text())
-    assert [own[0]["text"] for own in words] == list("look") and "nearest tokens" in capsys.readouterr().out
+    assert [entry[0]["text"] for entry in words] == list("look") and "nearest tokens" in capsys.readouterr().out
     assert evaluate(config, str(tmp_path / "run"), runtime)["n"]["AVG"] == 3
 
 

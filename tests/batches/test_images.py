@@ -1,4 +1,4 @@
-"""Pictures of questions: every form, every fault, once each, and nothing half-written."""
+"""Images of questions: every file format, every fault, each content once, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from sqa_jax.models.vision.registry import vision_family
 from sqa_jax.preprocess import describe
 from tests.support.vision_pair import png, problem
 
-SEEING = ("paligemma-tiny", "smolvlm-tiny", "qwen2-vl-tiny")
+VISION_MODELS = ("paligemma-tiny", "smolvlm-tiny", "qwen2-vl-tiny")
 VISION = SHAPES["qwen2-vl-tiny"].vision
 
 
@@ -51,8 +51,8 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
-def claims(width: int, height: int) -> bytes:
-    """A PNG that says that it is so large, and holds next to nothing."""
+def oversized_png(width: int, height: int) -> bytes:
+    """A PNG whose header claims this size, and which holds next to nothing."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -72,17 +72,17 @@ FAULTS = {
     "cut-off png": (NOISE[: len(NOISE) // 2], UNREADABLE),
     "cut-off jpeg": (PHOTO[: len(PHOTO) // 2], UNREADABLE),
     "damaged": (NOISE[:100] + bytes(50) + NOISE[150:], UNREADABLE),
-    "no pixels": (claims(0, 0), UNREADABLE),
+    "no pixels": (oversized_png(0, 0), UNREADABLE),
     # Twice PIL's limit is an error of its own; between the two it only warns.
-    "bomb": (claims(30_000, 30_000), TOO_LARGE),
-    "small bomb": (claims(10_000, 9_000), TOO_LARGE),
+    "bomb": (oversized_png(30_000, 30_000), TOO_LARGE),
+    "small bomb": (oversized_png(10_000, 9_000), TOO_LARGE),
 }
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("name", SEEING)
+@pytest.mark.parametrize("name", VISION_MODELS)
 def test_what_cannot_be_used_is_left_out_and_says_why(name, tmp_path):
-    """Beside good pictures, which it does not change; a bomb is refused by its header, without being decoded."""
+    """Beside good images, which are not affected; a decompression bomb is refused by its header, without being decoded."""
     directory = tmp_path / "a directory"
     directory.mkdir()
     problems = [problem(pid, content) for pid, (content, _) in FAULTS.items()]
@@ -95,31 +95,31 @@ def test_what_cannot_be_used_is_left_out_and_says_why(name, tmp_path):
     assert found.failed == reasons | {"missing": "image not found", "directory": "image cannot be read"}
     assert found.failures == collections.Counter(found.failed.values())
     assert found.failure_summary() == (
-        f"11 of 13 questions' pictures cannot be used ({UNREADABLE}: 6, {TOO_LARGE}: 2, image file is empty: 1, image "
-        "not found: 1, image cannot be read: 1); the first is picture empty"
+        f"11 of 13 questions' images cannot be used ({UNREADABLE}: 6, {TOO_LARGE}: 2, image file is empty: 1, image "
+        "not found: 1, image cannot be read: 1); the first is image empty"
     )
     alone = load(tmp_path / "alone", good, vision)
     assert alone.image_index.keys() == found.image_index.keys() == {"good", "other"} and not alone.failure_summary()
     np.testing.assert_array_equal(alone.pieces, found.pieces)
     for pid, (content, reason) in FAULTS.items():
-        with pytest.raises(UserError, match=f"picture {pid}: {reason}.*; .+"):
+        with pytest.raises(UserError, match=f"image {pid}: {reason}.*; .+"):
             problem(pid, content).image.open()
 
 
-@pytest.mark.parametrize("name", SEEING)
-def test_every_form_of_a_picture_is_the_picture(name, tmp_path):
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_every_file_format_gives_the_same_image(name, tmp_path):
     """Palette, animation, transparency, 16 bits and one pixel, against the same colours in a plain file."""
     colours = Image.open(io.BytesIO(NOISE)).quantize(16)
     plain, grey = colours.convert("RGB"), Image.open(io.BytesIO(NOISE)).convert("L")
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    behind = colours.convert("RGBA")
-    behind.putalpha(Image.fromarray(np.where(np.arange(60) < 30, 255, np.zeros((40, 1))).astype(np.uint8)))
+    transparent = colours.convert("RGBA")
+    transparent.putalpha(Image.fromarray(np.where(np.arange(60) < 30, 255, np.zeros((40, 1))).astype(np.uint8)))
     white = plain.copy()
     white.paste("white", (30, 0, 60, 40))
     pairs = {
         "palette": (encoded(colours, "png"), plain),
         "animated": (encoded(colours, "gif", save_all=True, append_images=[Image.new("P", (60, 40), 3)]), plain),
-        "transparent": (encoded(behind, "png"), white),
+        "transparent": (encoded(transparent, "png"), white),
         "16 bits": (encoded(deep, "png"), grey.convert("RGB")),
         "one pixel": (encoded(Image.new("1", (1, 1), 1), "png"), Image.new("RGB", (1, 1), "white")),
         "CMYK": ((cmyk := encoded(plain.convert("CMYK"), "jpeg")), Image.open(io.BytesIO(cmyk)).convert("RGB")),
@@ -135,45 +135,45 @@ def test_every_form_of_a_picture_is_the_picture(name, tmp_path):
 
 
 def test_each_content_is_decoded_once(tmp_path, monkeypatch):
-    """Of one set and of the runs after it; another set that shares pictures with it has the same pieces."""
+    """In one store and in later runs; another store that shares images with it has the same pieces."""
     module, count = vision_family(VISION), collections.Counter()
 
-    def picture(vision, image, own=module.picture):
+    def preprocess(vision, image, original=module.preprocess_image):
         count[image.size] += 1
-        return own(vision, image)
+        return original(vision, image)
 
-    monkeypatch.setattr(module, "picture", picture)
+    monkeypatch.setattr(module, "preprocess_image", preprocess)
     sizes = [(60, 40), (30, 90), (80, 80)]
-    own = [problem(f"{copy}{k}", png(k, size)) for copy in "ab" for k, size in enumerate(sizes)]
-    first, again = load(tmp_path, own), load(tmp_path, own[::-1])
+    problems = [problem(f"{copy}{k}", png(k, size)) for copy in "ab" for k, size in enumerate(sizes)]
+    first, again = load(tmp_path, problems), load(tmp_path, problems[::-1])
     assert count == dict.fromkeys(sizes, 1)
     assert first.fingerprint == again.fingerprint and first.image_index == again.image_index
     assert all(first.image_index[f"a{k}"] == first.image_index[f"b{k}"] for k in range(3))
-    other = load(tmp_path, [own[1], problem("new", png(9, (50, 50)))])
+    other = load(tmp_path, [problems[1], problem("new", png(9, (50, 50)))])
     np.testing.assert_array_equal(other.pieces_of(other.image_index["a1"]), first.pieces_of(first.image_index["a1"]))
     assert len(list(tmp_path.glob("pictures-*"))) == 2
 
 
-def test_fingerprint_says_which_question_shows_what(tmp_path):
-    """The same pictures dealt otherwise share a folder, but make other rows."""
+def test_fingerprint_depends_on_the_image_of_each_question(tmp_path):
+    """The same images assigned to other questions share a folder, but make other rows."""
     one, other = png(1, (60, 40)), png(2, (60, 40))
-    dealt = [load(tmp_path, [problem("1", a), problem("2", b)]) for a, b in ((one, other), (other, one), (one, None))]
-    assert dealt[0].pieces_fingerprint == dealt[1].pieces_fingerprint != dealt[2].pieces_fingerprint
-    assert len({own.fingerprint for own in dealt}) == 3
+    stores = [load(tmp_path, [problem("1", a), problem("2", b)]) for a, b in ((one, other), (other, one), (one, None))]
+    assert stores[0].pieces_fingerprint == stores[1].pieces_fingerprint != stores[2].pieces_fingerprint
+    assert len({store.fingerprint for store in stores}) == 3
     smaller = dataclasses.replace(VISION, max_pixels=28 * 28)
-    assert load(tmp_path, [problem("1", one)], smaller).pieces_fingerprint != dealt[2].pieces_fingerprint
+    assert load(tmp_path, [problem("1", one)], smaller).pieces_fingerprint != stores[2].pieces_fingerprint
 
 
 def test_interrupted_nothing_is_left(tmp_path, monkeypatch):
     problems, module = [problem(str(k), png(k, (40, 40))) for k in range(20)], vision_family(VISION)
 
-    def picture(vision, image, own=module.picture, left=iter(range(7))):  # noqa: B008
+    def preprocess(vision, image, original=module.preprocess_image, left=iter(range(7))):  # noqa: B008
         if next(left, None) is None:
             raise KeyboardInterrupt
-        return own(vision, image)
+        return original(vision, image)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "picture", picture)
+        patched.setattr(module, "preprocess_image", preprocess)
         with pytest.raises(KeyboardInterrupt):
             load(tmp_path, problems)
     assert not list(tmp_path.iterdir())
@@ -184,12 +184,12 @@ KILLED = """
 import itertools, os, signal, sys
 from tests.batches.test_images import load, vision_family, png, problem, VISION
 from pathlib import Path
-module, seen = vision_family(VISION), itertools.count()
-def picture(vision, image, own=module.picture):
-    if next(seen) == 12:
+module, calls = vision_family(VISION), itertools.count()
+def preprocess(vision, image, original=module.preprocess_image):
+    if next(calls) == 12:
         os.kill(os.getpid(), signal.SIGKILL)
-    return own(vision, image)
-module.picture = picture
+    return original(vision, image)
+module.preprocess_image = preprocess
 load(Path(sys.argv[1]), [problem(str(k), png(k, (40, 40))) for k in range(20)])
 """
 
@@ -220,7 +220,7 @@ def test_a_damaged_folder_is_named(tmp_path, file, words):
     height=st.integers(1, 3000),
 )
 @example(name="qwen2-vl-2b", most=20, width=1, height=199)  # fmt: skip
-def test_no_picture_takes_more_tokens_than_allowed(name, most, width, height):
+def test_no_image_takes_more_tokens_than_allowed(name, most, width, height):
     from sqa_jax.models.vision import smolvlm
     from sqa_jax.models.vision.qwen2_vl import preprocess as qwen2_vl
 
@@ -234,7 +234,7 @@ def test_no_picture_takes_more_tokens_than_allowed(name, most, width, height):
     def features(vision):
         if "qwen" in name:
             return np.prod(qwen2_vl._grid(vision, width, height)) // vision.merge**2
-        rows, columns = smolvlm._grid(vision, *smolvlm._brought(vision, width, height))
+        rows, columns = smolvlm._grid(vision, *smolvlm._resized_size(vision, width, height))
         return (rows * columns + (rows * columns > 1)) * vision.features_per_piece
 
     try:
@@ -252,14 +252,14 @@ def test_no_picture_takes_more_tokens_than_allowed(name, most, width, height):
 def test_paligemma_has_one_number_of_tokens():
     assert student_config("random:paligemma-3b", max_image_tokens=256) == SHAPES["paligemma-3b"]
     with pytest.raises(
-        UserError, match="max_image_tokens is 64; this student shows every picture as 256: leave it at 0"
+        UserError, match="max_image_tokens is 64; this student encodes every image as 256: leave it at 0"
     ):
         student_config("random:paligemma-3b", max_image_tokens=64)
     assert student_config("random:tiny", max_image_tokens=64) == SHAPES["tiny"]
 
 
-def test_elongated_pictures(tmp_path):
-    """Qwen2-VL does not read them, and says so; others stretch them."""
+def test_elongated_images(tmp_path):
+    """Qwen2-VL refuses them; the others resize them to squares."""
     lines = [problem(str(k), png(k, size)) for k, size in enumerate([(402, 2), (2, 500), (1, 199), (4000, 40)])]
     found = load(tmp_path, lines, dataclasses.replace(VISION, max_pixels=28 * 28 * 4))
     elongated = (
@@ -272,12 +272,12 @@ def test_elongated_pictures(tmp_path):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Questions in ScienceQA's layout: of eight in each split four have a picture, of which one is missing and one cut off."""
+    """Questions in ScienceQA's layout: of eight in each split four have an image, of which one is missing and one cut off."""
     root = tmp_path_factory.mktemp("questions")
-    rows, dealt = {}, {}
+    rows, splits = {}, {}
     for split in ("train", "val", "test"):
-        dealt[split] = [f"{split}{k}" for k in range(8)]
-        for k, pid in enumerate(dealt[split]):
+        splits[split] = [f"{split}{k}" for k in range(8)]
+        for k, pid in enumerate(splits[split]):
             rows[pid] = {
                 "question": "Which is it?", "choices": ["this", "that"], "answer": k % 2, "split": split,
                 "image": "image.png" if k < 4 else None,
@@ -287,7 +287,7 @@ def directory(tmp_path_factory):
                 file.parent.mkdir(parents=True)
                 file.write_bytes(NOISE[:900] if k == 3 else png(k, (60, 40)))
     write_json(root / "problems.json", rows)
-    write_json(root / "pid_splits.json", dealt)
+    write_json(root / "pid_splits.json", splits)
     return root
 
 
@@ -296,7 +296,7 @@ def config_of(name, directory, cache, **change):
     config.update_from_flattened_dict(
         {
             "student.path": f"random:{name}", "data.source": "dir", "data.path": str(directory), "data.cache": str(cache),
-            "eval.checkpoint": "none", "mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 8, "eval.batch_rows": 1,
+            "eval.checkpoint": "none", "eval.batch_rows": 1,
         } | change
     )  # fmt: skip
     return config
@@ -317,13 +317,13 @@ def test_training_drops_and_counts_them(directory, tmp_path):
         "image not found": {"rows": 1, "pids": ["train0"]}, UNREADABLE: {"rows": 1, "pids": ["train3"]},
     }  # fmt: skip
     assert manifest["rows"] == 6
-    own = manifest["pictures"]
-    assert (own["questions"], own["distinct"], own["unusable"]) == (2, 2, {"image not found": 1, UNREADABLE: 1})
-    assert own["features"]["max"] == 20 and own["bytes"] == 2 * 5 * 64 * 64 * 3
+    stats = manifest["pictures"]
+    assert (stats["questions"], stats["distinct"], stats["unusable"]) == (2, 2, {"image not found": 1, UNREADABLE: 1})
+    assert stats["features"]["max"] == 20 and stats["bytes"] == 2 * 5 * 64 * 64 * 3
     assert str(directory / "images" / "train" / "train0" / "image.png") in images.failure_summary()
     said = describe(dataset, False, tokenizer, student.vocab_size)
     assert "images:          2 distinct of 2 questions, 0.1 MB" in said
-    # The first row is shown as it is read: four tiles of 4 features, row by row, and the whole.
+    # The first row as the model gets it: four tiles of 4 features, row by row, and the global image.
     assert "<row_1_col_2><image 4>" in said and "<global-img><image 4><fake_token_around_image>" in said
     rows = pack_dataset(dataset, config, 0, images=ImageBatcher(images))
     assert rows.rows_of_epoch(0) > 0
@@ -350,15 +350,15 @@ def test_evaluation_asks_without_them_and_says_so(directory, tmp_path, capsys):
     assert [row.get("status") for row in rows] == [
         "without its image: image not found", None, None, f"without its image: {UNREADABLE}", *[None] * 4,
     ]  # fmt: skip
-    # Its picture's 16 tokens, and nothing else, are what such a question lacks.
+    # Its image's 16 tokens, and nothing else, are what such a question lacks.
     assert rows[1]["read"] - rows[0]["read"] == 16
     assert evaluate(config, str(tmp_path / "run")) == metrics
 
 
-def test_a_checkpoint_of_an_unsupported_tower_is_refused(tmp_path):
+def test_a_checkpoint_of_an_unsupported_vision_encoder_is_refused(tmp_path):
     for kind, change, words in (
         ("llava", {}, "architecture 'llava' is not supported; supported: .*paligemma"),
-        ("paligemma", {"vision_config": {"model_type": "dinov2"}}, "vision tower 'dinov2' is not supported"),
+        ("paligemma", {"vision_config": {"model_type": "dinov2"}}, "vision encoder 'dinov2' is not supported"),
     ):
         write_json(tmp_path / "config.json", {"model_type": kind, **change})
         with pytest.raises(UserError, match=f"{tmp_path}/config.json: {words}"):

@@ -1,8 +1,9 @@
-"""What a frozen tower sees, kept on disk: the same from one device, eight, or two processes, whole, and of its tower."""
+"""Cached features of a frozen vision encoder: the same from one device, eight, or two processes; whole, and of their model."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -22,13 +23,14 @@ from sqa_jax.parallel.mesh import make_mesh
 from sqa_jax.parallel.processes import main_first
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.runtime import Runtime, make_decoder
-from tests.parallel.test_processes import ends, launch, port
+from tests.support.process_group import free_port, launch, wait_for_all
 from tests.support.vision_pair import png, problem
 
-# More pictures than go through the tower at once, and of several sizes.
+# More images than one batch, and of several sizes.
 PROBLEMS = [problem(str(k), png(k, (30 + 60 * (k % 3), 40 + 50 * (k % 2)))) for k in range(11)]
 
 
+@functools.cache
 def runtime_on(devices: int, dtype: str = "float32") -> Runtime:
     config = default()
     config.student.dtype = dtype
@@ -38,7 +40,7 @@ def runtime_on(devices: int, dtype: str = "float32") -> Runtime:
 
 
 def features(cache: Path, devices: int = 8, dtype: str = "float32"):
-    """(pictures, their features) of a student with random weights."""
+    """(images, their features) of a model with random weights."""
     runtime = runtime_on(devices, dtype)
     with main_first():
         images = load_images(cache, runtime.student.config.vision, runtime.student.config.vocab_size, PROBLEMS)
@@ -50,7 +52,7 @@ def alone(tmp_path_factory):
     return features(tmp_path_factory.mktemp("alone"), 1)
 
 
-def test_features_are_what_the_tower_sees_of_each_picture(alone):
+def test_features_are_those_of_each_image_alone(alone):
     images, found = alone
     runtime, vision = runtime_on(1), images.vision
     assert found.shape == (images.feature_offsets[-1], 64) and len(images.sizes) == 11
@@ -58,21 +60,21 @@ def test_features_are_what_the_tower_sees_of_each_picture(alone):
     rows = cached.ImageBatcher(images)
     for number in (0, 4, 10):
         span = slice(*images.feature_offsets[number : number + 2])
-        _, row = rows(np.arange(span.start, span.stop) + images.vocabulary, 64)
-        own = run(runtime.student.params["vision"], jax.tree.map(lambda array: array[None], row.encoder))
-        np.testing.assert_allclose(found[span], own[0, : span.stop - span.start], atol=1e-5)
+        _, row = rows(np.arange(span.start, span.stop) + images.vocab_size, 64)
+        expected = run(runtime.student.params["vision"], jax.tree.map(lambda array: array[None], row.encoder))
+        np.testing.assert_allclose(found[span], expected[0, : span.stop - span.start], atol=1e-5)
 
 
-def test_eight_devices_and_two_processes_see_the_same(alone, tmp_path):
+def test_eight_devices_and_two_processes_compute_the_same(alone, tmp_path):
     images, expected = alone
     _, found = features(tmp_path / "devices")
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    address, worker = f"127.0.0.1:{port()}", Path(__file__).parent.parent / "support" / "features_worker.py"
+    address, worker = f"127.0.0.1:{free_port()}", Path(__file__).parent.parent / "support" / "features_worker.py"
     started = launch(lambda index: [worker, address, 2, index, tmp_path / "processes"], 2, 8)
-    for code, _, err in ends(started):
+    for code, _, err in wait_for_all(started):
         assert code == 0, err[-2000:]
     (path,) = (tmp_path / "processes").glob("features-*")
-    assert path.name in {own.name for own in (tmp_path / "devices").iterdir()}
+    assert path.name in {folder.name for folder in (tmp_path / "devices").iterdir()}
     found = np.fromfile(path / "features.bin", np.float32).reshape(expected.shape)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -94,13 +96,13 @@ def test_interrupted_or_damaged_features_are_never_read(tmp_path, monkeypatch):
         patched.setattr(cached, "write_json", full)
         with pytest.raises(UserError, match="the disk is full"):
             features(tmp_path, 1)
-    assert [own.name.split("-")[0] for own in tmp_path.iterdir()] == ["pictures"]
+    assert [folder.name.split("-")[0] for folder in tmp_path.iterdir()] == ["pictures"]
     images, found = features(tmp_path, 1)
     (path,) = tmp_path.glob("features-*")
     (path / "features.bin").write_bytes(found.tobytes()[:-4])
     with pytest.raises(UserError, match=f"{path}: damaged .*; remove this folder"):
         features(tmp_path, 1)
-    # Another tower has its own.
+    # Another model has other features.
     runtime = runtime_on(1)
     other = runtime._replace(student=dataclasses.replace(runtime.student, fingerprint="another"))
     cached.cached_features(tmp_path, other, images)

@@ -271,7 +271,7 @@ def test_options_survive_transformers(pair):
 
 
 @pytest.mark.parametrize(
-    "own, processor, message",
+    "change, processor, message",
     [
         ({"vision_config": {}, "model_type": "llava"}, {}, "llava"),
         ({"vision_config.model_type": "siglip_vision_model"}, {}, "siglip_vision_model"),
@@ -291,9 +291,9 @@ def test_options_survive_transformers(pair):
         ({}, {"image_std": [0.5, 0.5, 0]}, "positive numbers"),
     ],
 )
-def test_unsupported_files_are_refused_by_name(own, processor, message):
+def test_unsupported_files_are_refused_by_name(change, processor, message):
     raw = copy.deepcopy(PUBLISHED)
-    for key, value in own.items():
+    for key, value in change.items():
         *above, last = key.split(".")
         (raw[above[0]] if above else raw)[last] = value
     with pytest.raises(UserError, match=f"^here: .*{message}.*; .+"):
@@ -343,7 +343,7 @@ def test_images_of_any_size(width, height):
         return
     try:
         one = check_same_pixels(vision, image)
-    except UserError as error:  # transformers goes beyond its own bound
+    except UserError as error:  # transformers goes beyond its bound
         assert "too elongated for 4096 pixels" in str(error) and max(width, height) > 64 * min(width, height)
         return
     assert 64 <= one.rows * one.columns * 16 <= 4096

@@ -285,7 +285,7 @@ def test_rematerialisation_changes_no_gradient():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Bytes, and the special tokens of both families; "\\n\\n" is a token of its own, as it is in SmolLM's vocabulary."""
+    """Bytes, and the special tokens of both families; "\\n\\n" is one token, as it is in SmolLM's vocabulary."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -316,8 +316,8 @@ def test_prompts_of_images(tokenizer, size):
             processor_of(module, vision), tokenizer, image_seq_len=vision.features_per_piece
         )
         (expected,) = processor(images=[image], text=["User: <image>What is it?\n"])["input_ids"]
-        before, behind = (tokenizer(text)["input_ids"] for text in ("User: ", "What is it?\n"))
-        assert before + ids + behind == expected
+        before, after = (tokenizer(text)["input_ids"] for text in ("User: ", "What is it?\n"))
+        assert before + ids + after == expected
         written = get_image_prompt_string(
             shown.rows, shown.columns, vision.features_per_piece, "<fake_token_around_image>", "<image>", "<global-img>"
         )
@@ -467,8 +467,8 @@ def test_a_tensor_that_is_there_twice_is_refused():
 @pytest.mark.parametrize("family", list(MODULES))
 def test_configurations_survive_writing_and_reading(family):
     module, vision = tiny(family)
-    own = dataclasses.replace(vision.pixels, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), resample=2, rescale=0.003)
-    vision = dataclasses.replace(vision, pixels=own)
+    transform = dataclasses.replace(vision.pixels, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), resample=2, rescale=0.003)
+    vision = dataclasses.replace(vision, pixels=transform)
     if family != "paligemma":
         vision = dataclasses.replace(vision, splits=False, longest_edge=77)
     text = {"text_config": {"hidden_size": 24}}
