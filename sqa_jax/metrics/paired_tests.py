@@ -53,7 +53,6 @@ def compare(
     Raises:
       ValueError: the numbers of questions n and m differ, or `over_seeds` with a single seed.
     """
-    first, second = np.atleast_2d(np.asarray(first, float)), np.atleast_2d(np.asarray(second, float))
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"{first.shape[1]} and {second.shape[1]} questions cannot be paired")
     if over_seeds and min(len(first), len(second)) < 2:

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from sqa_jax.batches.config_data import config_records
 from sqa_jax.data.problem import Problem
 from sqa_jax.data.sources import ProblemSet
 from sqa_jax.data.teacher_records import TeacherRecord
-from sqa_jax.metrics.costs import teacher_cost
+from sqa_jax.metrics.costs import TeacherCost, teacher_cost
 from sqa_jax.metrics.intervals import accuracy_interval
 from sqa_jax.metrics.leaderboard import correctness, score
 from sqa_jax.teach.prompts import prompt_of_record
 
 
-def existing_models(config, problems: ProblemSet) -> list[dict[str, Any]]:
-    """Accuracy and cost of each file, model and setting of `config.study.benchmark`, on the questions it replied to.
+class RecordedModel(TypedDict):
+    """Accuracy and cost of one model and setting, from one file of replies.
 
-    Returns:
-      {system, setting, form, metrics, low, high, cost, records}; `records` are the scored ones.
+    Attributes:
+      system, setting: the model's name, and the parts of its prompt.
+      form: format of its replies.
+      metrics: as `leaderboard.score` returns them.
+      low, high: 95 % interval of the accuracy, as fractions.
+      records: the scored replies.
     """
+
+    system: str
+    setting: str
+    form: Literal["JSON", "text"]
+    metrics: dict[str, Any]
+    low: float
+    high: float
+    cost: TeacherCost
+    records: list[TeacherRecord]
+
+
+def existing_models(config, problems: ProblemSet) -> list[RecordedModel]:
+    """Accuracy and cost of each file, model and setting of `config.study.benchmark`, on the questions it replied to."""
     by_pid = problems.all()
     groups: dict[tuple[str, str, str], list[TeacherRecord]] = collections.defaultdict(list)
     for file in config.study.benchmark:
@@ -30,7 +47,7 @@ def existing_models(config, problems: ProblemSet) -> list[dict[str, Any]]:
         for record in config_records(file_config, problems):
             if record.sample == 0:
                 groups[file, record.model, record.setting].append(record)
-    rows = []
+    rows: list[RecordedModel] = []
     for (_, model, setting), records in groups.items():
         order = [by_pid[record.pid] for record in records]
         predictions = {record.pid: record.answer for record in records}

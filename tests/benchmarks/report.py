@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sqa_jax.reporting.tables import markdown_table
 from tests.benchmarks.process import cores
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}  # nats a target token, between the first losses of both sides
@@ -50,10 +51,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def disagreement(results: dict[str, Any]) -> str:
-    """What is wrong where the first losses, before anything is learned, are further apart than rounding explains."""
+    """Non-empty if the first losses, before anything is learned, differ by more than rounding explains."""
     ours, theirs = (results["train"][side][0]["losses"][0] for side in ("ours", "theirs"))
-    most = TOLERANCE[results["work"]["dtype"]]
-    return f"losses of the first step {ours:.6f} and {theirs:.6f}" if not abs(ours - theirs) <= most else ""
+    tolerance = TOLERANCE[results["work"]["dtype"]]
+    return f"losses of the first step {ours:.6f} and {theirs:.6f}" if not abs(ours - theirs) <= tolerance else ""
 
 
 def _described(results: dict[str, Any]) -> str:
@@ -79,7 +80,7 @@ def _sides(results: dict[str, Any]) -> str:
         ours, theirs = results[name]["ours"], results[name]["theirs"]
         rows.append(_row(title, ours, theirs, "rate"))
         if grouped := results[name].get("theirs_grouped"):
-            rows.append(_row("… theirs dealt by length", ours, grouped, "rate"))
+            rows.append(_row("… theirs grouped by length", ours, grouped, "rate"))
             rows.append(_row("… theirs with our allocator settings", ours, results[name]["theirs_large_pages"], "rate"))
             rows.append(_row("first step from the process's start, s", ours[:1], theirs[:1], "first_step_s"))
             if len(ours) > 1:
@@ -89,7 +90,7 @@ def _sides(results: dict[str, Any]) -> str:
         return ""
     runs = len(ours)
     head = ["", "sqa_jax", "transformers + PEFT", "ratio (lowest–highest)"]
-    return f"Medians of {runs} run{'s' * (runs > 1)} of each side, in turn.\n\n{_table(head, rows)}"
+    return f"Medians of {runs} run{'s' * (runs > 1)} of each side, in turn.\n\n{markdown_table(head, rows)}"
 
 
 def _row(title: str, ours: Sequence[dict], theirs: Sequence[dict], key: str, unit: float = 1.0) -> list[str]:
@@ -103,11 +104,11 @@ def _agreement(results: dict[str, Any]) -> str:
     lines = []
     if "train" in results:
         ours, theirs = (results["train"][side][0] for side in ("ours", "theirs"))
-        apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+        difference = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
         norms = max(abs(a / b - 1) for a, b in zip(ours["gradient_norms"], theirs["gradient_norms"], strict=True))
         lines.append(
             f"Loss of the first step {ours['losses'][0]:.6f} and {theirs['losses'][0]:.6f}; of all {len(ours['losses'])} "
-            f"steps within {apart:.1e} nats, gradient norms within {100 * norms:.2g} %."
+            f"steps within {difference:.1e} nats, gradient norms within {100 * norms:.2g} %."
         )
     for name, key in (("likelihood", "answers"), ("generate", "texts")):
         if name in results:
@@ -118,7 +119,7 @@ def _agreement(results: dict[str, Any]) -> str:
 
 
 def _account(account: dict[str, list[dict]]) -> str:
-    """Seconds, operations and rates of a step's parts."""
+    """Seconds, FLOPs and rates of a step's parts."""
 
     def median(values) -> float:
         return statistics.median(values)
@@ -139,7 +140,7 @@ def _account(account: dict[str, list[dict]]) -> str:
     count, seconds = parts["whole step"]
     head = ["part of a step", "seconds", "GFLOP", "GFLOP/s", "of the products' rate"]
     return (
-        f"{_table(head, rows)}\n\nAt the rate of its products alone the step would take {_short(count / rate)} s; "
+        f"{markdown_table(head, rows)}\n\nAt the rate of its products alone the step would take {_short(count / rate)} s; "
         f"{_short(seconds - count / rate)} s go elsewhere."
     )
 
@@ -147,14 +148,9 @@ def _account(account: dict[str, list[dict]]) -> str:
 def _loader(runs: Sequence[dict]) -> str:
     loaded, ready, waited = (statistics.median(run[key] for run in runs) for key in ("loaded", "ready", "waited"))
     return (
-        f"A step with the loader takes {_short(loaded)} s, with a batch that lies ready {_short(ready)} s; "
+        f"A step with the loader takes {_short(loaded)} s, with a batch already on the device {_short(ready)} s; "
         f"{1000 * waited:.2f} ms of it wait for the batch."
     )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *rows])
 
 
 def _short(value: float) -> str:

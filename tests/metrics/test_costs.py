@@ -1,4 +1,4 @@
-"""What a study costs: operations against the compiler's count, tokens against the rows of a run, money by hand."""
+"""Costs: FLOPs against the compiler's count, tokens against the packed rows of a run, prices by hand."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ def student():
 
 
 def batch():
-    """A row of which every token is read and every token is a target."""
+    """A row without padding in which every token is a target."""
     ones, places = jnp.ones((1, T), jnp.int32), jnp.arange(T)[None]
     return Batch(ones, ones, places, places, ones, jnp.ones((1, T), jnp.float32))
 
 
 def counted(function, *arguments) -> float:
     lowered = jax.jit(function).lower(*arguments)
-    return lowered.compile({"xla_backend_optimization_level": 3}).cost_analysis()["flops"]  # as users compile it
+    return lowered.compile({"xla_backend_optimization_level": 3}).cost_analysis()[
+        "flops"
+    ]  # the optimization level outside of tests
 
 
 def test_a_forward_pass_is_what_the_compiler_counts(student):
-    """Within 3 %, which are norms, rotations and softmax. Every token meets all T keys: the mask saves nothing here."""
+    """Within 3 %, which are norms, rotations and softmax. Every query is multiplied with all T keys: the mask saves nothing here."""
     config, decoder, params = student
     row = batch()
 
@@ -108,7 +110,7 @@ def test_sums_over_a_run(tmp_path):
     assert cost["flops"] == by_hand
 
 
-def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
+def test_tokens_of_a_run_are_those_of_its_rows(tmp_path):
     """Counted again from the packed rows of a run's steps, of which one goes over the end of the first epoch."""
     import numpy as np
 
@@ -116,10 +118,8 @@ def test_tokens_of_a_run_are_those_of_its_rows(tmp_path, monkeypatch):
     from sqa_jax.batches.dataset import build_or_reuse
     from sqa_jax.batches.loader import pack_dataset
     from sqa_jax.checkpoints.load import load_student
-    from sqa_jax.parallel.mesh import make_mesh
     from sqa_jax.training.loop import train
 
-    monkeypatch.setattr("sqa_jax.runtime.make_mesh", lambda settings: make_mesh(settings, jax.devices()[:1]))
     config = default()
     config.update_from_flattened_dict(
         {

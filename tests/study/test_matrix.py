@@ -82,6 +82,12 @@ def test_settings_of_a_run():
     assert config.recipe.arm == "golden" and config.seed == 0, "the study's own settings stay as they are"
 
 
+def test_overrides_may_use_the_old_name_of_a_setting():
+    config = configuration(study__overrides=("lora adapter.lora.tower=True",))
+    assert config_of_run(config, StudyRun("random:tiny", "golden", "lora", 0)).adapter.lora.vision_encoder is True
+    assert config_of_run(config, StudyRun("random:tiny", "zero_shot", "none", 0)).adapter.lora.vision_encoder is False
+
+
 # ---- what is refused
 
 

@@ -1,4 +1,4 @@
-"""The study verb on a random student: whole, stopped, failing, grown, started again."""
+"""The study verb on a random student: complete, stopped, failing, extended, resumed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 
 from configs.study_test import get_config
+from sqa_jax.batches.config_data import load_config_problems
+from sqa_jax.config_aliases import RENAMED
 from sqa_jax.errors import UserError
-from sqa_jax.study.execute import Interrupted
+from sqa_jax.study.execute import Executor, Interrupted
 from sqa_jax.study.hypotheses import HYPOTHESES
+from sqa_jax.study.matrix import study_runs
 from sqa_jax.study.run import run_study
 from tests.support.verbs import run_verb
 
+TEST_QUESTIONS = 16
 VERDICTS = ("supported", "contradicted", "undecided")
 
 
@@ -26,7 +30,9 @@ def questions(tmp_path_factory) -> Path:
     from sqa_jax.data import sample
 
     made, root = sample.generate(), tmp_path_factory.mktemp("questions")
-    splits = {split: made.splits[split][:count] for split, count in (("train", 16), ("val", 4), ("test", 24))}
+    splits = {
+        split: made.splits[split][:count] for split, count in (("train", 12), ("val", 2), ("test", TEST_QUESTIONS))
+    }
     kept = {pid for pids in splits.values() for pid in pids}
     problems = {pid: {k: v for k, v in made.problems[pid].items() if k not in ("drawing", "image")} for pid in kept}
     (root / "problems.json").write_text(json.dumps(problems))
@@ -43,7 +49,7 @@ def small(questions, tmp_path_factory):
     shared = {
         "data.source": "dir", "data.path": str(questions), "data.teacher": replies, "study.benchmark": replies,
         "data.cache": str(tmp_path_factory.mktemp("datasets")), "data.train_limit": 0, "train.epochs": 2.0,
-        "study.seeds": (0,),
+        "study.seeds": (0,), "student.remat": "none",
         # So that a study of fewer arms trains on the same questions.
         "study.same_questions": False,
     }  # fmt: skip
@@ -109,7 +115,7 @@ def test_every_arm_and_every_hypothesis(whole):
     assert all(run["status"] == "finished" for run in results["runs"]), results["runs"]
     assert [row["name"] for row in results["hypotheses"]] == [h.name for h in HYPOTHESES if not h.soft]
     for row in results["hypotheses"]:
-        assert row["verdict"] in VERDICTS and row["n"] == 24 and row["adjusted_p"] >= row["p"]
+        assert row["verdict"] in VERDICTS and row["n"] == TEST_QUESTIONS and row["adjusted_p"] >= row["p"]
         assert row["low"] <= row["difference"] <= row["high"] and 0 < row["smallest"] <= 1
     trained = [row for row in results["systems"] if "training" in row]
     tokens = system(results, "golden")["training"]["tokens"]
@@ -157,7 +163,8 @@ def test_numbers_are_those_of_the_predictions(grown, questions):
         return [row["answer"] == right[row["pid"]]["answer"] for row in rows]
 
     share = {
-        arm: [sum(answered(arm, "lora", f"seed{seed}")) / 24 for seed in (0, 1)] for arm in ("golden", "teacher_answer")
+        arm: [sum(answered(arm, "lora", f"seed{seed}")) / TEST_QUESTIONS for seed in (0, 1)]
+        for arm in ("golden", "teacher_answer")
     }
     for arm, by_seed in share.items():
         row = system(results, arm)
@@ -166,7 +173,7 @@ def test_numbers_are_those_of_the_predictions(grown, questions):
         assert row["spread"] == pytest.approx(100 * abs(by_seed[0] - by_seed[1]) / 2**0.5)
         assert row["low"] <= row["columns"]["AVG"] + 0.01 and row["columns"]["AVG"] - 0.01 <= row["high"]
     assert system(results, "zero_shot")["columns"]["AVG"] == pytest.approx(
-        100 * sum(answered("zero_shot", "none", "seed0")) / 24, abs=0.01
+        100 * sum(answered("zero_shot", "none", "seed0")) / TEST_QUESTIONS, abs=0.01
     )
     (row,) = [row for row in results["hypotheses"] if row["name"] == "H3.1"]
     by_seed = [b - a for a, b in zip(share["golden"], share["teacher_answer"], strict=True)]
@@ -228,11 +235,29 @@ def test_settings_that_change_no_result_are_free(whole, small, questions, monkey
     assert run_study(config, str(root), "the command")["systems"] == results["systems"]
 
 
+def test_a_run_from_before_settings_were_renamed_is_finished(small, tmp_path):
+    """Its run.json has the settings' old names; a different value is still found."""
+    config = small()
+    executor, run = Executor(config, tmp_path, load_config_problems(config)), study_runs(config)[1]
+    settings = executor.settings(run)
+    old = {key: name for name, key in RENAMED.items()}
+    record = {"status": "finished", "settings": {old.get(key, key): value for key, value in settings.items()}}
+    assert record["settings"].keys() != settings.keys()
+    file = run.folder(tmp_path) / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(record))
+    assert executor.finished_record(run) == record
+    record["settings"]["student.picture_tokens"] = 7
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="student.max_image_tokens was 7 and is 0"):
+        executor.finished_record(run)
+
+
 # ---- mishaps
 
 
 def term_at(step):
-    """A `Reporter.step` behind whose report of a step SIGTERM comes."""
+    """A `Reporter.step` that sends SIGTERM after the report of a step."""
     from sqa_jax.training.reporter import Reporter
 
     def report(self, number, *rest, report=Reporter.step):
@@ -248,7 +273,7 @@ def losses(folder):
 
 
 def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, tmp_path, monkeypatch):
-    """SIGTERM in training, a kill in evaluation, an error in another evaluation: nothing is done twice or lost."""
+    """SIGTERM in training, a kill in evaluation, an error in another evaluation: nothing is repeated or lost."""
     import sqa_jax.evaluation.evaluate
     from sqa_jax.inference.answer import make_answerer
     from sqa_jax.training.reporter import Reporter
@@ -272,7 +297,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
     with pytest.raises(UserError, match="was made with other settings .optimizer.b1 was 0.9 and is 0.8"):
         run_study(small(study__arms=("golden",), study__explanations=0, optimizer__b1=0.8), str(tmp_path))
 
-    # Killed when five questions are answered.
+    # Killed after five answers.
     def killed(config, runtime, images, make=make_answerer):
         def some(*arguments):
             for count, one in enumerate(make(config, runtime, images)(*arguments)):
@@ -288,7 +313,7 @@ def test_stopped_and_failing_a_study_ends_as_if_nothing_had_been(whole, small, t
     (partial,) = (golden / "eval" / "test").glob("partial-*.jsonl")
     assert len(read(partial)) == 5
 
-    # Another run's evaluation fails: it is reported, and what was tested with it is not.
+    # Another run's evaluation fails: it is reported, and its hypothesis is not tested.
     def broken(config, workdir, runtime, evaluate=sqa_jax.evaluation.evaluate.evaluate):
         if "teacher_answer" in workdir:
             raise RuntimeError("the device is\non fire")
