@@ -1,4 +1,4 @@
-"""Cached features of a frozen vision encoder: the same from one device, eight, or two processes; whole, and of their model."""
+"""Cached features of a frozen vision encoder: the same from one device, four, or two processes; whole, and of their model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def runtime_on(devices: int, dtype: str = "float32") -> Runtime:
     return Runtime(mesh, student, make_decoder(config, student.config, mesh))
 
 
-def features(cache: Path, devices: int = 8, dtype: str = "float32"):
+def features(cache: Path, devices: int = 4, dtype: str = "float32"):
     """(images, their features) of a model with random weights."""
     runtime = runtime_on(devices, dtype)
     with main_first():
@@ -65,12 +65,12 @@ def test_features_are_those_of_each_image_alone(alone):
         np.testing.assert_allclose(found[span], expected[0, : span.stop - span.start], atol=1e-5)
 
 
-def test_eight_devices_and_two_processes_compute_the_same(alone, tmp_path):
+def test_four_devices_and_two_processes_compute_the_same(alone, tmp_path):
     images, expected = alone
     _, found = features(tmp_path / "devices")
     np.testing.assert_allclose(found, expected, atol=1e-5)
     address, worker = f"127.0.0.1:{free_port()}", Path(__file__).parent.parent / "support" / "features_worker.py"
-    started = launch(lambda index: [worker, address, 2, index, tmp_path / "processes"], 2, 8)
+    started = launch(lambda index: [worker, address, 2, index, tmp_path / "processes"], 2)
     for code, _, err in wait_for_all(started):
         assert code == 0, err[-2000:]
     (path,) = (tmp_path / "processes").glob("features-*")
