@@ -112,7 +112,7 @@ def whole(tmp_path_factory):
 
 def test_a_run_survives_its_processes(whole, tmp_path):
     """Four processes of which one is killed; two on another mesh, one of which gets SIGTERM; then one, to the end."""
-    config, reference = whole
+    config, uninterrupted = whole
     workdir = tmp_path / "run"
     four = launch(verb(config, workdir, 4), 4)
     assert wait_for_step(workdir, 5, four[0].process)
@@ -138,25 +138,25 @@ def test_a_run_survives_its_processes(whole, tmp_path):
 
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 4, 1, 1
     assert train(config, str(workdir), four_devices(config))["finished"]
-    found, expected = losses(workdir), losses(reference)
+    found, expected = losses(workdir), losses(uninterrupted)
     assert len(found) == 24 + 2
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # Adam amplifies the last bit of a sum's order
-    adapters = [last_adapter(run, config)[1]["adapter"] for run in (workdir, reference)]
+    adapters = [last_adapter(run, config)[1]["adapter"] for run in (workdir, uninterrupted)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *adapters)
 
 
 def test_two_processes_evaluate_as_one(whole, tmp_path):
-    config, reference = whole
-    alone = evaluate(config, str(reference), four_devices(config))
-    predictions = (reference / "eval" / "test" / "predictions.jsonl").read_text()
-    (reference / "eval" / "test").rename(reference / "eval" / "alone")
+    config, uninterrupted = whole
+    alone = evaluate(config, str(uninterrupted), four_devices(config))
+    predictions = (uninterrupted / "eval" / "test" / "predictions.jsonl").read_text()
+    (uninterrupted / "eval" / "test").rename(uninterrupted / "eval" / "alone")
     address = f"127.0.0.1:{free_port()}"
-    flags = ["--coordinator", address, "--processes", 2, "--workdir", reference]
+    flags = ["--coordinator", address, "--processes", 2, "--workdir", uninterrupted]
     started = launch(lambda index: ["-m", "sqa_jax.evaluate", *flags, "--process", index], 2)
     (code, out, err), (other, silent, _) = wait_for_all(started)
     assert code == other == 0, err[-2000:]
     assert f'"AVG": {alone["AVG"]}' in out and not verb_lines(silent)
-    assert (reference / "eval" / "test" / "predictions.jsonl").read_text() == predictions
+    assert (uninterrupted / "eval" / "test" / "predictions.jsonl").read_text() == predictions
 
 
 def losses(workdir) -> list[float]:

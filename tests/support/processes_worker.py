@@ -1,4 +1,4 @@
-"""One of several processes that train together; prints as JSON what each case, [methods, mesh], gave.
+"""One of several processes that train together; prints the result of each case, [methods, mesh], as JSON.
 
 Usage: processes_worker.py HOST:PORT PROCESSES PROCESS CASES-AS-JSON
 """
@@ -22,8 +22,8 @@ def main() -> None:
     for methods, mesh in cases:
         losses, adapter = trained(methods, mesh)
         leaves = jax.tree_util.tree_leaves_with_path(adapter)
-        picked = {jax.tree_util.keystr(path): leaf.ravel()[::7].tolist() for path, leaf in leaves}
-        results.append({"losses": losses, "adapter": picked})
+        sampled = {jax.tree_util.keystr(path): leaf.ravel()[::7].tolist() for path, leaf in leaves}
+        results.append({"losses": losses, "adapter": sampled})
     print("RESULT " + json.dumps(results), flush=True)
 
 
