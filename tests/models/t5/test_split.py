@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sqa_jax.models.t5.model import distance_buckets
+from sqa_jax.models.t5.layers import distance_buckets
 from sqa_jax.models.t5.split import split
 from tests.support.t5_checkpoint import START, packed_row
 
