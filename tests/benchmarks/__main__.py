@@ -1,19 +1,19 @@
-"""Measures this package beside Hugging Face transformers + PEFT, on the same work and the same machine.
+"""Benchmarks this package against Hugging Face transformers + PEFT, on the same work and the same machine.
 
 Both sides get the same weights, adapter, examples of each step, learning rates, options and prompts, and all cores
-or the accelerator. Each measurement is a process of its own, the two sides in turn; what is reported are medians,
+or the accelerator. Each measurement runs in a process of its own, the two sides alternating; reported are medians,
 and the ratios of neighbouring runs with their range. The losses, answers and texts of both are compared, too.
 
-  train        real tokens/s of LoRA training, time to the first step, peak memory; their examples also dealt by
-               length, and theirs with the allocator settings of launch/environment.sh, too
-  likelihood   questions/s where the options' likelihood answers, peak memory
+  train        real tokens/s of LoRA training, time to the first step, peak memory; their examples also grouped
+               by length, and theirs with the allocator settings of launch/environment.sh, too
+  likelihood   questions/s of multiple-choice scoring by log-likelihood, peak memory
   generate     greedy tokens/s, peak memory
   account      where this package's training step spends its time, against the machine's rate of matrix products
-  loader       seconds of a step with the loader and with a batch that lies ready
+  loader       seconds of a step with the loader and with a batch that is on the device already
 
 Reads:  what --config names, and of --run its best adapter. Needs `pip install -e '.[bench]'`.
 Writes: WORKDIR/results.json, WORKDIR/results.md, and WORKDIR/runs/ with each process's result and output. What an
-        earlier benchmark left there is replaced.
+        earlier benchmark left there is overwritten.
 
 Examples:
   python -m tests.benchmarks --workdir runs/benchmark --config.data.source=dir --config.data.path=DIR
@@ -40,14 +40,14 @@ OURS, THEIRS = "tests.benchmarks.ours", "tests.benchmarks.theirs"
 
 
 class Side(NamedTuple):
-    """A process to measure; with `large_pages`, the allocator settings of the launch scripts are left to it."""
+    """A process to measure; `large_pages`: with the allocator settings of the launch scripts."""
 
     module: str
     task: str
     large_pages: bool = False
 
 
-# measurement → side → its process. Theirs is started as its users start it, and trains with our settings, too.
+# measurement → side → its process. Theirs runs as its users start it, and trains with our allocator settings, too.
 SIDES = {
     "train": {
         "ours": Side(OURS, "train", True),
@@ -81,7 +81,7 @@ def benchmark(config, workdir: str, measures: list[str], repeats: int, **other: 
         raise UserError(f"--repeats is {repeats}; measure once or more")
     root = Path(workdir)
     if root.exists() and any(root.iterdir()) and not (root / "benchmark.json").exists():
-        raise UserError(f"--workdir {root}: holds something else than a benchmark; name a new directory")
+        raise UserError(f"--workdir {root}: holds something else than a benchmark; choose a new directory")
     for left in ("student", "adapter", "runs"):
         shutil.rmtree(root / left, ignore_errors=True)
     config.data.cache = str(root / "datasets")
@@ -116,11 +116,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     cli.define_config("tests/benchmarks/config.py")
-    flags.DEFINE_multi_enum("measure", ["train", "likelihood", "generate"], list(SIDES), "What; may be given often.")
+    flags.DEFINE_multi_enum("measure", ["train", "likelihood", "generate"], list(SIDES), "What to measure; repeatable.")
     flags.DEFINE_integer("repeats", 3, "Runs of each side.")
     flags.DEFINE_string(
         "run", "", "Workdir of a finished training whose best adapter both use; without it a random one."
     )
-    flags.DEFINE_string("tokenizer", "", "A student whose tokenizer is used, where the benchmarked one has none.")
-    flags.DEFINE_integer("batch_options", 16, "Options that transformers + PEFT read in one batch.")
+    flags.DEFINE_string("tokenizer", "", "A student whose tokenizer is used if the benchmarked one has none.")
+    flags.DEFINE_integer("batch_options", 16, "Options that transformers + PEFT score in one batch.")
     cli.run(main)

@@ -1,4 +1,4 @@
-"""Where a training step's time goes: its parts on their own, against the machine's rate of matrix products."""
+"""Where a training step's time goes: its parts alone, against the machine's rate of matrix products."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.benchmarks.process import PRODUCTS, seconds_of, serve
 
 
 def product_flops(products: list[list[int]]) -> int:
-    """Operations of [times, N, in, out]: that many products [N, in] · [in, out] each."""
+    """FLOPs of [times, N, in, out]: that many products [N, in] · [in, out] each."""
     return sum(2 * times * n * width_in * width_out for times, n, width_in, width_out in products)
 
 
 def products(root: Path, _: float) -> dict[str, float]:
-    """The forward pass's products with weights and nothing else, in XLA."""
+    """The forward pass's matrix products with weights, and nothing else, in XLA."""
     work = read_json(root / "work.json", "the work of this benchmark")
     multiply, total, key = jax.jit(jnp.matmul), 0.0, jax.random.key(0)
     for times, n, width_in, width_out in work["products"]:
@@ -37,9 +37,9 @@ def products(root: Path, _: float) -> dict[str, float]:
 
 
 def account(root: Path, _: float) -> dict[str, Any]:
-    """Seconds and model operations of a micro-batch's forward pass, of forward and backward, and of a whole step.
+    """Seconds and model FLOPs of a micro-batch's forward pass, of forward and backward, and of a whole step.
 
-    Operations count real tokens only, so padding is among what makes a part slower than the products.
+    FLOPs count real tokens only, so padding is among what makes a part slower than the products.
     """
     training = begin(root)
     config, runtime, state = training.config, training.runtime, training.state
@@ -62,13 +62,13 @@ def account(root: Path, _: float) -> dict[str, Any]:
     }
 
     def whole() -> None:
-        nonlocal state  # each step takes the state before it away
+        nonlocal state  # each step donates the state before it
         state = jax.block_until_ready(training.step(state, base, batch)[0])
 
     seconds["whole step"] = seconds_of(whole)
 
     def counts(part) -> tuple[int, float, int]:
-        """Real tokens, mean keys that one sees, and targets."""
+        """Real tokens, mean number of keys that one attends to, and targets."""
         real = np.asarray(part.segments) > 0
         return int(real.sum()), float(np.asarray(part.positions)[real].mean() + 1), int(part.target_mask.sum())
 

@@ -1,4 +1,4 @@
-"""What the benchmark measures unless told otherwise: LoRA on the 135M student, about eight questions a step."""
+"""The benchmark's default configuration: LoRA on the 135M student, about eight questions a step."""
 
 from sqa_jax.config import default
 

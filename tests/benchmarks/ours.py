@@ -1,4 +1,4 @@
-"""The work with this package: the parts that its verbs are made of, put together as they put them."""
+"""The work with this package: the building blocks of its verbs, composed as the verbs compose them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from sqa_jax.batches.batch import Batch
 from sqa_jax.batches.config_data import load_config_problems
 from sqa_jax.batches.dataset import build_or_reuse
 from sqa_jax.batches.loader import make_loader, pack_dataset, training_steps
@@ -21,11 +22,9 @@ from sqa_jax.training.step import TrainState, compile_step, init_state, make_ste
 from tests.benchmarks.process import WARM, host_peak, serve
 from tests.benchmarks.work import adapter_of, questions_of, settings_of
 
-Batch = dict[str, jax.Array]
-
 
 class Training(NamedTuple):
-    """What the training verb has at hand when its loop begins."""
+    """The inputs of the training loop."""
 
     config: Any
     runtime: Runtime
@@ -37,7 +36,7 @@ class Training(NamedTuple):
 
 
 def begin(root: Path) -> Training:
-    """Everything in front of the training verb's loop."""
+    """Everything that the training verb does before its loop."""
     config, runtime, adapter = _begin(root)
     dataset, _ = build_or_reuse(config, runtime.student.tokenizer, load_config_problems(config))
     rows = pack_dataset(dataset, config, runtime.student.tokenizer.pad_token_id)
@@ -55,7 +54,7 @@ def begin(root: Path) -> Training:
 
 
 def train(root: Path, started: float) -> dict[str, Any]:
-    """The verb's loop without validation and checkpoints: metrics are looked at while the next step runs."""
+    """The verb's loop without validation and checkpoints: metrics are read while the next step runs."""
     training = begin(root)
     state, base = training.state, training.runtime.student.params
     losses, norms, tokens, pending = [], [], 0, None
@@ -90,7 +89,7 @@ def train(root: Path, started: float) -> dict[str, Any]:
 
 
 def loader(root: Path, _: float) -> dict[str, Any]:
-    """Seconds of a step with the loader, and with one batch that lies ready, in turn."""
+    """Seconds of a step with the loader, and with one batch that is on the device already, alternating."""
     training = begin(root)
     state, base = training.state, training.runtime.student.params
     ready = next(training.batches)
@@ -109,7 +108,7 @@ def loader(root: Path, _: float) -> dict[str, Any]:
 
 
 def likelihood(root: Path, _: float) -> dict[str, Any]:
-    """`config.eval.mode=likelihood`; the first time compiles, the second is measured."""
+    """`config.eval.mode=likelihood`; the first run compiles, the second is measured."""
     config, runtime, adapter = _begin(root)
     questions, ask = questions_of(config), LikelihoodAnswerer(config, runtime)
     for _ in range(2):
@@ -121,7 +120,7 @@ def likelihood(root: Path, _: float) -> dict[str, Any]:
 
 
 def generate(root: Path, _: float) -> dict[str, Any]:
-    """`config.eval.mode=generate`; the first time compiles, the second is measured."""
+    """`config.eval.mode=generate`; the first run compiles, the second is measured."""
     config, runtime, adapter = _begin(root)
     questions, ask = questions_of(config), GenerativeAnswerer(config, runtime)
     for _ in range(2):

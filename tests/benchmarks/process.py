@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: nothing is warm, and its peak memory is its own."""
+"""One measurement in a separate process: no warm caches, and its own peak memory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, write_json
 
-WARM = 2  # training steps before the clock of the rate starts
-PRODUCTS = 4  # matrix products that are timed together, so that starting them on an accelerator does not count
+WARM = 2  # warm-up steps before the rate is measured
+PRODUCTS = 4  # matrix products timed together, to hide the dispatch latency of an accelerator
 
 
 def measure(module: str, task: str, large_pages: bool, root: Path, name: str) -> dict[str, Any]:
     """Runs `task` of `module`'s `serve` in a new process, and returns its result.
 
     Args:
-      large_pages: False takes the settings of the C library's allocator, where there are any, out of its environment.
-      root: the benchmark's directory. The result is kept as ROOT/runs/NAME.json, what was printed as NAME.log.
+      large_pages: False removes the C library's allocator settings from its environment.
+      root: the benchmark's directory. The result is written to ROOT/runs/NAME.json, the output to NAME.log.
 
     Raises:
       UserError: the process raised one, or failed otherwise; its last line is quoted.
@@ -46,7 +46,7 @@ def measure(module: str, task: str, large_pages: bool, root: Path, name: str) ->
 
 
 def serve(tasks: Mapping[str, Callable[[Path, float], dict[str, Any]]]) -> None:
-    """The other end of `measure`: runs a task, which gets the directory and when the process was started (Unix time)."""
+    """The child's side of `measure`: runs a task, which gets the directory and the process's start (Unix time)."""
     task, root, result, started = sys.argv[1:]
     try:
         write_json(result, tasks[task](Path(root), float(started)))
@@ -57,18 +57,18 @@ def serve(tasks: Mapping[str, Callable[[Path, float], dict[str, Any]]]) -> None:
 
 def cores() -> int:
     """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_peak() -> int:
-    """Most bytes of memory that this process has held."""
-    # Counts the parent's, too, up to the start of this program: the parent must be small, and is.
+    """Peak resident memory of this process, bytes."""
+    # Includes the parent's up to the start of this program: the parent must be small, and is.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Median time of `call`, which returns when its work is done; the first call does not count."""
+    """Median time of `call`, which blocks until its work is done; the first call is not counted."""
     taken = []
     for _ in range(6):
         clock = time.perf_counter()

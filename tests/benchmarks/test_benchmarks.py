@@ -1,11 +1,8 @@
-"""The benchmark: both sides do the same work, and what is reported is what was measured."""
+"""The benchmark: both sides do the same work, and the report holds what was measured."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,11 +10,13 @@ import pytest
 
 from sqa_jax.errors import UserError
 from sqa_jax.files import read_json, write_json
-from tests.benchmarks import ours, process, theirs, work
+from tests.benchmarks import ours, process, work
 from tests.benchmarks.__main__ import benchmark
 from tests.benchmarks.config import get_config
+from tests.benchmarks.grouping import group_by_length
 from tests.benchmarks.report import disagreement, machine, markdown
-from tests.conftest import ROOT
+from tests.support.runs import ONE_DEVICE
+from tests.support.verbs import run_verb
 
 TINY = {
     "student.path": "random:tiny", "recipe.max_prompt": 500, "train.row_length": 512, "train.batch_rows": 8,
@@ -26,54 +25,75 @@ TINY = {
 }  # fmt: skip
 
 
+def tiny_config(root, **change):
+    config = get_config()
+    config.update_from_flattened_dict(TINY | change)
+    config.data.cache = str(root / "datasets")
+    return config
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A directory with the work in it."""
     root = tmp_path_factory.mktemp("benchmark")
-    config = get_config()
-    config.update_from_flattened_dict(TINY)
-    config.data.cache = str(root / "datasets")
-    write_json(root / "benchmark.json", {"config": config.to_dict(), "run": "", "tokenizer": "", "batch_options": 5})
+    settings = {"config": tiny_config(root).to_dict(), "run": "", "tokenizer": "", "batch_options": 5}
+    write_json(root / "benchmark.json", settings)
     work.prepare(root, 0.0)
     return root
 
 
-def test_both_sides_train_alike(root):
+def test_both_sides_train_alike(root, reference):
     """Same losses and gradients from the first step to the last: same weights, adapter, examples and optimizer."""
-    mine, other = ours.train(root, time.time()), theirs.train(root, time.time())
-    np.testing.assert_allclose(mine["losses"], other["losses"], atol=1e-4)
-    np.testing.assert_allclose(mine["gradient_norms"], other["gradient_norms"], rtol=1e-3)
-    assert mine["losses"][-1] != mine["losses"][0]
+
+    def compute():
+        from tests.benchmarks import theirs
+
+        found = theirs.train(root, time.time())
+        return {key: np.array(found[key]) for key in ("losses", "gradient_norms")}
+
+    found, expected = ours.train(root, time.time()), reference("benchmarks/train", compute, 1e-4)
+    np.testing.assert_allclose(found["losses"], expected["losses"], atol=1e-4)
+    np.testing.assert_allclose(found["gradient_norms"], expected["gradient_norms"], rtol=1e-3)
+    assert found["losses"][-1] != found["losses"][0]
 
 
-def test_dealing_by_length_keeps_the_examples_and_saves_padding(root):
+def test_grouping_by_length_keeps_the_examples_and_saves_padding(root):
     def padded(batches):
         return sum(len(batch) * max(len(example["tokens"]) for example in batch) for batch in batches)
 
     before = read_json(root / "work.json", "")["batches"]
-    after = theirs.grouped(before)
+    after = group_by_length(before)
     assert len(after) == len(before) and padded(after) < padded(before)
     assert sorted(map(str, sum(after, []))) == sorted(map(str, sum(before, [])))
 
 
-def test_both_sides_answer_alike(root):
-    mine, other = ours.likelihood(root, 0.0), theirs.likelihood(root, 0.0)
-    assert mine["answers"] == other["answers"] and len(set(other["answers"])) > 1
-    mine, other = ours.generate(root, 0.0), theirs.generate(root, 0.0)
-    assert mine["texts"] == other["texts"] and all(other["texts"])
+def test_both_sides_answer_alike(root, reference):
+    def compute():
+        from tests.benchmarks import theirs
+
+        texts = json.dumps(theirs.generate(root, 0.0)["texts"]).encode()
+        answers = theirs.likelihood(root, 0.0)["answers"]
+        return {"answers": np.array(answers), "texts": np.frombuffer(texts, np.uint8)}
+
+    expected = reference("benchmarks/answers", compute)
+    texts = json.loads(expected["texts"].tobytes())
+    assert ours.likelihood(root, 0.0)["answers"] == expected["answers"].tolist()
+    assert len(set(expected["answers"].tolist())) > 1
+    assert ours.generate(root, 0.0)["texts"] == texts and all(texts)
 
 
-def test_one_command_measures_in_processes_of_their_own(tmp_path):
-    flags = [f"--config.{key}={value}" for key, value in (TINY | {"train.batch_rows": 2}).items()]
-    command = [sys.executable, "-m", "tests.benchmarks", "--workdir", str(tmp_path), "--measure=loader", "--repeats=1"]
-    # One device is enough, and compiles faster.
-    done = subprocess.run(
-        [*command, *flags], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_measurements_run_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE["XLA_FLAGS"])  # one device is enough, and compiles faster
+    config = tiny_config(tmp_path, **{"train.batch_rows": 2})
+    benchmark(config, str(tmp_path), ["loader"], 1, tokenizer="", run="", batch_options=16)
     (seconds,) = json.loads((tmp_path / "results.json").read_text())["loader"]["ours"]
     assert 0 < seconds["waited"] < seconds["loaded"] and seconds["ready"] > 0
-    assert (tmp_path / "results.md").read_text() in done.stdout
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+
+
+def test_mistakes_on_the_command_line(tmp_path):
+    done = run_verb("benchmarks", "--measure=loader", "--repeats=0", f"--workdir={tmp_path}", package="tests")
+    assert done.returncode == 2 and done.stderr == "error: --repeats is 0; measure once or more\n"
 
 
 def test_a_process_that_fails_is_quoted(tmp_path):
@@ -125,7 +145,7 @@ def results(ours_losses=(2.0, 1.5), dtype="float32"):
 def test_ratios_are_of_neighbouring_runs():
     page = markdown(results())
     assert "| training, real tokens/s | 6.5 | 2.5 | 2.50× (2.00–3.00) |" in page
-    assert "| … theirs dealt by length | 6.5 | 8.5 | 0.75× (0.50–1.00) |" in page
+    assert "| … theirs grouped by length | 6.5 | 8.5 | 0.75× (0.50–1.00) |" in page
     assert "| first step from the process's start, s | 40 | 20 | 2.00× (2.00–2.00) |" in page  # compiles
     assert "| … ours compiled before, s | 90 | 30 | 3.00× (3.00–3.00) |" in page
     # The products' rate is 2 GFLOP/s, so 6 GFLOP would take 3 s.

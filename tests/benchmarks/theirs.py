@@ -1,4 +1,4 @@
-"""The same work with transformers + PEFT, as their documentation does it, without anything that slows it needlessly."""
+"""The same work with transformers + PEFT, as their documentation does it, without needless slowdowns."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from sqa_jax.files import read_json
+from tests.benchmarks.grouping import group_by_length
 from tests.benchmarks.process import PRODUCTS, WARM, cores, host_peak, seconds_of, serve
 
 
@@ -23,16 +24,9 @@ def train(root: Path, started: float) -> dict[str, Any]:
 
 
 def train_grouped(root: Path, started: float) -> dict[str, Any]:
-    """The same examples dealt anew, so that those of a step are of like length (the Trainer's `group_by_length`)."""
+    """The same examples regrouped, so that those of a step are of like length (the Trainer's `group_by_length`)."""
     work = _work(root)
-    return _train(root, work, grouped(work["batches"]), started)
-
-
-def grouped(batches: Sequence[Sequence[dict]]) -> list[list[dict]]:
-    """The examples of all batches in as many, in random order; the Trainer, too, sorts what fifty batches hold."""
-    pool = sorted((example for batch in batches for example in batch), key=lambda example: len(example["tokens"]))
-    parts = np.array_split(np.arange(len(pool)), len(batches))
-    return [[pool[k] for k in parts[place]] for place in np.random.default_rng(0).permutation(len(parts))]
+    return _train(root, work, group_by_length(work["batches"]), started)
 
 
 def _train(root: Path, work: dict[str, Any], batches: Sequence[Sequence[dict]], started: float) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def _train(root: Path, work: dict[str, Any], batches: Sequence[Sequence[dict]], 
 
 @torch.no_grad()
 def likelihood(root: Path, _: float) -> dict[str, Any]:
-    """Each option behind its whole prompt, in padded batches of like length; the sum over the option's tokens."""
+    """Log-likelihood of each option after its whole prompt, in padded batches of like length."""
     work = _work(root)
     model = _model(root, work)
     pad = AutoTokenizer.from_pretrained(root / "student").pad_token_id
@@ -94,8 +88,8 @@ def likelihood(root: Path, _: float) -> dict[str, Any]:
         tokens, mask = _padded([ids for ids, *_ in batch], pad, model.device)
         logits = model(input_ids=tokens, attention_mask=mask).logits
         for row, (ids, begin, question, number) in enumerate(batch):
-            own = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1)
-            scores[question][number] = own.gather(-1, tokens[row, begin : len(ids), None]).sum().item()
+            log_probs = logits[row, begin - 1 : len(ids) - 1].float().log_softmax(-1)
+            scores[question][number] = log_probs.gather(-1, tokens[row, begin : len(ids), None]).sum().item()
 
     score(batches[0])
     _wait()
@@ -104,7 +98,7 @@ def likelihood(root: Path, _: float) -> dict[str, Any]:
         score(batch)
     _wait()
     seconds = time.perf_counter() - clock
-    answers = [int(np.argmax(own)) for own in scores]
+    answers = [int(np.argmax(of_question)) for of_question in scores]
     return {"rate": len(answers) / seconds, "peak_bytes": _peak(), "answers": answers}
 
 
@@ -115,28 +109,28 @@ def generate(root: Path, _: float) -> dict[str, Any]:
     model, tokenizer = _model(root, work), AutoTokenizer.from_pretrained(root / "student")
     order = sorted(range(len(work["prompts"])), key=lambda k: len(work["prompts"][k]))
     size = work["batch_questions"]
-    texts, written = [""] * len(order), 0
+    texts, generated = [""] * len(order), 0
 
-    def write(members: Sequence[int], most: int) -> list[list[int]]:
+    def continue_prompts(members: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         tokens, mask = _padded([work["prompts"][k] for k in members], tokenizer.pad_token_id, model.device, left=True)
-        out = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=most, do_sample=False)
+        out = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
         return out[:, tokens.shape[1] :].tolist()
 
-    write(order[:size], 2)
+    continue_prompts(order[:size], 2)
     _wait()
     clock = time.perf_counter()
     for start in range(0, len(order), size):
         members = order[start : start + size]
-        for k, ids in zip(members, write(members, work["max_new_tokens"]), strict=True):
-            length = next((place for place, token in enumerate(ids) if token in work["ends"]), len(ids))
-            written += min(length + 1, work["max_new_tokens"])
+        for k, ids in zip(members, continue_prompts(members, work["max_new_tokens"]), strict=True):
+            length = next((index for index, token in enumerate(ids) if token in work["ends"]), len(ids))
+            generated += min(length + 1, work["max_new_tokens"])
             texts[k] = tokenizer.decode(ids[:length], skip_special_tokens=True)
     seconds = time.perf_counter() - clock
-    return {"rate": written / seconds, "peak_bytes": _peak(), "texts": texts}
+    return {"rate": generated / seconds, "peak_bytes": _peak(), "texts": texts}
 
 
 def products(root: Path, _: float) -> dict[str, float]:
-    """The forward pass's products with weights and nothing else, in PyTorch."""
+    """The forward pass's matrix products with weights, and nothing else, in PyTorch."""
     work, total = _work(root), 0.0
     like = {"dtype": getattr(torch, work["dtype"]), "device": work["device"]}
     for times, n, width_in, width_out in work["products"]:
@@ -152,7 +146,7 @@ def products(root: Path, _: float) -> dict[str, float]:
 
 
 def _work(root: Path) -> dict[str, Any]:
-    torch.set_num_threads(cores())  # as many as XLA takes
+    torch.set_num_threads(cores())  # as many as XLA uses
     return read_json(root / "work.json", "the work of this benchmark")
 
 
@@ -175,8 +169,8 @@ def _padded(
     width = max(map(len, rows))
     tokens, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
     for row, ids in enumerate(rows):
-        place = slice(width - len(ids), None) if left else slice(len(ids))
-        tokens[row, place], mask[row, place] = torch.tensor(ids), 1
+        span = slice(width - len(ids), None) if left else slice(len(ids))
+        tokens[row, span], mask[row, span] = torch.tensor(ids), 1
     return tokens.to(device), mask.to(device)
 
 

@@ -1,7 +1,7 @@
-"""The work that both sides are given: the same weights, adapter, examples, learning rates, options and prompts.
+"""The work of both sides: the same weights, adapter, examples, learning rates, options and prompts.
 
 Writes, into the benchmark's directory: student/ (a Hugging Face directory, float32, that both sides read), adapter/
-(PEFT's format), and work.json with all that transformers + PEFT need as ids and numbers. The examples of a step
+(PEFT's format), and work.json with token ids and numbers for transformers + PEFT. The examples of a step
 are those that this package's loader packs into the step's rows.
 """
 
@@ -41,16 +41,16 @@ def settings_of(root: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def questions_of(config) -> list[Problem]:
-    """The questions that are answered."""
+    """The questions to answer."""
     return list(load_config_problems(config).split(config.eval.split)[: config.eval.limit or None])
 
 
 def adapter_of(config, run: str, runtime: Runtime) -> Any:
-    """The adapter that both sides start from, in its shards.
+    """The initial adapter of both sides, sharded.
 
     Args:
-      run: workdir of a finished training, whose best adapter it is. "" is a random one: near enough to none that
-        the student still writes text, and far enough that a mistake in an adapter shows in the losses.
+      run: workdir of a finished training, whose best adapter it is. "" is a random one: small enough that the
+        student still generates text, and large enough that a wrong adapter shows in the losses.
 
     Raises:
       UserError: the run has no such adapter.
@@ -78,41 +78,36 @@ def adapter_of(config, run: str, runtime: Runtime) -> Any:
 
 
 def prepare(root: Path, _: float) -> dict[str, Any]:
-    """Writes the work; returns the sizes that a reader of the results wants to know."""
+    """Writes the work; returns its sizes, for the report."""
     config, flags = settings_of(root)
-    if tuple(config.adapter.methods) != ("lora",):
-        raise UserError(f"config.adapter.methods is {tuple(config.adapter.methods)}; both sides are compared with lora")
-    runtime = build_runtime(config)
+    runtime = _comparable_runtime(config)
     device = jax.devices()[0]
-    if device.platform not in ("cpu", "gpu") or (device.platform == "gpu" and runtime.mesh.size > 1):
-        raise UserError(
-            f"{runtime.mesh.size} {device.platform} devices; transformers + PEFT are compared on a CPU or on one GPU: "
-            "set JAX_PLATFORMS=cpu or CUDA_VISIBLE_DEVICES=0"
-        )
-    student, words = runtime.student, runtime.student.tokenizer
+    student, tokenizer = runtime.student, runtime.student.tokenizer
     ends = student.eos_ids
     if flags["tokenizer"]:
-        words = load_tokenizer(flags["tokenizer"])
-        ends = (words.eos_token_id,)
+        tokenizer = load_tokenizer(flags["tokenizer"])
+        ends = (tokenizer.eos_token_id,)
     save_safetensors(student.params, student.config, root / "student")
-    words.save_pretrained(root / "student")
-    write_json(root / "student" / "generation_config.json", {"eos_token_id": ends, "pad_token_id": words.pad_token_id})
+    tokenizer.save_pretrained(root / "student")
+    write_json(
+        root / "student" / "generation_config.json", {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    )
     adapter = to_peft(config.adapter, adapter_of(config, flags["run"], runtime), student.config, "")
     write_peft(adapter, root / "adapter")
 
-    dataset, _ = build_or_reuse(config, words, load_config_problems(config))
-    rows = pack_dataset(dataset, config, words.pad_token_id)
+    dataset, _ = build_or_reuse(config, tokenizer, load_config_problems(config))
+    rows = pack_dataset(dataset, config, tokenizer.pad_token_id)
     per_step = config.train.batch_rows * config.train.accumulate
     steps = training_steps(config, rows)
     if steps <= WARM:
-        raise UserError(f"config.train.steps is {steps}; measure more than the {WARM} steps before the clock starts")
+        raise UserError(f"config.train.steps is {steps}; measure more than the {WARM} warm-up steps")
 
     def examples(step: int) -> list[dict[str, Any]]:
         members = [k for row in range(per_step) for k in rows.members(step * per_step + row)]
         return [{"tokens": rows.tokens[k].tolist(), "prompt_length": int(rows.prompt_lengths[k])} for k in members]
 
-    questions, fmt, encoder = questions_of(config), arm_format(config.recipe), encoder_for(config, words)
-    prompts = [one.tokens for one in encoder.encode(questions, [fmt] * len(questions))]
+    questions, fmt, encoder = questions_of(config), arm_format(config.recipe), encoder_for(config, tokenizer)
+    prompts = [example.tokens for example in encoder.encode(questions, [fmt] * len(questions))]
     options = [encoder.plain(option_targets(question, "", config.recipe.answer)) for question in questions]
     schedule = make_schedule(config.optimizer, steps)
     work = {
@@ -130,22 +125,48 @@ def prepare(root: Path, _: float) -> dict[str, Any]:
         "products": _products(student.config, config.train.batch_rows, *rows.limits[:2]),
     }
     write_json(root / "work.json", work)
-    return {
+    sizes = {
         "accelerator": device.device_kind,
-        "dtype": work["dtype"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(student.params)),
-        "steps": steps,
-        "examples_per_step": float(np.mean([len(batch) for batch in work["batches"]])),
-        "tokens_per_example": float(np.mean([len(one["tokens"]) for batch in work["batches"] for one in batch])),
         "real_tokens_in_rows": rows.packing_efficiency(),
-        "questions": len(questions),
-        "options_per_question": float(np.mean([len(own) for own in options])),
+    }
+    return sizes | _sizes(work)
+
+
+def _comparable_runtime(config) -> Runtime:
+    """The runtime of a configuration that transformers + PEFT can run, too.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if tuple(config.adapter.methods) != ("lora",):
+        raise UserError(f"config.adapter.methods is {tuple(config.adapter.methods)}; both sides are compared with lora")
+    runtime = build_runtime(config)
+    device = jax.devices()[0]
+    if device.platform not in ("cpu", "gpu") or (device.platform == "gpu" and runtime.mesh.size > 1):
+        raise UserError(
+            f"{runtime.mesh.size} {device.platform} devices; transformers + PEFT are compared on a CPU or on one GPU: "
+            "set JAX_PLATFORMS=cpu or CUDA_VISIBLE_DEVICES=0"
+        )
+    return runtime
+
+
+def _sizes(work: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of the work, on average."""
+    batches, prompts = work["batches"], work["prompts"]
+    return {
+        "dtype": work["dtype"],
+        "steps": len(batches),
+        "examples_per_step": float(np.mean([len(batch) for batch in batches])),
+        "tokens_per_example": float(np.mean([len(example["tokens"]) for batch in batches for example in batch])),
+        "questions": len(prompts),
+        "options_per_question": float(np.mean([len(of_question) for of_question in work["options"]])),
         "tokens_per_prompt": float(np.mean([len(prompt) for prompt in prompts])),
     }
 
 
 def _products(student: DecoderConfig, batch_rows: int, tokens: int, targets: int) -> list[list[int]]:
-    """The products with weights of a micro-batch's forward pass: [times, N, in, out] of each shape."""
+    """Matrix products with weights in a micro-batch's forward pass: [times, N, in, out] of each shape."""
     linear = [[student.num_layers, batch_rows * tokens, *shape] for _, *shape in student.linear_shapes().values()]
     return [*linear, [1, batch_rows * targets, student.hidden_size, student.vocab_size]]
 

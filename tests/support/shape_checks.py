@@ -27,6 +27,7 @@ MODULES = (
     "sqa_jax.models.t5",
     "sqa_jax.models.vision",
     "sqa_jax.parallel",
+    "sqa_jax.training.loss",
 )
 
 

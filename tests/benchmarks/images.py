@@ -1,15 +1,15 @@
-"""Measures what pictures cost: as pieces on disk beside plain PIL, and in a training step with and without cached features.
+"""Benchmarks images: preprocessing to disk against plain PIL, and a training step with and without cached features.
 
-  pieces    pictures/s and CPU seconds of `load_images`, and of a loop that only decodes and resizes the same files;
+  pieces    images/s and CPU seconds of `load_images`, and of a loop that only decodes and resizes the same files;
             by how much the first takes more memory than the second, at the peak
-  step      CPU seconds of a training step of --config, with the tower in each step and with its features on disk, on the
-            same rows: questions that have a picture, one tile of each where the student allows it
+  step      CPU seconds of a training step of --config, with the vision encoder in each step and with cached features, on
+            the same rows: questions with an image, one tile of each if the student allows it
 
-Writes JSON to stdout, and nothing else that stays.
+Writes JSON to stdout, and no files.
 
 Examples:
-  python -m tests.benchmarks.pictures --measure pieces --count 2000
-  python -m tests.benchmarks.pictures --measure step --config configs/test.py --config.student.path=random:smolvlm-256m
+  python -m tests.benchmarks.images --measure pieces --count 2000
+  python -m tests.benchmarks.images --measure step --config configs/test.py --config.student.path=random:smolvlm-256m
       --config.student.max_image_tokens=64 --config.adapter.methods="('prompt',)" --config.train.row_length=512
 """
 
@@ -79,7 +79,7 @@ def pieces(count: int, width: int = 800, height: int = 600) -> dict[str, Any]:
 
 
 def step(config, repeats: int) -> dict[str, Any]:
-    """The median of some steps, behind one that compiles."""
+    """The median of some steps, after one that compiles."""
     import jax
     import numpy as np
 
@@ -97,11 +97,11 @@ def step(config, repeats: int) -> dict[str, Any]:
 
     mesh, student, decoder = runtime = build_runtime(config)
     if student.config.vision is None:
-        raise UserError("config.student.path: a student that sees is needed, such as random:smolvlm-256m")
+        raise UserError("config.student.path: a vision-language model is needed, such as random:smolvlm-256m")
     chosen = training_problems(config, load_config_problems(config))
     images = config_images(config, student.config, chosen)
     shown = [problem for problem in chosen if problem.pid in images.image_index]
-    recipe, virtual, rows_of = config.recipe, adapters.soft_prompt_tokens(config.adapter), config.train.batch_rows
+    recipe, soft_prompt, rows_of = config.recipe, adapters.soft_prompt_tokens(config.adapter), config.train.batch_rows
     fmt = arm_format(recipe)
     gold = [render_target(fmt, p.choices, p.answer, p.lecture, p.solution, recipe.answer) for p in shown]
     encoded = encoder_for(config, student.tokenizer, images).encode(shown, [fmt] * len(shown), gold)
@@ -114,8 +114,8 @@ def step(config, repeats: int) -> dict[str, Any]:
     }
     for name, known in (("tower", None), ("cached", features)):
         rows = pack_sequences(
-            [virtual.put(one.tokens, one.image_end) for one in encoded],
-            np.array([one.prompt_length + virtual.count for one in encoded]), [one.pid for one in shown],
+            [soft_prompt.put(example.tokens, example.image_end) for example in encoded],
+            np.array([example.prompt_length + soft_prompt.count for example in encoded]), [problem.pid for problem in shown],
             config.train.row_length, student.tokenizer.pad_token_id, config.seed, student.config.prefix_lm,
             ImageBatcher(images, known),
         )  # fmt: skip
@@ -124,32 +124,29 @@ def step(config, repeats: int) -> dict[str, Any]:
         )
         shape = jax.eval_shape(lambda state=state: state)
         run = compile_step(make_step(config.adapter, decoder, optimizer, config.seed), shape, student.params, mesh)
-        loader, own = make_loader(rows, rows_of, 1), []
+        loader, seconds = make_loader(rows, rows_of, 1), []
         for number in range(repeats + 1):
             batch = place_rows(next(loader), mesh, rows_of, leading=1)
             work = functools.partial(run, state, student.params, batch)
             (state, metrics), times = timed(lambda work=work: jax.block_until_ready(work()))
-            own += [times["cpu_seconds"]] if number else []
-        questions = len(shown) / rows.rows_of_epoch(0) * rows_of
+            seconds += [times["cpu_seconds"]] if number else []
         result[name] = {
-            "cpu_seconds": own,
-            "median": float(np.median(own)),
-            "questions": questions,
-            "loss": float(metrics["loss"]),
-        }
+            "cpu_seconds": seconds, "median": float(np.median(seconds)),
+            "questions": len(shown) / rows.rows_of_epoch(0) * rows_of, "loss": float(metrics["loss"]),
+        }  # fmt: skip
     result["factor"] = result["tower"]["median"] / result["cached"]["median"]
     return result
 
 
 def main() -> None:
     values = flags.FLAGS
-    made = pieces(values.count) if values.measure == "pieces" else step(values.config, values.repeats)
-    print(json.dumps(made, indent=2))
+    result = pieces(values.count) if values.measure == "pieces" else step(values.config, values.repeats)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
     cli.define_config("configs/test.py")
     flags.DEFINE_enum("measure", "pieces", ["pieces", "step"], "What to measure.")
-    flags.DEFINE_integer("count", 2000, "pieces: how many pictures.")
-    flags.DEFINE_integer("repeats", 3, "step: how many steps, besides the first.")
+    flags.DEFINE_integer("count", 2000, "pieces: number of images.")
+    flags.DEFINE_integer("repeats", 3, "step: number of steps, after the first.")
     cli.run(main)
