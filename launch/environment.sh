@@ -22,6 +22,7 @@ prepare_environment() {
   [ -e "$stamp" ] && return
   [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || fail "cannot make $VENV; on Debian and Ubuntu: apt install python3-venv"
   echo "installing into $VENV (some minutes, once)"
-  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check "$@" || fail "installing failed; fix what pip reports above and run this again"
+  # Modules are compiled when they are first imported, which most of them never are.
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@" || fail "installing failed; fix what pip reports above and run this again"
   touch "$stamp"
 }
