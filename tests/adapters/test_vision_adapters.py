@@ -445,7 +445,7 @@ def test_an_earlier_study_s_prefix_loads(tmp_path):
 @pytest.mark.parametrize(("methods", "vision_encoder"), [(("visual",), False), (("lora",), True)])
 def test_models_of_text_have_no_vision_encoder(tiny_student, methods, vision_encoder):
     settings = settings_for(*methods, **{"lora.vision_encoder": vision_encoder})
-    with pytest.raises(UserError, match="text alone"):
+    with pytest.raises(UserError, match="text-only model"):
         adapters.init_adapter(settings, tiny_student.config, tiny_student.params, 0)
 
 

@@ -1,4 +1,4 @@
-"""One of several processes that compute the features of pictures together.
+"""One of several processes that compute the features of images together.
 
 Usage: features_worker.py HOST:PORT PROCESSES PROCESS CACHE
 """
