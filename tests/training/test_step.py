@@ -13,12 +13,11 @@ import pytest
 from sqa_jax import adapters
 from sqa_jax.batches.batch import stack_rows
 from sqa_jax.batches.packing import Limits, pack_row
-from sqa_jax.checkpoints.weights import random_params, save_safetensors
+from sqa_jax.checkpoints.weights import param_shapes, random_params, save_safetensors
 from sqa_jax.config import default
 from sqa_jax.errors import UserError
 from sqa_jax.models.decoder import Decoder
 from sqa_jax.models.decoder_config import DecoderConfig
-from sqa_jax.models.params import param_shapes
 from sqa_jax.models.soft_tokens import with_soft_tokens
 from sqa_jax.parallel.mesh import check_rows, local_rows, make_mesh, place_rows, replicated
 from sqa_jax.parallel.rules import shardings
