@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import shutil
 import socket
 import sys
 import tempfile
@@ -73,9 +74,9 @@ def wait_for_all(started: Sequence[Started], seconds: float = 240.0) -> list[End
     deadline, running = time.monotonic() + seconds, {each.process.sentinel: each.process for each in started}
     try:
         while running:
-            ended = multiprocessing.connection.wait(list(running), max(0.0, deadline - time.monotonic()))
-            assert ended, f"{len(running)} of {len(started)} processes did not end: {[_ended(s) for s in started]}"
-            for sentinel in ended:
+            ready = multiprocessing.connection.wait(list(running), max(0.0, deadline - time.monotonic()))
+            assert ready, f"{len(running)} of {len(started)} processes did not end: {[_ended(s) for s in started]}"
+            for sentinel in ready:
                 process = running.pop(sentinel)  # type: ignore[arg-type]
                 process.join()
                 if process.exitcode:
@@ -84,7 +85,10 @@ def wait_for_all(started: Sequence[Started], seconds: float = 240.0) -> list[End
         for each in started:
             each.process.kill()
             each.process.join()
-    return [_ended(each) for each in started]
+    ended = [_ended(each) for each in started]
+    for folder in {each.out.parent for each in started}:
+        shutil.rmtree(folder)
+    return ended
 
 
 def _ended(started: Started) -> Ended:
@@ -98,7 +102,7 @@ def _python(arguments: list[str], environment: dict[str, str], out: str, err: st
     os.environ.clear()
     os.environ.update(environment)
     for number, file in ((1, out), (2, err)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, encoding="utf-8", closefd=False) for number in (1, 2))
     code = 0
     try:
