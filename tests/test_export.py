@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 from sqa_jax import export as verb
 from sqa_jax.adapters import init_adapter, peft_format
-from sqa_jax.agent.run import Runs
+from sqa_jax.agent.run import PolicyRunner
 from sqa_jax.batches.config_data import encoder_for, load_config_problems
 from sqa_jax.checkpoints.load import load_student
 from sqa_jax.checkpoints.tokenizer import byte_tokenizer
@@ -124,9 +124,9 @@ def test_an_agent_may_use_the_adapter(peft_run, tmp_path):
     pair, adapter, _, config = peft_run
     config = config.copy_and_resolve_references()
     config.adapter.lora.rank = 16
-    runs = Runs(config, tmp_path)
-    assert runs.config.adapter.lora.rank == 4
-    jax.tree.map(np.testing.assert_array_equal, runs._adapter, pair.read(adapter)[1])
+    runner = PolicyRunner(config, tmp_path)
+    assert runner.config.adapter.lora.rank == 4
+    jax.tree.map(np.testing.assert_array_equal, runner.student.adapter, pair.read(adapter)[1])
 
 
 @pytest.fixture(scope="module")
