@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from sqa_jax.batches.batch import Batch
 from sqa_jax.batches.packing import Limits, pack_row
@@ -54,9 +55,23 @@ class Checkpoint:
     def __init__(self, name: str, directory: Path):
         self.name = name.split(",")[0]
         self.directory = write_checkpoint(directory, "t5", **COMMON | VARIANTS[name])
+        if not VARIANTS[name].get("tie_word_embeddings", False):
+            _add_output_layer(self.directory / "model.safetensors")
         write_tokenizer(directory)
         student = load_student(str(directory))
         self.config, self.params, self.model = student.config, student.params, T5(student.config)
+
+
+def _add_output_layer(file: Path) -> None:
+    """An untied one, as T5 1.1 has: transformers' configuration does not say so, but the tensor does."""
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = (
+        np.random.default_rng(1).normal(0, 0.1, tensors["shared.weight"].shape).astype(np.float32)
+    )
+    for name in tensors:  # smaller attention scores, which are not divided by √d, amplify rounding less
+        if name.endswith(".q.weight"):
+            tensors[name] *= 0.5
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -166,7 +166,7 @@ def test_what_an_encoder_decoder_cannot_do_is_refused():
     from sqa_jax.runtime import make_decoder
 
     config = default()
-    with pytest.raises(UserError, match="conversation with tools.*decoder-only"):
+    with pytest.raises(UserError, match="dialogue with tools.*decoder-only"):
         Dialogue(load_tokenizer("random:t5-tiny"), config.recipe, [])
     config.student.attention = "splash"
     with pytest.raises(UserError, match="attention=splash supports no position bias"):
