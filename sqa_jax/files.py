@@ -193,7 +193,7 @@ def read_jsonl(path: str | Path, what: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             row = None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; mend or remove this line of {what}")
+            raise UserError(f"{path}:{number}: not a JSON object; fix or remove this line of {what}")
         rows.append(row)
     return rows
 

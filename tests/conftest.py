@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from importlib.metadata import version
@@ -30,6 +31,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
+# Tracing makes many objects that live on; looking through all of them again and again takes a twentieth of the time.
+gc.set_threshold(100_000, 50, 100)
 shape_checks.install()  # before sqa_jax is imported anywhere
 
 ROOT = Path(__file__).parent.parent

@@ -208,7 +208,7 @@ def test_features_in_half_precision():
 
 def test_module_initialises_the_tree_that_files_are_read_into(pair):
     encoder = ENCODERS[pair.family](pair.vision)
-    params = jax.eval_shape(lambda: encoder.init(jax.random.key(0), pair.tiles))["params"]
+    params = jax.eval_shape(lambda: encoder.init(jax.random.key(0), jnp.asarray(pair.tiles)))["params"]
     assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(jnp.shape, pair.params)
 
 
@@ -269,7 +269,7 @@ def test_lora_equals_peft(pair, reference):
 
 def test_rematerialisation_changes_no_gradient():
     module, vision = tiny("smolvlm")
-    tiles = module.preprocess_image(vision, image_of(30, 30)).pieces
+    tiles = jnp.asarray(module.preprocess_image(vision, image_of(30, 30)).pieces)
     params = jax.jit(siglip_encoder.SmolVLMVisionEncoder(vision).init)(jax.random.key(0), tiles)
 
     def gradient(remat):
