@@ -301,9 +301,9 @@ def test_command_line(peft_run, tmp_path):
 
 def test_studies_train_new_adapters():
     from configs.study_test import get_config
-    from sqa_jax.study.matrix import runs_of
+    from sqa_jax.study.matrix import study_runs
 
     config = get_config()
     config.adapter.peft = "anything"
     with pytest.raises(UserError, match="config.adapter.peft"):
-        runs_of(config)
+        study_runs(config)

@@ -73,6 +73,7 @@ def test_peft_answers_as_before(pair, reference, tmp_path, method):
     config, _, code = exported(pair, adapter, "peft", tmp_path)
     before = pair.peft_model(adapter)
     printed, names = run_snippet(code)
+    names["model"].get_base_model().set_attn_implementation("eager")  # as `before` has it: kernels round otherwise
     np.testing.assert_allclose(peft_logits(names["model"].eval()), peft_logits(before), atol=1e-5)
     expected = pytorch_reply(before, pair.student, config)
     assert expected.strip() and expected != pytorch_reply(torch_model(pair.directory), pair.student, config)
