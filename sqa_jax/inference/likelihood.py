@@ -15,6 +15,7 @@ Shapes: B rows of T tokens and M scored tokens; n tokens and m scored tokens of 
 
 from __future__ import annotations
 
+import functools
 import os.path
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+from ml_collections import FrozenConfigDict
 
 from sqa_jax import adapters
 from sqa_jax.batches.batch import Batch
@@ -107,6 +109,26 @@ class _Plan(NamedTuple):
     features: int
 
 
+@functools.lru_cache(maxsize=4)
+def _shared_forward(adapter_config, mesh: Mesh):
+    """The compiled forward pass of all scorers with equal settings: (decoder, adapter, base, shared_kv, batch)."""
+
+    def forward(
+        decoder: StudentModel, adapter: ParamTree, base: ParamTree, shared_kv: PrefixKV | None, batch: Batch
+    ) -> Float[Array, "B M"]:
+        """Log-probabilities of the batch's targets."""
+        params = adapters.model_params(adapter, base)
+        adaptation = with_shared_prefix(adapter_config, adapter, decoder.config, shared_kv)
+        inputs = extra_model_inputs(decoder, params, adaptation, batch.branches, batch.images)
+        hidden, _ = decoder.apply(
+            {"params": params}, batch.tokens, batch.positions, batch.segments, adaptation, **inputs
+        )
+        return target_log_probs(decoder, params, hidden, batch.target_positions, batch.targets)
+
+    # Replicated, so that every process can read it.
+    return jax.jit(forward, static_argnums=0, out_shardings=replicated(mesh))
+
+
 class LikelihoodScorer:
     """Scores options with one compiled forward pass.
 
@@ -127,26 +149,13 @@ class LikelihoodScorer:
         batch_rows: int,
         images: ImageBatcher | None = None,
     ):
-        self.adapter_config, self.decoder, self.mesh, self.images = adapter_config, decoder, mesh, images
+        self.decoder, self.mesh, self.images = decoder, mesh, images
         self._shards = row_shards(mesh)
         self.batch_rows = round_up(batch_rows, self._shards)
         # Sizes only grow, so that later calls with questions of like sizes compile nothing.
         self._sizes = _Plan([], row_length, 0, 0, 0)
         self._shared_prefix_cache = SharedPrefixCache(adapter_config, decoder, mesh)
-        # Replicated, so that every process can read it.
-        self._forward_jit = jax.jit(self._forward, static_argnums=0, out_shardings=replicated(mesh))
-
-    def _forward(
-        self, decoder: StudentModel, adapter: ParamTree, base: ParamTree, shared_kv: PrefixKV | None, batch: Batch
-    ) -> Float[Array, "B M"]:
-        """Log-probabilities of the batch's targets."""
-        params = adapters.model_params(adapter, base)
-        adaptation = with_shared_prefix(self.adapter_config, adapter, decoder.config, shared_kv)
-        inputs = extra_model_inputs(decoder, params, adaptation, batch.branches, batch.images)
-        hidden, _ = decoder.apply(
-            {"params": params}, batch.tokens, batch.positions, batch.segments, adaptation, **inputs
-        )
-        return target_log_probs(decoder, params, hidden, batch.target_positions, batch.targets)
+        self._forward_jit = _shared_forward(FrozenConfigDict(adapter_config), mesh)
 
     def __call__(
         self, adapter: ParamTree, base: ParamTree, questions: Sequence[MultipleChoice]

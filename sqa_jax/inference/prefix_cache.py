@@ -6,6 +6,7 @@ prompt's, as those of a trained prefix are (prefix tuning).
 
 from __future__ import annotations
 
+import functools
 import os.path
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
+from ml_collections import FrozenConfigDict
 
 from sqa_jax import adapters
 from sqa_jax.models.adaptation import Adaptation
@@ -66,8 +68,8 @@ class SharedPrefixCache:
     """
 
     def __init__(self, adapter_config, decoder: StudentModel, mesh: Mesh):
-        self._adapter_config, self._decoder = adapter_config, decoder
-        self._prefill_jit = jax.jit(self._prefill, out_shardings=replicated(mesh))
+        self._decoder = decoder
+        self._prefill_jit = _shared_prefill(FrozenConfigDict(adapter_config), decoder, mesh)
 
     def __call__(self, adapter: ParamTree, base: ParamTree, prompts: Sequence[Sequence[int]]) -> SharedPrefix:
         config = self._decoder.config
@@ -77,14 +79,21 @@ class SharedPrefixCache:
             kv = self._prefill_jit(adapter, base, np.asarray([prompts[0][:length]], np.int32))
         return SharedPrefix(length, kv, [prompt[length:] for prompt in prompts])
 
-    def _prefill(self, adapter: ParamTree, base: ParamTree, tokens: Int[Array, "1 P"]) -> PrefixKV:
-        adaptation = adapters.adapter_inputs(self._adapter_config, adapter, self._decoder.config)
+
+@functools.lru_cache(maxsize=4)
+def _shared_prefill(adapter_config, decoder: StudentModel, mesh: Mesh):
+    """The compiled prefill of all `SharedPrefixCache`s with equal settings: (adapter, base, tokens)."""
+
+    def prefill(adapter: ParamTree, base: ParamTree, tokens: Int[Array, "1 P"]) -> PrefixKV:
+        adaptation = adapters.adapter_inputs(adapter_config, adapter, decoder.config)
         positions = jnp.arange(tokens.shape[1])[None]
         params = adapters.model_params(adapter, base)
-        decoder = self._decoder.clone(fused=None, batch_sharding=None)  # one short row: not sharded
-        _, key, value, _ = decoder.prefill(params, tokens, positions, jnp.ones_like(positions), adaptation)
+        local = decoder.clone(fused=None, batch_sharding=None)  # one short row: not sharded
+        _, key, value, _ = local.prefill(params, tokens, positions, jnp.ones_like(positions), adaptation)
         flat = (key.shape[0], key.shape[2], -1)
         return {"key": key.reshape(flat), "value": value.reshape(flat)}
+
+    return jax.jit(prefill, out_shardings=replicated(mesh))
 
 
 def with_shared_prefix(

@@ -31,7 +31,7 @@ from sqa_jax.training.pending import NonFiniteLoss, PendingMetrics
 from sqa_jax.training.profiler import StepProfiler
 from sqa_jax.training.reporter import Reporter
 from sqa_jax.training.restore import init_or_restore
-from sqa_jax.training.step import TrainState, compile_step, make_step
+from sqa_jax.training.step import TrainState, training_step
 from sqa_jax.training.stop import StopVote
 from sqa_jax.training.validate import Validator
 from sqa_jax.training.workdir import bind_config, open_workdir
@@ -70,8 +70,7 @@ def train(config, workdir: str, runtime: Runtime | None = None) -> dict[str, Any
         data.loader.set_state(position.loader)
     if "full" in config.adapter.methods:  # the trained tree is the model; nothing needs the initial weights any more
         runtime = runtime._replace(student=dataclasses.replace(runtime.student, params={}))
-    step = make_step(config.adapter, runtime.decoder, optimizer, config.seed)
-    step = compile_step(step, state, runtime.student.params, runtime.mesh)
+    step = training_step(config, runtime.decoder, data.steps, state, runtime.student.params, runtime.mesh)
 
     # ---- the loop
     loop = Loop(config, root, runtime, data, step, state, checkpoints, position and position.best_loss)

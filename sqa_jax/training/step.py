@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from sqa_jax.batches.batch import Batch
 from sqa_jax.models.api import StudentModel
 from sqa_jax.parallel.mesh import batch_sharding, replicated
 from sqa_jax.parallel.rules import shardings
 from sqa_jax.training.loss import row_losses
+from sqa_jax.training.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -94,3 +97,26 @@ def compile_step(step: Callable, state: Any, base: Any, mesh: Mesh):
         out_shardings=(placed, everywhere),
         donate_argnums=0,
     )
+
+
+def training_step(config, decoder: StudentModel, steps: int, state: TrainState, base: Any, mesh: Mesh):
+    """The compiled step of a run; runs with equal settings and shapes, as in a study, share one, which is traced once.
+
+    Args:
+      steps: optimizer steps of the whole run.
+      state, base: trees of arrays or of their shapes.
+    """
+    leaves, structure = jax.tree.flatten((state, base))
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    adapter, optimizer = FrozenConfigDict(config.adapter), FrozenConfigDict(config.optimizer)
+    seed = config.seed if decoder.lora_dropout else 0  # only dropout draws numbers
+    return _shared_step(adapter, optimizer, decoder, steps, seed, mesh, structure, shapes)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_step(
+    adapter_config, optimizer_config, decoder: StudentModel, steps: int, seed: int, mesh: Mesh, structure, shapes
+):
+    state, base = jax.tree.unflatten(structure, shapes)
+    step = make_step(adapter_config, decoder, make_optimizer(optimizer_config, steps), seed)
+    return compile_step(step, state, base, mesh)

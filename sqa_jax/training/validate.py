@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from sqa_jax.batches.batch import Batch, empty_like, stack_rows
 from sqa_jax.batches.config_data import encoder_for
@@ -15,6 +18,7 @@ from sqa_jax.batches.loader import PackedRows, pack_sequences
 from sqa_jax.data.problem import Problem
 from sqa_jax.errors import UserError
 from sqa_jax.inference.answer import LikelihoodAnswerer
+from sqa_jax.models.api import StudentModel
 from sqa_jax.models.soft_tokens import SoftPromptTokens
 from sqa_jax.parallel.mesh import place_rows, replicated
 from sqa_jax.prompts.formats import render_target
@@ -61,10 +65,7 @@ class Validator:
             tokenizer.pad_token_id, 0, runtime.student.config.prefix_lm, images,
         )  # fmt: skip
         self._batches = _batches(rows, config.train.batch_rows)
-        self._loss = jax.jit(
-            lambda adapter, base, batch: row_losses(config.adapter, runtime.decoder, adapter, base, batch, None).sum(),
-            out_shardings=replicated(runtime.mesh),
-        )
+        self._loss = _shared_loss(FrozenConfigDict(config.adapter), runtime.decoder, runtime.mesh)
         self._answers = LikelihoodAnswerer(config, runtime, images) if fmt.answer_first else None
 
     def __call__(self, adapter: Any, base: Any) -> dict[str, float]:
@@ -79,6 +80,16 @@ class Validator:
             correct = sum(prediction.answer == self._problems[prediction.index].answer for prediction in predictions)
             metrics["val_accuracy"] = 100 * correct / len(self._problems)
         return metrics
+
+
+@functools.lru_cache(maxsize=4)
+def _shared_loss(adapter_config, decoder: StudentModel, mesh: Mesh):
+    """The compiled sum of a batch's losses, of all runs with equal settings."""
+
+    def loss(adapter: Any, base: Any, batch: Batch) -> jax.Array:
+        return row_losses(adapter_config, decoder, adapter, base, batch, None).sum()
+
+    return jax.jit(loss, out_shardings=replicated(mesh))
 
 
 def _batches(rows: PackedRows, batch_rows: int) -> list[Batch]:
