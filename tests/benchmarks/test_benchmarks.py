@@ -84,7 +84,7 @@ def test_both_sides_answer_alike(root, reference):
 
 def test_measurements_run_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE["XLA_FLAGS"])  # one device is enough, and compiles faster
-    config = tiny_config(tmp_path, **{"train.batch_rows": 2})
+    config = tiny_config(tmp_path, **{"train.batch_rows": 1, "data.train_limit": 24})
     benchmark(config, str(tmp_path), ["loader"], 1, tokenizer="", run="", batch_options=16)
     (seconds,) = json.loads((tmp_path / "results.json").read_text())["loader"]["ours"]
     assert 0 < seconds["waited"] < seconds["loaded"] and seconds["ready"] > 0
