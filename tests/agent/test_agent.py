@@ -41,7 +41,7 @@ def small(tmp_path=None, **agent_settings):
     config.student.path = "random:tiny"
     config.recipe.answer, config.recipe.chat, config.recipe.max_prompt = "text", False, 700
     config.eval.limit = 6
-    config.agent.update({"context": 1400, "batch": 8, "calibrate": 4, "max_new_tokens": 6} | agent_settings)
+    config.agent.update({"context": 1400, "batch": 4, "calibrate": 4, "max_new_tokens": 6} | agent_settings)
     config.study.benchmark = ("sample",)
     if tmp_path is not None:
         config.data.cache = str(tmp_path / "datasets")
@@ -56,7 +56,7 @@ def runtime():
 @pytest.fixture(scope="module", autouse=True)
 def few_programs(runtime):
     """Most time goes into compiling: all agents of like settings share their decode slots, which pad to few sizes."""
-    slots, coarse = {}, lambda count: next(size for size in (64, 256, 1024, 4096) if size >= count)
+    slots, coarse = {}, lambda count: next(size for size in (256, 1024) if size >= count)
 
     def shared(adapter_config, decoder, *rest):
         key = (str(adapter_config), decoder, *rest)
@@ -69,7 +69,7 @@ def few_programs(runtime):
         patch.setattr("sqa_jax.evaluation.student.build_runtime", lambda config: runtime)
         patch.setattr(decode_slots, "padded_size", coarse)
         patch.setattr(decode_slots, "_WIDTHS", (256,))
-        patch.setattr(decode_slots, "_EXTENT_MULTIPLE", 512)
+        patch.setattr(decode_slots, "_EXTENT_MULTIPLE", 2048)
         yield
 
 

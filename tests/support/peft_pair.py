@@ -57,6 +57,7 @@ class Pair:
         self.family, self.directory, self.student = family, directory, load_student(str(directory))
         self.is_encoder_decoder = self.student.config.is_encoder_decoder
         self.module = model_class(self.student.config)(self.student.config)
+        self._compiled: dict[str, Callable[..., jax.Array]] = {}
         # A prompt ends with the token that a decoder starts from; the reply repeats its first tokens.
         self.prompts = np.pad(TOKENS, ((0, 0), (0, 1)), constant_values=START) if self.is_encoder_decoder else TOKENS
         self.rows = np.concatenate([self.prompts, TOKENS[:, :5]], axis=1) if self.is_encoder_decoder else TOKENS
@@ -75,14 +76,16 @@ class Pair:
         tokens = jnp.asarray([with_soft_tokens(row, count) for row in self.rows])
         positions = jnp.tile(jnp.arange(tokens.shape[1]), (len(tokens), 1))
 
-        def forward(tree, base):
+        def forward(tree, base, tokens, positions):
             adaptation = adapters.adapter_inputs(settings, tree, self.student.config)
             return self.module.apply(
                 {"params": base}, tokens, positions, jnp.ones_like(tokens), adaptation, method="logits"
             )[0]
 
+        compiled = self._compiled.setdefault(settings.to_json(), jax.jit(forward))  # one for all of equal settings
         decoder_tokens = slice(count + TOKENS.shape[1] if self.is_encoder_decoder else count, None)
-        return np.asarray(jax.jit(forward)(tree, self.student.params if params is None else params))[:, decoder_tokens]
+        base = self.student.params if params is None else params
+        return np.asarray(compiled(tree, base, tokens, positions))[:, decoder_tokens]
 
     def generated(self, settings, tree) -> list[list[int]]:
         """Greedy texts."""
