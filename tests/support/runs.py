@@ -38,6 +38,11 @@ def tiny_config(tmp_path: Path, **change):
     return config
 
 
+def quick_config(tmp_path: Path, **change):
+    """`tiny_config` with LoRA on two layers and without rematerialization, which a start of a run traces sooner."""
+    return tiny_config(tmp_path, **{"student.remat": "none", "adapter.lora.targets": ("q_proj", "down_proj")} | change)
+
+
 def last_adapter(workdir, config):
     """(step, train state) of the last checkpoint, in NumPy, whatever devices it was saved from."""
     root = workdir / "checkpoints" / "last"
