@@ -22,7 +22,7 @@ from sqa_jax.runtime import build_runtime
 from sqa_jax.training.loop import train
 from sqa_jax.training.workdir import bind_config, open_workdir
 from tests.support.bucket_server import BucketServer
-from tests.support.runs import last_adapter, same, tiny_config
+from tests.support.runs import last_adapter, quick_config, same
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:google"),  # how long Google will support this Python
@@ -57,7 +57,7 @@ def text(store, name: str) -> str:
 def runs(server, tmp_path_factory):
     """A run on a disk; the same in a bucket, whose permission to write was withdrawn while it saved step 3."""
     root = tmp_path_factory.mktemp("runs")
-    config = tiny_config(root, **{"train.steps": 4, "train.eval_every": 2, "train.save_every": 1})
+    config = quick_config(root, **{"train.steps": 4, "train.eval_every": 2, "train.save_every": 1})
     runtime = build_runtime(config)
     train(config, str(root / "run"), runtime)
     server.buckets = {"bucket": {}}
