@@ -61,6 +61,13 @@ class Reference:
         return dict(self._generate(self.tree, self.base, [tokens]))[0]
 
 
+@pytest.fixture(scope="module")
+def with_lora(base):
+    """(tree, three slots, reference) that tests share, since most time goes into compiling."""
+    config, tree = adapted(base, "lora")
+    return tree, DecodeSlots(config, DECODER, MESH, 3, MAX_TOKENS, (3,), MAX_NEW), Reference(config, tree, base)
+
+
 def prefill_all(slots):
     found = {}
     while slots.pending:
@@ -70,7 +77,7 @@ def prefill_all(slots):
     return found
 
 
-@pytest.mark.parametrize("methods", [(), ("lora",), ("lora", "prefix", "prompt")])
+@pytest.mark.parametrize("methods", [(), ("lora", "prefix", "prompt")])  # LoRA alone: the tests below
 def test_scores_after_several_turns_equal_recomputing(base, methods):
     """Three slots of different lengths and turns, one prefilled in chunks, options with and without a common prefix."""
     rng = np.random.default_rng(0)
@@ -101,13 +108,8 @@ def test_scores_after_several_turns_equal_recomputing(base, methods):
             said[slot] = said[slot] + more
 
 
-def test_a_reset_slot_attends_to_nothing_of_the_dialogue_before(base):
-    rng = np.random.default_rng(1)
-    settings_, tree = adapted(base, "lora")
-    slots, reference = (
-        DecodeSlots(settings_, DECODER, MESH, 1, MAX_TOKENS, (3,), MAX_NEW),
-        Reference(settings_, tree, base),
-    )
+def test_a_reset_slot_attends_to_nothing_of_the_dialogue_before(base, with_lora):
+    rng, (tree, slots, reference) = np.random.default_rng(1), with_lora
     for opening in slots.start(tree, base, ids(rng, 90, 6, 40)):
         slots.reset(0)
         options = ids(rng, 3, 4)
@@ -117,13 +119,8 @@ def test_a_reset_slot_attends_to_nothing_of_the_dialogue_before(base):
             np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def test_decoded_text_equals_generation_and_can_be_continued(base):
-    rng = np.random.default_rng(2)
-    settings_, tree = adapted(base, "lora")
-    slots, reference = (
-        DecodeSlots(settings_, DECODER, MESH, 3, MAX_TOKENS, (3,), MAX_NEW),
-        Reference(settings_, tree, base),
-    )
+def test_decoded_text_equals_generation_and_can_be_continued(base, with_lora):
+    rng, (tree, slots, reference) = np.random.default_rng(2), with_lora
     said = dict(enumerate(ids(rng, 30, 12, 55)))
     slots.start(tree, base, list(said.values()))
     for slot, tokens in said.items():
