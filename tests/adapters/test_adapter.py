@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from sqa_jax import adapters
 from sqa_jax.adapters.peft_format import to_peft, write_peft
@@ -53,16 +57,22 @@ def logits(config, tree, base, tokens):
     """Logits of the vocabulary tokens, after the soft prompt tokens where the adapter has some."""
     count = adapters.soft_prompt_tokens(config).count if tree else 0
     tokens = jnp.asarray([with_soft_tokens(row, count) for row in tokens])
-    positions = jnp.tile(jnp.arange(tokens.shape[1]), (len(tokens), 1))
+    return np.asarray(compiled_forward(config.to_json() if tree else "")(tree, base, tokens))[:, count:]
 
-    @jax.jit
-    def forward(tree, base):
+
+@functools.cache
+def compiled_forward(adapter_settings: str):
+    """(adapter, base, tokens) → logits, compiled once for all adapters of the same settings, "" for none."""
+    config = ConfigDict(json.loads(adapter_settings)) if adapter_settings else default().adapter
+
+    def forward(tree, base, tokens):
         inputs, params = adapters.adapter_inputs(config, tree, CONFIG), adapters.model_params(tree, base)
+        positions = jnp.tile(jnp.arange(tokens.shape[1]), (len(tokens), 1))
         return Decoder(CONFIG).apply(
             {"params": params}, tokens, positions, jnp.ones_like(positions), inputs, method="logits"
         )[0]
 
-    return np.asarray(forward(tree, base))[:, count:]
+    return jax.jit(forward)
 
 
 @settings(max_examples=6, deadline=None)
