@@ -51,8 +51,9 @@ class References:
         with np.load(file, allow_pickle=False) as committed:
             assert set(committed) == set(computed), f"{file} holds other arrays; add --remake and commit it"
             for key, value in computed.items():
-                close = np.issubdtype(value.dtype, np.floating)
-                np.testing.assert_allclose(
-                    value, committed[key], rtol=0, atol=tolerance if close else 0, err_msg=f"{file}: {key}"
-                )
+                message = f"{file}: {key}"
+                if np.issubdtype(value.dtype, np.floating):
+                    np.testing.assert_allclose(value, committed[key], rtol=0, atol=tolerance, err_msg=message)
+                else:
+                    np.testing.assert_array_equal(value, committed[key], err_msg=message)
         return computed
