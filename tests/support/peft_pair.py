@@ -176,7 +176,8 @@ def peft_files(reference: References, name: str, make: Callable[[], tuple[Pair, 
         pair, config = make()
         pair.save_adapter(config, Path(temporary))
         raw = json.loads(Path(temporary, CONFIG).read_text()) | {"base_model_name_or_path": "base"}
-        raw |= {key: sorted(value) for key, value in raw.items() if key == "target_modules" and isinstance(value, list)}
+        sets = ("target_modules", "exclude_modules")  # in PEFT, whose order in the file is any
+        raw |= {key: sorted(raw[key]) for key in sets if isinstance(raw.get(key), list)}
         if reference.remake:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
