@@ -26,6 +26,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # A second thread of PyTorch's finds nothing to do in a tiny model, and waits for it at full speed.
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Several test processes may load the TPU compiler at the same time; there is no TPU to query.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     # What one test has compiled no other compiles again, nor its child processes.
     _cache = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
