@@ -117,12 +117,10 @@ def test_a_decoder_with_splash_is_the_same_decoder(methods):
 
 
 @pytest.mark.live
-def test_splash_compiles_for_a_tpu(monkeypatch, tpu_compiler):
+def test_splash_compiles_for_a_tpu(tpu_compiler):
     """Mosaic, the TPU's own compiler, takes the kernel and its gradient, split over rows and heads."""
     from jax.experimental import topologies
 
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     splash = fused_attention("auto", CONFIG, jnp.bfloat16, mesh((2, 1, 2), devices))
     query, key, value, segments = jax.eval_shape(lambda: packed(2))
